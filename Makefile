@@ -1,0 +1,57 @@
+# make run            the demo: the broker on 127.0.0.1:8770 and a speech service behind it
+# make run CONFIG=F   the broker in front of your own services
+# make test           everything that has to pass: format, lint, types, layers, tests, coverage
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?=
+
+.PHONY: run test lint format unit clean
+
+ifeq ($(strip $(CONFIG)),)
+run: $(VENV)/.demo
+	$(BIN)/gpumanager demo
+else
+run: $(VENV)/.run
+	$(BIN)/gpumanager serve --config $(CONFIG)
+endif
+
+test: lint unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gpumanager needs Python 3.11 or later (try: make PYTHON=python3.12)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+# Each stamp stands for an installation; it is redone when what it depends on changes.
+$(VENV)/.run: $(BIN)/pip requirements.txt setup.py
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.demo: $(BIN)/pip requirements.txt setup.py
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
+	$(BIN)/pip install --quiet --editable '.[demo]' --requirement requirements-dev.txt
+	@touch $@

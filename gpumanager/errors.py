@@ -1,0 +1,155 @@
+"""The broker's own errors. Each carries its HTTP answer; `web.boundary` is the one place
+that turns them into a response, so nothing else in the package writes a status code."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+
+class BrokerError(Exception):
+    """An error the broker answers itself (a consumer's own 4xx and 5xx pass through verbatim).
+
+    `status` is the HTTP status, `code` the machine-readable word in the envelope, and
+    `retryable` says whether the same request may succeed later. `retry_after` is in seconds.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        consumer: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.consumer = consumer
+        self.retry_after = retry_after
+
+    def envelope(self) -> dict[str, object]:
+        """The JSON body: `error`, `message`, `consumer` where there is one, `retryable`."""
+        body: dict[str, object] = {"error": self.code, "message": self.message}
+        if self.consumer is not None:
+            body["consumer"] = self.consumer
+        body["retryable"] = self.retryable
+        return body
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Headers of the answer beside `Content-Type`: `Retry-After` in whole seconds, ≥ 1."""
+        if self.retry_after is None:
+            return []
+        return [("Retry-After", str(max(1, math.ceil(self.retry_after))))]
+
+
+class InternalError(BrokerError):
+    """Something in the broker broke; the trace is in the log under the request id."""
+
+
+class SchedulerError(BrokerError):
+    """The scheduler broke while a job was in its hands."""
+
+    code = "scheduler_error"
+
+
+class BadRequest(BrokerError):
+    """Malformed request."""
+
+    status, code, retryable = 400, "bad_request", False
+
+
+class NotFound(BrokerError):
+    """No such route."""
+
+    status, code, retryable = 404, "not_found", False
+
+
+class NoAudioProxy(BrokerError):
+    """Rendered audio was asked for, but the config names no `audio_proxy`."""
+
+    status, code, retryable = 404, "no_audio_proxy", False
+
+
+class MethodNotAllowed(BrokerError):
+    """The route exists, the method does not. `allow` lists what does."""
+
+    status, code, retryable = 405, "method_not_allowed", False
+
+    def __init__(self, message: str, *, allow: list[str]) -> None:
+        super().__init__(message)
+        self.allow = sorted(allow)
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [*super().headers(), ("Allow", ", ".join(self.allow))]
+
+
+class PayloadTooLarge(BrokerError):
+    """The body is larger than `max_body_mib`."""
+
+    status, code, retryable = 413, "payload_too_large", False
+
+
+class NoConsumer(BrokerError):
+    """Nothing is routed for the kind, or the routed consumer has no path for it."""
+
+    status, code, retryable = 501, "no_consumer", False
+
+
+class ConsumerUnreachable(BrokerError):
+    """The consumer could not be reached, or broke before it answered.
+
+    `nothing_listens`: the connection was refused, which proves that its process is gone.
+    """
+
+    status, code = 502, "consumer_unreachable"
+
+    def __init__(
+        self, message: str, *, consumer: str | None = None, nothing_listens: bool = False
+    ) -> None:
+        super().__init__(message, consumer=consumer)
+        self.nothing_listens = nothing_listens
+
+
+class ConsumerUnhealthy(BrokerError):
+    """The consumer's last probe failed: refused without waiting in line."""
+
+    status, code = 503, "consumer_unreachable"
+
+
+class ConsumerTimeout(BrokerError):
+    """The consumer took longer than one of its `timeouts`."""
+
+    status, code = 504, "consumer_timeout"
+
+
+class QueueFull(BrokerError):
+    """`scheduler.max_queue` requests wait already."""
+
+    status, code = 503, "queue_full"
+
+
+class QueueTimeout(BrokerError):
+    """The request waited for `scheduler.max_wait` without its turn coming."""
+
+    status, code = 503, "queue_timeout"
+
+
+class InsufficientVram(BrokerError):
+    """The consumer's model cannot be made to fit; names who holds the memory and the MiB short."""
+
+    status, code = 503, "insufficient_vram"
+
+
+class ShuttingDown(BrokerError):
+    """The broker drains: it takes no new jobs."""
+
+    status, code = 503, "shutting_down"
+
+
+class ClientGone(BrokerError):
+    """The client left. Nobody reads this answer; the log shows status 499, as nginx does."""
+
+    status, code, retryable = 499, "client_gone", False

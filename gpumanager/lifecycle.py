@@ -1,0 +1,76 @@
+"""Shutting down in order: refuse, finish, flush, end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from gpumanager.clock import Clock
+from gpumanager.scheduling.interface import Scheduler
+
+log = logging.getLogger(__name__)
+
+FLUSH_TIMEOUT_S = 5.0
+FLUSH_POLL_S = 0.02
+
+
+class Lifecycle:
+    """The drain. `draining` is set from the first signal on, for all to see; `unfinished`
+    counts requests still being answered and bytes still to be sent.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        *,
+        drain_timeout: float,
+        draining: threading.Event,
+        unfinished: Callable[[], int],
+    ) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._drain_timeout = drain_timeout
+        self._unfinished = unfinished
+        self._draining = draining
+        self._drained = threading.Event()
+
+    def drain(self) -> bool:
+        """Refuse new jobs and those in line, let running ones finish within `drain_timeout`
+        seconds, and the last answers reach their clients. True if nothing was cut off."""
+        self._draining.set()
+        log.info("draining", extra={"timeout_s": self._drain_timeout})
+        self._scheduler.drain()
+        finished = self._scheduler.wait_idle(self._drain_timeout)
+        deadline = self._clock.monotonic() + FLUSH_TIMEOUT_S
+        while self._unfinished() and self._clock.monotonic() < deadline:
+            self._drained.wait(FLUSH_POLL_S)
+        self._drained.set()
+        log.info("drained", extra={"finished": finished})
+        return finished
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGINT drain, then end the process with exit code 0; a second one ends
+        it at once. To be called from the main thread, which has to be the server's."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._drained.is_set():
+            raise SystemExit(0)
+        if self._draining.is_set():
+            os._exit(128 + number)
+        self._draining.set()
+        threading.Thread(target=self._drain_and_end, name="drain", daemon=True).start()
+
+    def _drain_and_end(self) -> None:
+        try:
+            self.drain()
+        finally:
+            self._drained.set()
+            # Only the main thread can end the server's loop: wake it with a signal of our own.
+            os.kill(os.getpid(), signal.SIGTERM)

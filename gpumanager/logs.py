@@ -1,0 +1,64 @@
+"""Structured logs on stderr: one line a request, and events, as logfmt or JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from logfmter import Logfmter
+from pythonjsonlogger.json import JsonFormatter
+
+from gpumanager.config import LogConfig
+from gpumanager.upstream.exchange import TruncatedAnswer
+
+_DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def configure(settings: LogConfig) -> None:
+    """Send the package's and waitress's logs to stderr in the configured shape."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(settings.format))
+    for name in ("gpumanager", "waitress"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(settings.level.upper())
+    # Waitress says "Serving on …" at INFO, which is worth having, but logs a trace for every
+    # answer that has to be cut short, which the broker has logged already, and each wait for a
+    # free thread, which the line shows better.
+    logging.getLogger("waitress").addFilter(_not_truncated)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+
+
+def formatter(shape: str) -> logging.Formatter:
+    """A formatter that writes one line a record, the event first, then its fields."""
+    if shape == "json":
+        made: logging.Formatter = JsonFormatter(
+            ["asctime", "levelname", "name", "message"],
+            datefmt=_DATE_FORMAT,
+            rename_fields={
+                "asctime": "time",
+                "levelname": "level",
+                "name": "logger",
+                "message": "event",
+            },
+        )
+    else:
+        made = Logfmter(
+            keys=["time", "level", "logger", "event"],
+            mapping={
+                "time": "asctime",
+                "level": "levelname",
+                "logger": "name",
+                "event": "message",
+            },
+            datefmt=_DATE_FORMAT,
+            ignored_keys=["msg"],
+        )
+    made.converter = time.gmtime
+    return made
+
+
+def _not_truncated(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], TruncatedAnswer))

@@ -1,0 +1,167 @@
+"""The card's memory: NVML, or a simulated card. The only file that imports pynvml.
+
+`nvmlInit` needs a driver, which may be absent at start, or go and come back (a driver update, a
+card that fell off the bus), so a failure is remembered and the next attempt put off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol
+
+from gpumanager.clock import Clock
+from gpumanager.model import MemoryReading
+
+MIB = 1024 * 1024
+FIRST_BACKOFF_S = 1.0
+LONGEST_BACKOFF_S = 60.0
+SIMULATED = "simulated:"
+
+
+class GpuUnavailable(Exception):
+    """The card cannot be read now; the text says why."""
+
+
+class Card(Protocol):
+    """A card whose memory can be read. `read` raises GpuUnavailable; it is called from one
+    thread at a time."""
+
+    def read(self) -> MemoryReading:
+        """A fresh reading."""
+
+    def close(self) -> None:
+        """Forget every handle, so that the next `read` starts anew."""
+
+
+class NvmlCard:
+    """A card read through NVML. `device` is NVML's index or a UUID.
+
+    `load_module` imports pynvml, lazily since most of a process's life may not need it.
+    """
+
+    def __init__(
+        self,
+        device: int | str,
+        load_module: Callable[[], ModuleType] = lambda: import_module("pynvml"),
+    ) -> None:
+        self._device = device
+        self._load_module = load_module
+        self._nvml: Any = None
+        self._handle: Any = None
+
+    def read(self) -> MemoryReading:
+        try:
+            if self._handle is None:
+                self._open()
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        except Exception as error:  # NVMLLibraryMismatchError is no NVMLError
+            raise GpuUnavailable(f"NVML: {error}") from error
+        faults: list[str] = []
+        name = self._optional(faults, "name", self._nvml.nvmlDeviceGetName)
+        rates = self._optional(faults, "utilization", self._nvml.nvmlDeviceGetUtilizationRates)
+        return MemoryReading(
+            total_mib=memory.total // MIB,
+            used_mib=(memory.total - memory.free) // MIB,
+            free_mib=memory.free // MIB,
+            name=name.decode() if isinstance(name, bytes) else name,
+            utilization_percent=None if rates is None else rates.gpu,
+            fault="; ".join(faults) or None,
+        )
+
+    def close(self) -> None:
+        nvml, self._nvml, self._handle = self._nvml, None, None
+        if nvml is not None:
+            with contextlib.suppress(nvml.NVMLError):  # a driver that is gone cannot be told
+                nvml.nvmlShutdown()
+
+    def _open(self) -> None:
+        nvml: Any = self._load_module()
+        nvml.nvmlInit()
+        self._nvml = nvml
+        if isinstance(self._device, int):
+            self._handle = nvml.nvmlDeviceGetHandleByIndex(self._device)
+        else:
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(self._device)
+
+    def _optional(self, faults: list[str], what: str, call: Callable[[Any], Any]) -> Any:
+        """One failing field must not hide the others."""
+        try:
+            return call(self._handle)
+        except self._nvml.NVMLError_NotSupported:
+            return None
+        except self._nvml.NVMLError as error:
+            faults.append(f"{what}: {error}")
+            return None
+
+
+class SimulatedMemory:
+    """The simulated card of demo and tests, behind the same interface."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def read(self) -> MemoryReading:
+        from gpumanager.simulation.card import CardLost, SimulatedCard
+
+        try:
+            memory = SimulatedCard(self._path).memory()
+        except CardLost as error:
+            raise GpuUnavailable(f"simulated card: {error}") from error
+        return MemoryReading(
+            memory.total_mib, memory.used_mib, memory.free_mib, name="simulated card"
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class GpuMemory:
+    """Reads the card for everybody: safe from any thread, with back-off while it is away."""
+
+    def __init__(self, card: Card, clock: Clock) -> None:
+        self._card = card
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._backoff_s = 0.0
+        self._retry_at = 0.0
+        self._reason = ""
+
+    def read(self) -> MemoryReading:
+        """A fresh reading. Raises GpuUnavailable, at once while an attempt is put off."""
+        with self._lock:
+            if self._backoff_s and self._clock.monotonic() < self._retry_at:
+                raise GpuUnavailable(self._reason)
+            try:
+                reading = self._card.read()
+            except GpuUnavailable as error:
+                self._card.close()
+                self._backoff_s = min(
+                    LONGEST_BACKOFF_S, self._backoff_s * 2 if self._backoff_s else FIRST_BACKOFF_S
+                )
+                self._retry_at = self._clock.monotonic() + self._backoff_s
+                self._reason = str(error)
+                raise
+            self._backoff_s = 0.0
+            return reading
+
+    def measure(self) -> MemoryReading | None:
+        """A fresh reading, or None where the card cannot be measured."""
+        try:
+            return self.read()
+        except GpuUnavailable:
+            return None
+
+    def close(self) -> None:
+        with self._lock:
+            self._card.close()
+
+
+def open_card(device: int | str) -> Card:
+    """The card that `gpu.device` names. Touches no driver yet."""
+    if isinstance(device, str) and device.startswith(SIMULATED):
+        return SimulatedMemory(device.removeprefix(SIMULATED))
+    return NvmlCard(device)

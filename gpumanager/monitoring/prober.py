@@ -1,0 +1,61 @@
+"""Asks one consumer how it is. Each consumer has a prober and a thread of its own, so that a
+slow one delays nobody."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.model import ProbeReport
+from gpumanager.registry import Registry
+
+log = logging.getLogger(__name__)
+
+
+class Probes(Protocol):
+    """The calls a prober makes. They raise BrokerError on failure."""
+
+    def probe(self, name: str) -> ProbeReport:
+        """Ask health, and residency where the consumer can tell."""
+
+
+class Prober:
+    """`probe` is the body of a periodic worker; `interval` in seconds."""
+
+    def __init__(self, name: str, probes: Probes, registry: Registry, *, interval: float) -> None:
+        self._name = name
+        self._probes = probes
+        self._registry = registry
+        self._interval = interval
+        self._gone = False
+
+    def probe(self) -> float:
+        """Probe once; returns the seconds until the next."""
+        before = self._registry.get(self._name)
+        try:
+            report = self._probes.probe(self._name)
+        except BrokerError as error:
+            self._failed(error, was_active=before.active > 0)
+        else:
+            if self._gone:
+                self._gone = False
+                self._registry.process_returned(self._name)
+                before = self._registry.get(self._name)
+            changed = self._registry.probe_succeeded(
+                self._name, report, seen_version=before.residency_version
+            )
+            if changed:
+                log.info("consumer healthy", extra={"consumer": self._name})
+        return self._interval
+
+    def _failed(self, error: BrokerError, *, was_active: bool) -> None:
+        busy = was_active or self._registry.get(self._name).active > 0
+        if busy and isinstance(error, ConsumerTimeout):
+            return  # a server that works on a job may well be slow to answer: that proves nothing
+        gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
+        self._gone = self._gone or gone
+        if self._registry.probe_failed(self._name, error.message, process_gone=gone):
+            log.warning(
+                "consumer unhealthy", extra={"consumer": self._name, "reason": error.message}
+            )

@@ -1,0 +1,154 @@
+"""What is known of the consumers and the card: one lock around immutable snapshots.
+
+Writers replace one consumer's state under the lock; readers take the current mapping without
+one, since a published mapping is never changed again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from gpumanager.clock import Clock
+from gpumanager.model import ConsumerState, GpuState, ProbeReport
+
+
+class Registry:
+    """The live state of every consumer, and of the GPU. Safe from any thread.
+
+    `assumed_loaded` gives, by consumer name, whether to take it for loaded as long as nothing
+    better is known.
+    """
+
+    def __init__(self, assumed_loaded: Mapping[str, bool], clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._assumed_loaded = dict(assumed_loaded)
+        self._consumers: Mapping[str, ConsumerState] = MappingProxyType(
+            {name: ConsumerState(loaded=loaded) for name, loaded in assumed_loaded.items()}
+        )
+        self._gpu = GpuState()
+
+    def snapshot(self) -> Mapping[str, ConsumerState]:
+        """Every consumer's state by name, as it was at one instant."""
+        return self._consumers
+
+    def get(self, name: str) -> ConsumerState:
+        """The state of one consumer; KeyError for a name that is not configured."""
+        return self._consumers[name]
+
+    @property
+    def gpu(self) -> GpuState:
+        """The latest sample of the card."""
+        return self._gpu
+
+    def set_gpu(self, state: GpuState) -> None:
+        """Publish a sample."""
+        self._gpu = state
+
+    # -- jobs ------------------------------------------------------------------------------
+
+    def job_started(self, name: str) -> None:
+        """A real job begins: it counts as use, and from here on the model takes memory."""
+        with self._lock:
+            state = self._consumers[name]
+            self._publish_locked(
+                name,
+                replace(
+                    state,
+                    active=state.active + 1,
+                    total_requests=state.total_requests + 1,
+                    last_used=self._clock.monotonic(),
+                    loaded=True,
+                    resident_mib=state.resident_mib if state.loaded else None,
+                    residency_version=state.residency_version + (not state.loaded),
+                ),
+            )
+
+    def job_finished(self, name: str) -> None:
+        """The counterpart of `job_started`."""
+        with self._lock:
+            state = self._consumers[name]
+            self._publish_locked(
+                name, replace(state, active=state.active - 1, last_used=self._clock.monotonic())
+            )
+
+    # -- residency -------------------------------------------------------------------------
+
+    def set_loaded(self, name: str, loaded: bool) -> None:
+        """The broker itself loaded or unloaded the consumer."""
+        with self._lock:
+            state = self._consumers[name]
+            self._publish_locked(
+                name,
+                replace(
+                    state,
+                    loaded=loaded,
+                    resident_mib=None if loaded else 0,
+                    residency_version=state.residency_version + 1,
+                ),
+            )
+
+    # -- probes ----------------------------------------------------------------------------
+
+    def probe_succeeded(self, name: str, report: ProbeReport, *, seen_version: int) -> bool:
+        """Take in a probe's answer; True if it changed `healthy`.
+
+        `seen_version` is the `residency_version` from before the probe was sent: where the
+        broker changed the residency meanwhile, the answer's word on it is out of date.
+        """
+        with self._lock:
+            state = self._consumers[name]
+            changes: dict[str, object] = {}
+            if seen_version == state.residency_version:
+                loaded = state.loaded if report.loaded is None else report.loaded
+                changes["loaded"] = loaded
+                if report.resident_mib is not None:
+                    changes["resident_mib"] = report.resident_mib
+                elif loaded != state.loaded:
+                    changes["resident_mib"] = None
+            self._publish_locked(
+                name,
+                replace(
+                    state,
+                    healthy=True,
+                    last_error="",
+                    last_probe=self._clock.monotonic(),
+                    **changes,  # type: ignore[arg-type]  # replace() takes no typed mapping
+                ),
+            )
+            return state.healthy is not True
+
+    def probe_failed(self, name: str, error: str, *, process_gone: bool = False) -> bool:
+        """Take in a failed probe; True if it changed `healthy`.
+
+        `process_gone`: nothing listens there any more, so its memory is free; what will be
+        loaded when it comes back is what was assumed at the start.
+        """
+        with self._lock:
+            state = self._consumers[name]
+            changed = replace(
+                state, healthy=False, last_error=error, last_probe=self._clock.monotonic()
+            )
+            if process_gone and state.active == 0:
+                changed = replace(
+                    changed,
+                    loaded=False,
+                    resident_mib=0,
+                    residency_version=state.residency_version + 1,
+                )
+            self._publish_locked(name, changed)
+            return state.healthy is not False
+
+    def process_returned(self, name: str) -> None:
+        """A consumer that was gone answers again: a fresh process, so back to the assumption."""
+        with self._lock:
+            state = self._consumers[name]
+            self._publish_locked(
+                name, replace(state, loaded=self._assumed_loaded[name], resident_mib=None)
+            )
+
+    def _publish_locked(self, name: str, state: ConsumerState) -> None:
+        self._consumers = MappingProxyType({**self._consumers, name: state})

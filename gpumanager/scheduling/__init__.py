@@ -1,0 +1,1 @@
+"""Who may use the GPU, when, and who must make room. See docs/scheduling.md."""

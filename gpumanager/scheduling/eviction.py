@@ -1,0 +1,105 @@
+"""Eviction as a wrapper over any exclusive scheduler.
+
+Room is made after the grant and before the job, on the thread that holds the ticket: no victim
+can be running then, and nobody else changes what is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from gpumanager.clock import Clock
+from gpumanager.errors import BrokerError
+from gpumanager.model import Job, LineEntry, Stats
+from gpumanager.scheduling.interface import Scheduler, Ticket
+
+
+class MakesRoom(Protocol):
+    """What the wrapper needs done between the grant and the job."""
+
+    @property
+    def evictions(self) -> int:
+        """Consumers unloaded so far."""
+
+    def make_room(self, ticket: Ticket) -> None:
+        """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
+
+
+class Evicting:
+    """A Scheduler whose tickets are ready only once their consumer has room.
+
+    Raises ValueError for an inner scheduler that is not exclusive: a victim could be running.
+    """
+
+    exclusive = True
+
+    def __init__(self, inner: Scheduler, room: MakesRoom, clock: Clock) -> None:
+        if not inner.exclusive:
+            raise ValueError("eviction needs a scheduler that runs one job at a time")
+        self._inner = inner
+        self._room = room
+        self._clock = clock
+
+    def enqueue(self, job: Job) -> EvictingTicket:
+        return EvictingTicket(self._inner.enqueue(job), self._room, self._clock)
+
+    def cancel(self, ticket: int, error: BrokerError) -> bool:
+        return self._inner.cancel(ticket, error)
+
+    def line(self) -> tuple[LineEntry, ...]:
+        return self._inner.line()
+
+    def stats(self) -> Stats:
+        return replace(self._inner.stats(), evictions=self._room.evictions)
+
+    def drain(self) -> None:
+        self._inner.drain()
+
+    def wait_idle(self, timeout: float) -> bool:
+        return self._inner.wait_idle(timeout)
+
+
+class EvictingTicket:
+    """A Ticket that makes room when its turn has come."""
+
+    __slots__ = ("_clock", "_inner", "_prepared_s", "_room")
+
+    def __init__(self, inner: Ticket, room: MakesRoom, clock: Clock) -> None:
+        self._inner = inner
+        self._room = room
+        self._clock = clock
+        self._prepared_s = 0.0
+
+    @property
+    def number(self) -> int:
+        return self._inner.number
+
+    @property
+    def job(self) -> Job:
+        return self._inner.job
+
+    @property
+    def waited_s(self) -> float:
+        return self._inner.waited_s
+
+    @property
+    def prepared_s(self) -> float:
+        return self._prepared_s
+
+    def wait(self) -> None:
+        self._inner.wait()
+        began = self._clock.monotonic()
+        try:
+            self._room.make_room(self)
+        finally:
+            self._prepared_s = self._clock.monotonic() - began
+
+    def pause(self, seconds: float) -> None:
+        self._inner.pause(seconds)
+
+    def cancel(self, error: BrokerError) -> bool:
+        return self._inner.cancel(error)
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,28 @@
+"""The schedulers by the names they have in the config."""
+
+from __future__ import annotations
+
+from gpumanager.clock import Clock
+from gpumanager.config import SchedulerConfig
+from gpumanager.scheduling.eviction import Evicting, MakesRoom
+from gpumanager.scheduling.interface import Scheduler
+from gpumanager.scheduling.line import Line
+from gpumanager.scheduling.policy import FirstComeFirstServed
+
+
+def locked(*, max_queue: int, max_wait: float, clock: Clock) -> Line:
+    """A FIFO ticket lock: one job at a time, in strict order of arrival."""
+    return Line(FirstComeFirstServed(1), max_queue=max_queue, max_wait=max_wait, clock=clock)
+
+
+def passthrough(*, max_queue: int, max_wait: float, clock: Clock) -> Line:
+    """No lock: every job runs at once. With `max_queue` of them running the next is refused,
+    since each of them holds a thread."""
+    return Line(FirstComeFirstServed(max_queue), max_queue=0, max_wait=max_wait, clock=clock)
+
+
+def build_scheduler(settings: SchedulerConfig, room: MakesRoom, clock: Clock) -> Scheduler:
+    """The scheduler `settings.kind` names, with eviction where it is exclusive."""
+    make = {"locked": locked, "passthrough": passthrough}[settings.kind]
+    inner = make(max_queue=settings.max_queue, max_wait=settings.max_wait, clock=clock)
+    return Evicting(inner, room, clock) if inner.exclusive else inner

@@ -1,0 +1,220 @@
+"""The line: tickets, Conditions and counters. What decides is the policy.
+
+Every ticket waits on a Condition of its own, all on one lock, so that a grant wakes exactly the
+thread it is for, with one waiter or a thousand.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from gpumanager.clock import Clock, wall_time
+from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
+from gpumanager.model import Job, LineEntry, Stats
+from gpumanager.scheduling.policy import Policy, Running, Waiting, overstayed
+
+_HOLD_WEIGHT = 0.2
+"""Weight of the latest job in the running mean of hold times, which only feeds estimates."""
+
+_FIRST_HOLD_S = 1.0
+"""The estimate of a hold before any job has run."""
+
+_LONGEST_RETRY_S = 300.0
+
+
+class Line:
+    """A Scheduler in one process.
+
+    `max_queue` bounds how many may wait (those running not counted) and `max_wait`, in seconds,
+    how long.
+    """
+
+    def __init__(self, policy: Policy, *, max_queue: int, max_wait: float, clock: Clock) -> None:
+        self._policy = policy
+        self._max_queue = max_queue
+        self._max_wait = max_wait
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        # OrderedDict, not dict: finding the first of a dict whose head was deleted many times
+        # walks over the holes.
+        self._waiting: OrderedDict[int, Waiting] = OrderedDict()
+        self._running: dict[int, Running] = {}
+        self._tickets: dict[int, LineTicket] = {}
+        self._last_number = 0
+        self._total_jobs = 0
+        self._last_wait_s = 0.0
+        self._last_run_s = 0.0
+        self._mean_hold_s = _FIRST_HOLD_S
+        self._draining = False
+
+    @property
+    def exclusive(self) -> bool:
+        return self._policy.exclusive
+
+    def enqueue(self, job: Job) -> LineTicket:
+        with self._lock:
+            if self._draining:
+                raise self._shutting_down_locked(job)
+            now = self._clock.monotonic()
+            max_wait = self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
+            self._last_number += 1
+            place = Waiting(self._last_number, job, since=now, deadline=now + max_wait)
+            ticket = LineTicket(self, place)
+            self._waiting[place.ticket] = place
+            self._tickets[place.ticket] = ticket
+            self._grant_locked()
+            if place.ticket in self._waiting and len(self._waiting) > self._max_queue:
+                self._close_locked(place.ticket)
+                raise QueueFull(
+                    f"{len(self._waiting)} requests wait already",
+                    consumer=job.consumer,
+                    retry_after=self._estimate_locked(),
+                )
+            return ticket
+
+    def cancel(self, ticket: int, error: BrokerError) -> bool:
+        with self._lock:
+            return self._cancel_locked(ticket, error)
+
+    def line(self) -> tuple[LineEntry, ...]:
+        with self._lock:
+            return (
+                *(LineEntry(r.ticket, r.job, "running", r.since) for r in self._running.values()),
+                *(LineEntry(w.ticket, w.job, "waiting", w.since) for w in self._waiting.values()),
+            )
+
+    def stats(self) -> Stats:
+        with self._lock:
+            oldest = next(iter(self._waiting.values()), None)
+            return Stats(
+                queue_depth=len(self._waiting),
+                in_flight=len(self._running),
+                total_jobs=self._total_jobs,
+                last_wait_ms=round(self._last_wait_s * 1000),
+                last_run_ms=round(self._last_run_s * 1000),
+                oldest_queued=None if oldest is None else wall_time(self._clock, oldest.since),
+            )
+
+    def drain(self) -> None:
+        with self._lock:
+            self._draining = True
+            for place in list(self._waiting.values()):
+                self._cancel_locked(place.ticket, self._shutting_down_locked(place.job))
+
+    def wait_idle(self, timeout: float) -> bool:
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._running, timeout)
+
+    def _grant_locked(self) -> None:
+        now = self._clock.monotonic()
+        while self._waiting:
+            chosen = self._policy.next_up(self._waiting.values(), self._running.values(), now)
+            if chosen is None:
+                return
+            del self._waiting[chosen.ticket]
+            self._running[chosen.ticket] = Running(chosen.ticket, chosen.job, since=now)
+            self._total_jobs += 1
+            self._last_wait_s = now - chosen.since
+            ticket = self._tickets[chosen.ticket]
+            ticket._waited_s = self._last_wait_s
+            ticket._turn.notify()
+
+    def _cancel_locked(self, number: int, error: BrokerError) -> bool:
+        ticket = self._tickets.get(number)
+        if ticket is None:
+            return False
+        if ticket._error is None:
+            ticket._error = error
+        if number in self._waiting:
+            self._close_locked(number)
+        ticket._turn.notify()
+        return True
+
+    def _close_locked(self, number: int) -> None:
+        ticket = self._tickets.pop(number, None)
+        if ticket is None:
+            return
+        now = self._clock.monotonic()
+        if (place := self._waiting.pop(number, None)) is not None:
+            ticket._waited_s = now - place.since
+        else:
+            held = now - self._running.pop(number).since
+            self._last_run_s = held
+            self._mean_hold_s += _HOLD_WEIGHT * (held - self._mean_hold_s)
+            if not self._running:
+                self._idle.notify_all()
+        self._grant_locked()
+
+    def _estimate_locked(self) -> float:
+        """Seconds until the line as it stands is done, from how long jobs took lately."""
+        ahead = len(self._waiting) + len(self._running)
+        return min(_LONGEST_RETRY_S, ahead * self._mean_hold_s)
+
+    def _shutting_down_locked(self, job: Job) -> ShuttingDown:
+        return ShuttingDown(
+            "the broker is shutting down",
+            consumer=job.consumer,
+            retry_after=self._estimate_locked(),
+        )
+
+
+class LineTicket:
+    """A Ticket of `Line`. Its fields belong to the line's lock."""
+
+    __slots__ = ("_error", "_line", "_place", "_turn", "_waited_s")
+
+    def __init__(self, line: Line, place: Waiting) -> None:
+        self._line = line
+        self._place = place
+        self._turn = threading.Condition(line._lock)
+        self._waited_s: float | None = None
+        self._error: BrokerError | None = None
+
+    @property
+    def number(self) -> int:
+        return self._place.ticket
+
+    @property
+    def job(self) -> Job:
+        return self._place.job
+
+    @property
+    def waited_s(self) -> float:
+        waited = self._waited_s
+        return self._line._clock.monotonic() - self._place.since if waited is None else waited
+
+    @property
+    def prepared_s(self) -> float:
+        return 0.0
+
+    def wait(self) -> None:
+        line, number = self._line, self.number
+        with line._lock:
+            while number in line._waiting:
+                now = line._clock.monotonic()
+                if overstayed(self._place, now):
+                    line._close_locked(number)
+                    raise QueueTimeout(
+                        f"no turn within {now - self._place.since:.0f} s",
+                        consumer=self.job.consumer,
+                        retry_after=line._estimate_locked(),
+                    )
+                self._turn.wait(self._place.deadline - now)
+            if self._error is not None:
+                raise self._error
+
+    def pause(self, seconds: float) -> None:
+        with self._line._lock:
+            self._turn.wait_for(lambda: self._error is not None, seconds)
+            if self._error is not None:
+                raise self._error
+
+    def cancel(self, error: BrokerError) -> bool:
+        with self._line._lock:
+            return self._line._cancel_locked(self.number, error)
+
+    def close(self) -> None:
+        with self._line._lock:
+            self._line._close_locked(self.number)

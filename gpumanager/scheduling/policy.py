@@ -1,0 +1,74 @@
+"""Who is next, and who has waited too long: pure functions over plain data.
+
+The machinery in `line` carries the decisions out; it decides nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpumanager.model import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A place in the line. `since` and `deadline` are monotonic seconds."""
+
+    ticket: int
+    job: Job
+    since: float
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A job that holds the GPU. `since` is monotonic seconds, of the grant."""
+
+    ticket: int
+    job: Job
+    since: float
+
+
+class Policy(Protocol):
+    """Chooses the next job to be granted."""
+
+    @property
+    def exclusive(self) -> bool:
+        """True if it never lets two jobs run together."""
+
+    def next_up(
+        self, waiting: Iterable[Waiting], running: Collection[Running], now: float
+    ) -> Waiting | None:
+        """The waiting job to start now, or None. Asked again after each grant.
+
+        `waiting` comes in the order of arrival; a policy that looks no further than the head
+        costs the same for any length of the line.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FirstComeFirstServed:
+    """Strict arrival order, up to `limit` jobs at once."""
+
+    limit: int = 1
+
+    @property
+    def exclusive(self) -> bool:
+        return self.limit == 1
+
+    def next_up(
+        self,
+        waiting: Iterable[Waiting],
+        running: Collection[Running],
+        now: float,  # noqa: ARG002  # part of the interface; arrival order needs no time
+    ) -> Waiting | None:
+        if len(running) >= self.limit:
+            return None
+        return next(iter(waiting), None)
+
+
+def overstayed(waiting: Waiting, now: float) -> bool:
+    """True if the job has to leave the line."""
+    return now >= waiting.deadline

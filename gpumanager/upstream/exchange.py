@@ -1,0 +1,298 @@
+"""One request to a consumer and its answer, streamed, bounded in time, and stoppable from
+another thread."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import requests
+import requests.structures
+import urllib3.exceptions
+from urllib3.util import SKIP_HEADER, wait_for_read
+
+from gpumanager.clock import Clock
+from gpumanager.config import Timeouts
+from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.upstream.headers import end_to_end
+from gpumanager.upstream.transport import OneShotAdapter, dialling
+from gpumanager.watcher import Watch, Watcher
+
+READ_BYTES = 64 * 1024
+
+
+class TruncatedAnswer(Exception):
+    """The consumer's answer broke off after its head had been handed on: no envelope is
+    possible any more, and what was relayed must not look complete."""
+
+    def __init__(self, error: BrokerError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """What is sent. `target` is path and query, to the letter; `body` is bytes, or a file of
+    `length` bytes; `headers` are end-to-end ones without Host and Content-Length."""
+
+    method: str
+    base_url: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes | IO[bytes] | None = None
+    length: int | None = None
+
+
+class Exchange:
+    """Owned by one thread, which calls `send`, then `read` until it returns b"", and `close`
+    in a `finally`. Any thread may call `abort`.
+    """
+
+    def __init__(
+        self, consumer: str, outbound: Outbound, timeouts: Timeouts, watcher: Watcher, clock: Clock
+    ) -> None:
+        self._consumer = consumer
+        self._outbound = outbound
+        self._timeouts = timeouts
+        self._watcher = watcher
+        self._clock = clock
+        self._guard = threading.Lock()
+        self._sock: Any = None
+        self._failure: BrokerError | None = None
+        self._ended = False
+        self._watch: Watch | None = None
+        self._deadline = 0.0
+        self._overdue: BrokerError | None = None
+        self._raw: Any = None
+        self.status = 0
+        self.reason = ""
+        self.headers: list[tuple[str, str]] = []
+
+    # -- Dial ------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> str:
+        return self._outbound.target
+
+    def connected(self, sock: Any) -> None:
+        # urllib3 would send the body under the connect time-out.
+        sock.settimeout(self._timeouts.first_byte)
+        with self._guard:
+            if self._failure is not None:
+                raise OSError("aborted")
+            self._sock = sock
+
+    # -- any thread ------------------------------------------------------------------------
+
+    def abort(self, error: BrokerError) -> bool:
+        """End it: the connection is shut down, which the consumer sees at once, and the owner's
+        call raises `error`. False if it was over already."""
+        with self._guard:
+            if self._ended:
+                return False
+            if self._failure is None:
+                self._failure = error
+            if self._sock is not None:
+                with contextlib.suppress(OSError):  # the consumer was faster
+                    self._sock.shutdown(socket.SHUT_RDWR)
+            return True
+
+    # -- the owner -------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """True once the answer was read to its end, broke off, or was closed."""
+        return self._ended
+
+    def send(self, adapter: OneShotAdapter) -> None:
+        """Send the request and return when the answer's head is there.
+
+        Raises ConsumerUnreachable, ConsumerTimeout, BadRequest for what cannot be sent, or the
+        error of `abort`.
+        """
+        timeouts = self._timeouts
+        self._bound(
+            timeouts.connect + timeouts.first_byte,
+            f"no answer within {timeouts.first_byte:g} s",
+        )
+        self._watch = self._watcher.watch(self._is_overdue, self._abort_overdue)
+        try:
+            with dialling(self):
+                response = adapter.send(
+                    self._prepare(),
+                    stream=True,
+                    timeout=(timeouts.connect, timeouts.first_byte),
+                    proxies={},
+                )
+        except Exception as error:
+            self.close()
+            raise self._explain(error) from error
+        began = self._deadline - timeouts.connect - timeouts.first_byte
+        self._bound(timeouts.total, f"not done within {timeouts.total:g} s", since=began)
+        if self._sock is not None:
+            self._sock.settimeout(timeouts.idle)
+        self._raw = response.raw
+        with self._guard:
+            failure = self._failure
+        if failure is not None:
+            self.close()
+            raise failure
+        self.status = response.status_code
+        self.reason = response.reason or ""
+        self.headers = end_to_end(self._raw.headers.items())
+
+    def read(self) -> bytes:
+        """The next bytes of the body as they come, undecoded; b"" at the end.
+
+        Raises ConsumerUnreachable, ConsumerTimeout or the error of `abort` if it breaks off.
+        The exchange ends with the last byte, before that byte is returned.
+        """
+        if self._ended:
+            return b""
+        try:
+            data: bytes = self._raw.read1(READ_BYTES, decode_content=False)
+        except Exception as error:
+            self.close()
+            raise self._explain(error) from error
+        if not data or self._raw.length_remaining == 0:
+            with self._guard:
+                failure = self._failure
+            self.close()
+            if failure is not None:
+                # The end of an answer without a length looks the same as an abort.
+                raise failure
+        return data
+
+    def ready(self, timeout: float = 0.0) -> bool:
+        """True if `read` would not have to wait, within `timeout` seconds."""
+        sock, reader = self._sock, getattr(getattr(self._raw, "_fp", None), "fp", None)
+        if self._ended or sock is None or reader is None:
+            return True
+        try:
+            sock.setblocking(False)
+            try:
+                if reader.peek(1):
+                    return True
+            finally:
+                sock.settimeout(self._timeouts.idle)
+            return timeout > 0 and wait_for_read(sock, timeout)
+        except (OSError, ValueError):
+            return timeout > 0 and wait_for_read(sock, timeout)
+
+    def drain(self) -> None:
+        """Read the rest and drop it, within the time-outs. Never raises."""
+        try:
+            while self.read():
+                pass
+        except BrokerError:
+            pass
+
+    def close(self) -> None:
+        """Close the connection. Idempotent, never raises."""
+        with self._guard:
+            if self._ended:
+                return
+            self._ended = True
+            self._sock = None
+        if self._watch is not None:
+            self._watch.stop()
+        if self._raw is not None:
+            self._raw.close()
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _prepare(self) -> requests.PreparedRequest:
+        """A request that `requests` has not touched: nothing added, nothing re-encoded."""
+        outbound = self._outbound
+        headers: requests.structures.CaseInsensitiveDict[str | bytes]
+        headers = requests.structures.CaseInsensitiveDict(
+            {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
+        )
+        headers.update(outbound.headers)
+        headers["Connection"] = "close"
+        if outbound.length is not None:
+            headers["Content-Length"] = str(outbound.length)
+        prepared = requests.PreparedRequest()
+        prepared.method = outbound.method
+        prepared.url = outbound.base_url + outbound.target
+        prepared.headers = headers
+        prepared.body = outbound.body  # type: ignore[assignment]  # a file is fine for urllib3
+        prepared.hooks = {}
+        return prepared
+
+    def _bound(self, seconds: float, message: str, *, since: float | None = None) -> None:
+        began = self._clock.monotonic() if since is None else since
+        self._overdue = ConsumerTimeout(f"{self._consumer}: {message}", consumer=self._consumer)
+        self._deadline = began + seconds
+
+    def _is_overdue(self) -> bool:
+        return self._clock.monotonic() >= self._deadline
+
+    def _abort_overdue(self) -> None:
+        if self._overdue is not None:
+            self.abort(self._overdue)
+
+    def _explain(self, error: Exception) -> BrokerError:
+        """The broker's error for what `requests`, urllib3 or the socket raised."""
+        with self._guard:
+            if self._failure is not None:
+                return self._failure
+        name = self._consumer
+        chain = list(_chain(error))
+        if any(isinstance(link, ConnectionRefusedError) for link in chain):
+            message = f"{name} refused the connection"
+            return ConsumerUnreachable(message, consumer=name, nothing_listens=True)
+        if any(map(_is_timeout, chain)):
+            if any(isinstance(link, urllib3.exceptions.ConnectTimeoutError) for link in chain):
+                what, seconds = "no connection", self._timeouts.connect
+            elif self._raw is None:
+                what, seconds = "no answer", self._timeouts.first_byte
+            else:
+                what, seconds = "nothing more came", self._timeouts.idle
+            return ConsumerTimeout(f"{name}: {what} within {seconds:g} s", consumer=name)
+        if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
+            return BadRequest(f"the request cannot be sent to {name}", consumer=name)
+        return ConsumerUnreachable(f"{name} {_reason(chain)}", consumer=name)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and everything it was raised from, or carries as an argument."""
+    seen: set[int] = set()
+    todo: list[BaseException] = [error]
+    while todo:
+        link = todo.pop()
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        related = [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
+        todo.extend(item for item in related if isinstance(item, BaseException))
+
+
+def _is_timeout(link: BaseException) -> bool:
+    # NewConnectionError passes for a time-out in urllib3 2, but stands for any failed connect.
+    return isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
+        link, urllib3.exceptions.NewConnectionError
+    )
+
+
+def _reason(chain: list[BaseException]) -> str:
+    """What went wrong, in words that hold no address."""
+    for link in chain:
+        if isinstance(link, http.client.RemoteDisconnected):
+            return "closed the connection without an answer"
+        if isinstance(link, urllib3.exceptions.NameResolutionError):
+            return "has a host name that cannot be resolved"
+        if isinstance(link, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):
+            return "broke off its answer"
+        if isinstance(link, http.client.HTTPException):
+            return f"sent no valid HTTP answer ({type(link).__name__})"
+    for link in chain:
+        if isinstance(link, OSError) and link.strerror:
+            return f"could not be reached: {link.strerror}"
+    return f"could not be reached ({type(chain[0]).__name__})"

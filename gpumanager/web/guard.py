@@ -1,0 +1,144 @@
+"""The outermost WSGI layer: whatever happens inside, what a request holds is given back once.
+
+Neither a generator's `finally` (skipped for HEAD), nor `teardown_request` (before the stream is
+sent), nor a response's `close` (skipped when the server rejects a header) can be relied on; one
+wrapper around everything can.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from gpumanager.clock import Clock
+from gpumanager.errors import InternalError
+from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id
+from gpumanager.web.server import unsent_bytes
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+access_log = logging.getLogger("gpumanager.access")
+log = logging.getLogger(__name__)
+
+
+class Guard:
+    """Wraps the application: request id, exactly-once clean-up, last-resort errors, access log."""
+
+    def __init__(self, app: WSGIApplication, clock: Clock) -> None:
+        self._app = app
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open = 0
+        self._unsent: Callable[[], int] | None = None
+
+    def unfinished(self) -> int:
+        """Requests still being answered, plus bytes of answers not yet sent; 0 when idle."""
+        unsent = self._unsent
+        return self._open + (0 if unsent is None else unsent())
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        record = RequestRecord(
+            request_id=request_id(environ),
+            method=environ["REQUEST_METHOD"],
+            path=environ.get("PATH_INFO", ""),
+            client=environ.get("REMOTE_ADDR", "-"),
+            started=self._clock.monotonic(),
+        )
+        environ[RECORD_KEY] = record
+        with self._lock:
+            self._open += 1
+            if self._unsent is None:
+                self._unsent = unsent_bytes(environ)
+
+        def start(
+            status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+        ) -> Callable[[bytes], object]:
+            record.status = int(status[:3])
+            ours = [("X-Request-Id", record.request_id)]
+            if timing := record.server_timing():
+                ours.append(("Server-Timing", timing))
+            kept = [header for header in headers if header[0].lower() != "x-request-id"]
+            return start_response(status, kept + ours, exc_info)
+
+        try:
+            body = self._app(environ, start)
+        except Exception:
+            log.exception("request failed", extra={"request_id": record.request_id})
+            error = InternalError("the broker failed; its log has the details")
+            payload = json.dumps(error.envelope()).encode() + b"\n"
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(payload))),
+            ]
+            self._finish(record)
+            start(f"{error.status} Internal Server Error", headers, sys.exc_info())
+            return [payload]
+        except BaseException:
+            self._finish(record)
+            raise
+        return _GuardedBody(body, lambda: self._finish(record))
+
+    def _finish(self, record: RequestRecord) -> None:
+        with self._lock:
+            self._open -= 1
+        try:
+            record.stack.close()
+        except Exception:
+            log.exception("clean-up failed", extra={"request_id": record.request_id})
+        fields: dict[str, object] = {
+            "method": record.method,
+            "path": record.path,
+            "status": record.status,
+            "ms": _ms(self._clock.monotonic() - record.started),
+            "client": record.client,
+            "request_id": record.request_id,
+        }
+        if record.consumer is not None:
+            fields["consumer"] = record.consumer
+        for name, seconds in (
+            ("wait_ms", record.waited_s),
+            ("evict_ms", record.prepared_s),
+            ("run_ms", record.run_s),
+        ):
+            if seconds is not None:
+                fields[name] = _ms(seconds)
+        if record.failure is not None:
+            fields["failure"] = record.failure
+        access_log.info("request", extra=fields)
+
+
+class _GuardedBody:
+    """The application's body, whose `close` also finishes the request, once."""
+
+    __slots__ = ("_body", "_finish", "_iterator")
+
+    def __init__(self, body: Iterable[bytes], finish: Callable[[], None]) -> None:
+        self._body = body
+        self._iterator = iter(body)
+        self._finish: Callable[[], None] | None = finish
+
+    def __iter__(self) -> _GuardedBody:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is None:
+            return
+        try:
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
+        finally:
+            finish()
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

@@ -1,0 +1,159 @@
+"""One job from the line to the consumer and back: the only place where the scheduler, the
+registry and the proxy meet."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gpumanager.clock import Clock
+from gpumanager.config import ConsumerConfig
+from gpumanager.errors import BrokerError, ClientGone, SchedulerError
+from gpumanager.model import Job
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Scheduler, Ticket
+from gpumanager.upstream.exchange import Exchange
+from gpumanager.upstream.proxy import Proxy
+from gpumanager.watcher import Watcher
+from gpumanager.web.record import RequestRecord, record_of
+from gpumanager.web.relay import RelayedResponse
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+
+class ClientWatch:
+    """Notices that the client left, and does what fits the stage the request has reached."""
+
+    def __init__(self, environ: WSGIEnvironment, watcher: Watcher) -> None:
+        self._lock = threading.Lock()
+        self._gone = False
+        self._action: Callable[[], object] | None = None
+        disconnected = environ.get("waitress.client_disconnected")
+        self._watch = None if disconnected is None else watcher.watch(disconnected, self._left)
+
+    def when_gone(self, action: Callable[[], object] | None) -> None:
+        """From now on do `action` when the client leaves: at once, if it has left already."""
+        with self._lock:
+            self._action = action
+            gone = self._gone
+        if gone and action is not None:
+            action()
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _left(self) -> None:
+        with self._lock:
+            self._gone = True
+            action = self._action
+        if action is not None:
+            action()
+
+
+class _Hold:
+    """A job's hold on the GPU, to be given back once, by whoever sees its end first."""
+
+    def __init__(
+        self, ticket: Ticket, registry: Registry, record: RequestRecord, clock: Clock
+    ) -> None:
+        self._ticket = ticket
+        self._registry = registry
+        self._record = record
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._done = False
+        self.began = clock.monotonic()
+        registry.job_started(ticket.job.consumer)
+
+    def give_back(self) -> None:
+        with self._lock:
+            if self._done:
+                return
+            self._done = True
+        self._record.run_s = self._clock.monotonic() - self.began
+        # First what the next job's eviction looks at, then the GPU.
+        self._registry.job_finished(self._ticket.job.consumer)
+        self._ticket.close()
+
+
+class JobRunner:
+    """Runs a prepared exchange under the scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        registry: Registry,
+        proxy: Proxy,
+        watcher: Watcher,
+        clock: Clock,
+    ) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        self._proxy = proxy
+        self._watcher = watcher
+        self._clock = clock
+
+    def run(
+        self,
+        environ: WSGIEnvironment,
+        kind: str,
+        name: str,
+        consumer: ConsumerConfig,
+        exchange: Exchange,
+    ) -> RelayedResponse:
+        """Wait for the GPU, send, and return as soon as the answer's head is there.
+
+        Raises a BrokerError if it does not come to that; the GPU is given back by then. After
+        that the response, and behind it the guard, see to it.
+        """
+        record = record_of(environ)
+        client = ClientWatch(environ, self._watcher)
+        record.stack.callback(client.stop)
+        try:
+            ticket = self._scheduler.enqueue(
+                Job(name, kind, client=record.client, request_id=record.request_id)
+            )
+            record.stack.callback(ticket.close)
+            self._wait(ticket, client, record)
+        except BrokerError:
+            raise
+        except Exception as error:
+            log.exception("scheduler failed", extra={"request_id": record.request_id})
+            raise SchedulerError("the scheduler failed", consumer=name) from error
+        hold = _Hold(ticket, self._registry, record, self._clock)
+        record.stack.callback(hold.give_back)
+        try:
+            native = consumer.on_disconnect == "native"
+            # Where the consumer works on regardless, closing its connection would only let the
+            # next job collide with it.
+            client.when_gone((lambda: exchange.abort(_gone(name))) if native else None)
+            self._proxy.send(exchange)
+        except BaseException:
+            hold.give_back()
+            raise
+        finally:
+            record.upstream_s = self._clock.monotonic() - hold.began
+        record.stack.callback(exchange.close)
+        return RelayedResponse(exchange, hold.give_back, finish_answer=not native)
+
+    def _wait(self, ticket: Ticket, client: ClientWatch, record: RequestRecord) -> None:
+        client.when_gone(lambda: ticket.cancel(_gone(ticket.job.consumer)))
+        try:
+            ticket.wait()
+        except BaseException:
+            ticket.close()
+            raise
+        finally:
+            record.waited_s = ticket.waited_s
+        record.prepared_s = ticket.prepared_s
+
+
+def _gone(name: str) -> ClientGone:
+    return ClientGone("the client left", consumer=name)

@@ -1,0 +1,56 @@
+"""What is remembered of one request from its first byte to its last."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+RECORD_KEY = "gpumanager.record"
+"""Where the guard leaves the record in the WSGI environ."""
+
+_WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request. `stack` holds whatever must be undone when it is over, however it ends;
+    times are in seconds, None until known."""
+
+    request_id: str
+    method: str
+    path: str
+    client: str
+    started: float
+    stack: ExitStack = field(default_factory=ExitStack)
+    status: int = 0
+    consumer: str | None = None
+    waited_s: float | None = None
+    prepared_s: float | None = None
+    upstream_s: float | None = None
+    run_s: float | None = None
+    failure: str | None = None
+
+    def server_timing(self) -> str | None:
+        """The `Server-Timing` of a job that was granted the GPU, None for any other request."""
+        if self.waited_s is None or self.prepared_s is None:
+            return None
+        phases = [("queue", self.waited_s), ("evict", self.prepared_s)]
+        if self.upstream_s is not None:
+            phases.append(("upstream", self.upstream_s))
+        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases)
+
+
+def request_id(environ: Mapping[str, Any]) -> str:
+    """The client's `X-Request-Id` if it is well-formed, else a new one."""
+    given = environ.get("HTTP_X_REQUEST_ID", "")
+    return given if _WELL_FORMED_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def record_of(environ: Mapping[str, Any]) -> RequestRecord:
+    """The record of the request that `environ` belongs to."""
+    record: RequestRecord = environ[RECORD_KEY]
+    return record

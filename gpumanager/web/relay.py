@@ -1,0 +1,172 @@
+"""Handing a consumer's answer on to the client, at the consumer's pace whatever the client's."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, TYPE_CHECKING
+
+from flask import Response
+
+from gpumanager.errors import BrokerError, ClientGone
+from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
+from gpumanager.web.server import pending_output, reset_when_closed
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+PENDING_BYTES = 1024 * 1024
+"""What the server may hold for a slow reader before the rest goes to the spool."""
+
+SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
+"""What the spool holds in memory; beyond that it is a file."""
+
+SLOW_POLL_S = 0.05
+STALLED_READER_S = 60.0
+"""A client that takes nothing for so long, while its answer is ready, is cut off."""
+
+
+class RelayedResponse(Response):
+    """The answer of an exchange whose head has arrived, for Flask to return from a view.
+
+    Werkzeug's own header handling is by-passed, so that the consumer's go through unchanged.
+    `on_end` is called once, as soon as the consumer is done or its answer broke off;
+    `finish_answer`: if the client leaves, the answer is read to its end and dropped first.
+    """
+
+    def __init__(
+        self, exchange: Exchange, on_end: Callable[[], None], *, finish_answer: bool = False
+    ) -> None:
+        super().__init__(status=exchange.status)
+        self._exchange = exchange
+        self._on_end = on_end
+        self._finish_answer = finish_answer
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        exchange = self._exchange
+        write = start_response(f"{exchange.status} {exchange.reason}", exchange.headers)
+        if not exchange.ready():
+            # The head goes out now: servers send it with the first bytes of the body only.
+            write(b"")
+        return RelayedBody(
+            exchange, self._on_end, environ=environ, finish_answer=self._finish_answer
+        )
+
+
+class RelayedBody:
+    """The body of a RelayedResponse. An iterator for one thread, with a `close`."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        on_end: Callable[[], None],
+        *,
+        environ: WSGIEnvironment,
+        finish_answer: bool,
+    ) -> None:
+        self._exchange = exchange
+        self._on_end = on_end
+        self._environ = environ
+        self._finish_answer = finish_answer
+        self._pending = pending_output(environ)
+        self._chunks = self._relay()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Release the consumer, if the answer was not read to its end."""
+        self._chunks.close()
+        if not self._exchange.ended:
+            if self._finish_answer:
+                self._exchange.drain()
+            self._exchange.close()
+            self._on_end()
+
+    def _relay(self) -> Iterator[bytes]:
+        with _Spool() as spool:
+            while not (self._exchange.ended and not len(spool)):
+                if not len(spool):
+                    chunk = self._read()
+                    if chunk and self._pending() > PENDING_BYTES:
+                        spool.append(chunk)
+                    elif chunk:
+                        yield chunk
+                    continue
+                room = self._pending() <= PENDING_BYTES
+                if room:
+                    yield spool.take()
+                if self._exchange.ended:
+                    self._await_reader()
+                elif self._exchange.ready(0.0 if room else SLOW_POLL_S):
+                    spool.append(self._read())
+
+    def _read(self) -> bytes:
+        try:
+            return self._exchange.read()
+        except BrokerError as error:
+            if not isinstance(error, ClientGone):
+                log.warning(
+                    "answer truncated",
+                    extra={"consumer": error.consumer, "reason": error.message},
+                )
+            reset_when_closed(self._environ)
+            raise TruncatedAnswer(error) from error
+        finally:
+            if self._exchange.ended:
+                self._on_end()
+
+    def _await_reader(self) -> None:
+        """Return when the server can take more. The consumer is done; only this thread waits."""
+        waited = 0.0
+        pending = self._pending()
+        pause = threading.Event()
+        while pending > PENDING_BYTES:
+            pause.wait(SLOW_POLL_S)
+            before, pending = pending, self._pending()
+            waited = waited + SLOW_POLL_S if pending >= before else 0.0
+            if waited >= STALLED_READER_S:
+                raise TruncatedAnswer(ClientGone("the client stopped reading"))
+
+
+class _Spool:
+    """Bytes that wait for the client, first in first out; in memory, beyond a bound on disk."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._read_at = 0
+        self._write_at = 0
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __len__(self) -> int:
+        return self._write_at - self._read_at
+
+    def append(self, data: bytes) -> None:
+        if self._file is None:
+            self._file = tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES)  # noqa: SIM115  # closed in __exit__
+        self._file.seek(self._write_at)
+        self._write_at += self._file.write(data)
+
+    def take(self) -> bytes:
+        if self._file is None:
+            return b""
+        self._file.seek(self._read_at)
+        data = self._file.read(min(READ_BYTES, len(self)))
+        self._read_at += len(data)
+        if not len(self):
+            self._file.truncate(0)
+            self._read_at = self._write_at = 0
+        return data

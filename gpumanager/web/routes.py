@@ -1,0 +1,172 @@
+"""The routes. What they know of scheduling is its interface."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import quote, unquote, urlsplit
+
+from flask import Flask, Response, request
+
+from gpumanager import errors
+from gpumanager.config import KINDS, Config, Kind
+from gpumanager.registry import Registry
+from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
+from gpumanager.watcher import Watcher
+from gpumanager.web import boundary
+from gpumanager.web.boundary import json_response
+from gpumanager.web.jobs import ClientWatch, JobRunner
+from gpumanager.web.record import record_of
+from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.server import AUDIO_THREADS
+from gpumanager.web.status import StatusView
+
+ROOT_TEXT = (
+    "gpumanager: GET /v1/status shows the live state, POST /v1/{tts,stt,llm,image} runs a job\n"
+)
+
+_DECODINGS = 3
+"""How often a path may be percent-encoded over before it is refused unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes need."""
+
+    config: Config
+    registry: Registry
+    proxy: Proxy
+    jobs: JobRunner
+    status: StatusView
+    watcher: Watcher
+    draining: Callable[[], bool]
+
+
+def create_app(services: Services) -> Flask:
+    """The Flask application, without the guard around it."""
+    app = Flask("gpumanager", static_folder=None)
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = True
+    boundary.install(app)
+    for kind in KINDS:
+        app.add_url_rule(
+            f"/v1/{kind}",
+            endpoint=f"job_{kind}",
+            view_func=_job_view(services, kind),
+            methods=["POST"],
+            provide_automatic_options=False,
+        )
+    _control_routes(app, services)
+    _audio_routes(app, services)
+    return app
+
+
+def _job_view(services: Services, kind: Kind) -> Callable[[], Response]:
+    config = services.config
+
+    def job() -> Response:
+        name = config.routing.get(kind)
+        if name is None:
+            raise errors.NoConsumer(f"no consumer routes {kind}")
+        consumer = config.consumers[name]
+        record_of(request.environ).consumer = name
+        route = consumer.paths.get(kind)
+        if route is None:
+            raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
+        state = services.registry.get(name)
+        if state.healthy is False:
+            raise errors.ConsumerUnhealthy(
+                f"consumer {name} last probe failed: {state.last_error}",
+                consumer=name,
+                retry_after=config.health_interval,
+            )
+        exchange = services.proxy.prepare(name, _inbound(), route.path, route.method)
+        return services.jobs.run(request.environ, kind, name, consumer, exchange)
+
+    return job
+
+
+def _control_routes(app: Flask, services: Services) -> None:
+    @app.get("/v1/status", provide_automatic_options=False)
+    def status() -> Response:
+        return json_response(services.status.snapshot())
+
+    @app.get("/healthz", provide_automatic_options=False)
+    def healthz() -> Response:
+        if services.draining():
+            return json_response({"status": "draining"}, 503)
+        return json_response({"status": "ok"})
+
+    @app.get("/", provide_automatic_options=False)
+    def root() -> Response:
+        return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
+
+
+def _audio_routes(app: Flask, services: Services) -> None:
+    prefix, name = services.config.audio_path_prefix, services.config.audio_proxy
+    places = threading.BoundedSemaphore(AUDIO_THREADS)
+
+    def audio(name_of_file: str) -> Response:  # noqa: ARG001  # the raw path is what counts
+        if name is None:
+            raise errors.NoAudioProxy("audio_proxy is not configured")
+        record = record_of(request.environ)
+        record.consumer = name
+        path = _raw_path(prefix)
+        if not places.acquire(blocking=False):
+            raise errors.QueueFull(
+                f"{AUDIO_THREADS} fetches of audio are under way", consumer=name, retry_after=1
+            )
+        record.stack.callback(places.release)
+        exchange = services.proxy.prepare(name, _inbound(), path)
+        record.stack.callback(exchange.close)
+        client = ClientWatch(request.environ, services.watcher)
+        record.stack.callback(client.stop)
+        client.when_gone(lambda: exchange.abort(errors.ClientGone("the client left")))
+        services.proxy.send(exchange)
+        return RelayedResponse(exchange, on_end=lambda: None)
+
+    app.add_url_rule(
+        f"{prefix}<path:name_of_file>",
+        view_func=audio,
+        methods=["GET"],
+        provide_automatic_options=False,
+    )
+
+
+def _inbound() -> Inbound:
+    environ = request.environ
+    length = environ.get("CONTENT_LENGTH")
+    return Inbound(
+        method=environ["REQUEST_METHOD"],
+        query=environ.get("QUERY_STRING", ""),
+        headers=inbound_headers(environ),
+        body=environ["wsgi.input"] if length else None,
+        length=int(length) if length else None,
+        request_id=record_of(environ).request_id,
+    )
+
+
+def _raw_path(prefix: str) -> str:
+    """The request's path as the client wrote it, if it names something below `prefix`.
+
+    Raises BadRequest for a path that could lead out of it in any encoding.
+    """
+    environ = request.environ
+    target = environ.get("REQUEST_URI") or quote(environ["PATH_INFO"].encode("latin-1"))
+    if "://" in target.partition("?")[0]:
+        target = urlsplit(target).path
+    path = target.partition("?")[0].partition("#")[0]
+    decoded = path
+    for _ in range(_DECODINGS):
+        decoded, before = unquote(decoded), decoded
+        if decoded == before:
+            break
+    else:
+        raise errors.BadRequest("the path is percent-encoded too often")
+    segments = decoded.replace("\\", "/").split("/")
+    if not path.startswith(prefix) or not {".", ".."}.isdisjoint(segments):
+        raise errors.BadRequest("the path leads out of the audio directory")
+    if not decoded.isprintable():
+        raise errors.BadRequest("the path holds characters that cannot be printed")
+    return path

@@ -1,0 +1,149 @@
+"""Everything that knows about waitress.
+
+`waitress-serve` imports the application before it reads its own settings, whose defaults are
+class attributes: what is set on them during that import holds unless its command line says
+otherwise. `gpumanager serve` goes the same way, so that there is one set of defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import waitress
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.task import ErrorTask
+
+from gpumanager import errors
+from gpumanager.config import Config
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+CONTROL_THREADS = 32
+"""Threads that are never all taken by waiting jobs and audio: status, health, refusals."""
+
+AUDIO_THREADS = 32
+"""Fetches of rendered audio that may be under way at once."""
+
+SPARE_CONNECTIONS = 512
+"""Connections beyond one for each thread: idle kept-alive ones, and clients to be refused."""
+
+SPARE_DESCRIPTORS = 256
+HEADER_BYTES = 64 * 1024
+_CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
+
+
+class JsonErrorTask(ErrorTask):
+    """Waitress's own refusals (unparsable, too large), in the broker's envelope."""
+
+    def execute(self) -> None:
+        refused: Any = self.request.error
+        error = _as_broker_error(refused)
+        request_id = secrets.token_hex(8)
+        body = json.dumps(error.envelope()).encode() + b"\n"
+        self.status = f"{refused.code} {refused.reason}"
+        self.response_headers.extend(
+            [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
+        )
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+        log.info(
+            "refused",
+            extra={
+                "status": refused.code,
+                "failure": error.code,
+                "reason": error.message,
+                "client": self.channel.addr[0],
+                "request_id": request_id,
+            },
+        )
+
+
+def set_defaults(config: Config) -> None:
+    """Make waitress serve the broker properly by default: a thread for every place in the line
+    and some to spare, clients that leave noticed, poll instead of select."""
+    threads = config.scheduler.max_queue + 1 + AUDIO_THREADS + CONTROL_THREADS
+    connections = threads + SPARE_CONNECTIONS
+    # Private marker types tell waitress a default from an explicit flag: keep them.
+    Adjustments.host = type(Adjustments.host)(config.host)
+    Adjustments.listen = [config.listen]
+    Adjustments.threads = threads
+    Adjustments.connection_limit = connections
+    Adjustments.asyncore_use_poll = True
+    Adjustments.channel_request_lookahead = 1
+    Adjustments.max_request_body_size = config.max_body_mib * 1024 * 1024
+    Adjustments.max_request_header_size = HEADER_BYTES
+    Adjustments.clear_untrusted_proxy_headers = False  # end-to-end headers go through
+    Adjustments.ident = "gpumanager"
+    Adjustments.log_socket_errors = False
+    HTTPChannel.error_task_class = JsonErrorTask
+    _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
+
+
+def pending_output(environ: WSGIEnvironment) -> Callable[[], int]:
+    """How many bytes of this connection the server still holds for its client; 0 where the
+    server does not tell."""
+    channel = _channel(environ)
+    if channel is None:
+        return lambda: 0
+    return lambda: int(channel.total_outbufs_len)
+
+
+def reset_when_closed(environ: WSGIEnvironment) -> None:
+    """Have the connection end with a reset where its end would otherwise pass for the end of
+    the answer: HTTP/1.0, which has no chunks."""
+    channel = _channel(environ)
+    if channel is not None and environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+        with contextlib.suppress(OSError):
+            channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITH_RESET)
+
+
+def _channel(environ: WSGIEnvironment) -> Any:
+    """Waitress's connection object, by way of the one method of it that it hands out."""
+    return getattr(environ.get("waitress.client_disconnected"), "__self__", None)
+
+
+def _as_broker_error(refused: Any) -> errors.BrokerError:
+    if refused.code == 413:
+        return errors.PayloadTooLarge("the body is too large")
+    if refused.code >= 500 and refused.code != 501:
+        return errors.InternalError("the broker failed; its log has the details")
+    return errors.BadRequest(str(refused.body))
+
+
+def _raise_descriptor_limit(wanted: int) -> None:
+    """A connection each for clients and consumers: raise the soft limit as far as allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def run(app: Any) -> None:
+    """Serve `app` with the defaults set before, until the process is told to end.
+
+    Raises OSError if the address cannot be had.
+    """
+    waitress.serve(app)
+
+
+def unsent_bytes(environ: WSGIEnvironment) -> Callable[[], int]:
+    """How much the server that `environ` came from still holds for all its clients."""
+    channel = _channel(environ)
+    if channel is None:
+        return lambda: 0
+    channels = channel.server.active_channels
+    return lambda: sum(int(each.total_outbufs_len) for each in list(channels.values()))

@@ -1,0 +1,125 @@
+"""`GET /v1/status`: the snapshot, with the field names of the original façade."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpumanager.clock import Clock, rfc3339, wall_time
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.ledger import balance
+from gpumanager.model import ConsumerState, LineEntry
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Scheduler
+
+
+class StatusView:
+    """Draws up the snapshot. Times are RFC 3339; those not known yet are left out."""
+
+    def __init__(
+        self, config: Config, registry: Registry, scheduler: Scheduler, clock: Clock, version: str
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._scheduler = scheduler
+        self._clock = clock
+        self._version = version
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole answer, ready for JSON."""
+        consumers = self._config.consumers
+        states = self._registry.snapshot()
+        return {
+            "listen": self._config.listen,
+            "time": rfc3339(self._clock.now()),
+            "version": self._version,
+            "gpu": self._gpu({n: _held(c, states[n]) for n, c in consumers.items()}),
+            "routing": dict(self._config.routing),
+            "consumers": [
+                self._consumer(name, consumers[name], states[name]) for name in sorted(consumers)
+            ],
+            "scheduler": self._stats(),
+            "line": [self._entry(entry) for entry in self._scheduler.line()],
+        }
+
+    def _gpu(self, held: dict[str, int]) -> dict[str, Any]:
+        gpu = self._registry.gpu
+        figures = balance(gpu.reading, self._config.gpu.total_mib, held.values())
+        view: dict[str, Any] = {
+            "total_mib": figures.total_mib,
+            "used_mib": figures.used_mib,
+            "free_mib": figures.free_mib,
+            "reserved_mib": self._config.gpu.reserved_mib,
+            "source": figures.source,
+        }
+        if gpu.sampled_at is not None:
+            view["last_sample"] = self._time(gpu.sampled_at)
+        if gpu.reading is not None and gpu.reading.name is not None:
+            view["name"] = gpu.reading.name
+        if gpu.reading is not None and gpu.reading.utilization_percent is not None:
+            view["utilization_percent"] = gpu.reading.utilization_percent
+        if gpu.err:
+            view["err"] = gpu.err + _CONSEQUENCE.get(figures.source, "")
+        return view
+
+    def _consumer(
+        self, name: str, consumer: ConsumerConfig, state: ConsumerState
+    ) -> dict[str, Any]:
+        view: dict[str, Any] = {
+            "name": name,
+            "url": consumer.url,
+            "healthy": state.healthy is True,
+            "probed": state.healthy is not None,
+            "loaded": state.loaded,
+            "gpu_resident_mib": _held(consumer, state),
+            "resident_source": "declared" if state.resident_mib is None else "reported",
+            "vram_budget_mib": consumer.vram_resident_mib,
+            "active": state.active,
+            "total_requests": state.total_requests,
+            "priority": consumer.priority,
+            "can_coexist_with": list(consumer.can_coexist_with),
+        }
+        if state.last_used is not None:
+            view["last_used"] = self._time(state.last_used)
+        if state.last_probe is not None:
+            view["last_probe"] = self._time(state.last_probe)
+        if state.last_error:
+            view["last_error"] = state.last_error
+        return view
+
+    def _stats(self) -> dict[str, Any]:
+        stats = self._scheduler.stats()
+        oldest = stats.oldest_queued
+        return {
+            "kind": self._config.scheduler.kind,
+            "queue_depth": stats.queue_depth,
+            "in_flight": stats.in_flight,
+            "total_jobs": stats.total_jobs,
+            "last_wait_ms": stats.last_wait_ms,
+            "last_run_ms": stats.last_run_ms,
+            "oldest_queued": None if oldest is None else rfc3339(oldest),
+            "evictions": stats.evictions,
+        }
+
+    def _entry(self, entry: LineEntry) -> dict[str, Any]:
+        return {
+            "ticket": entry.ticket,
+            "consumer": entry.job.consumer,
+            "kind": entry.job.kind,
+            "client": entry.job.client,
+            "request_id": entry.job.request_id,
+            "state": entry.state,
+            "since": self._time(entry.since),
+        }
+
+    def _time(self, instant: float) -> str:
+        return rfc3339(wall_time(self._clock, instant))
+
+
+_CONSEQUENCE = {
+    "ledger": "; the ledger of declared figures decides",
+    "unknown": "; without gpu.total_mib nothing is decided by memory",
+}
+
+
+def _held(consumer: ConsumerConfig, state: ConsumerState) -> int:
+    return state.held_mib(consumer.vram_resident_mib)

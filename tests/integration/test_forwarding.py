@@ -1,0 +1,339 @@
+"""Forwarding over real sockets: what arrives at the consumer, what comes back, and when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import PATIENCE_S
+
+
+def echo(connection: Connection, received: Received) -> None:
+    connection.send(answer(received.body, headers=("Content-Type: application/octet-stream",)))
+
+
+@pytest.fixture
+def consumer() -> Iterator[ScriptedConsumer]:
+    with ScriptedConsumer(echo) as running:
+        yield running
+
+
+@pytest.fixture
+def broker(consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
+    with live_broker(config_for(consumer.url)) as running:
+        yield running
+
+
+def test_the_job_goes_to_the_consumers_own_path(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    assert broker.post("/v1/stt", data=b"abc").content == b"abc"
+    assert consumer.requests[0].line == b"POST /api/stt HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    "query", ["a=1&b=%2f%2F&c=+%20&&=", "q=%zz&x='\"<>[]{}|^`", "?", "a?b=c/../d", "%ff%00"]
+)
+def test_the_query_arrives_to_the_letter(
+    broker: LiveBroker, consumer: ScriptedConsumer, query: str
+) -> None:
+    with broker.raw() as client:
+        assert client.request("POST", f"/v1/tts?{query}", b"x").answer().status == 200
+    assert consumer.requests[0].line == f"POST /api/tts?{query} HTTP/1.1".encode()
+
+
+def test_a_path_with_a_query_of_its_own_keeps_it() -> None:
+    with ScriptedConsumer(echo) as consumer:
+        changes = {"paths": {"tts": "/sleep?level=1"}}
+        with live_broker(config_for(consumer.url + "/base/", consumer=changes)) as broker:
+            broker.post("/v1/tts?mode=wait", data=b"x")
+            broker.post("/v1/tts", data=b"x")
+        assert consumer.requests[0].line == b"POST /base/sleep?level=1&mode=wait HTTP/1.1"
+        assert consumer.requests[1].line == b"POST /base/sleep?level=1 HTTP/1.1"
+
+
+def test_the_routes_method_replaces_the_clients() -> None:
+    with ScriptedConsumer(echo) as consumer:
+        changes = {"paths": {"tts": {"path": "/speak", "method": "PUT"}}}
+        with live_broker(config_for(consumer.url, consumer=changes)) as broker:
+            broker.post("/v1/tts", data=b"x")
+        assert consumer.requests[0].line == b"PUT /speak HTTP/1.1"
+
+
+def test_end_to_end_headers_go_through_and_nothing_is_added(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    with broker.raw() as client:
+        client.request(
+            "POST",
+            "/v1/tts",
+            b"{}",
+            headers=(
+                "Authorization: Bearer abc",
+                "Accept: text/event-stream",
+                "Accept-Encoding: zstd, gzip;q=0.5",
+                "Content-Type: application/json; charset=utf-8",
+                "Cookie: a=1; b=2",
+                "User-Agent: shell/1",
+                "X-Forwarded-For: 10.1.2.3",
+                "X-Twice: one",
+                "X-Twice: two",
+                "X-Request-Id: my-id_7",
+                "Connection: keep-alive, X-Hop",
+                "X-Hop: dropped",
+                "Keep-Alive: timeout=5",
+                "TE: trailers",
+                "Proxy-Authorization: Basic abc",
+                "Upgrade: h2c",
+            ),
+        ).answer()
+    assert sorted(consumer.requests[0].headers) == sorted(
+        [
+            ("host", f"127.0.0.1:{consumer.port}"),
+            ("connection", "close"),
+            ("content-length", "2"),
+            ("authorization", "Bearer abc"),
+            ("accept", "text/event-stream"),
+            ("accept-encoding", "zstd, gzip;q=0.5"),
+            ("content-type", "application/json; charset=utf-8"),
+            ("cookie", "a=1; b=2"),
+            ("user-agent", "shell/1"),
+            ("x-forwarded-for", "10.1.2.3"),
+            ("x-twice", "one, two"),
+            ("x-request-id", "my-id_7"),
+        ]
+    )
+
+
+def test_without_user_agent_and_accept_encoding_none_are_made_up(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    with broker.raw() as client:
+        client.request("POST", "/v1/tts", b"x").answer()
+    names = {name for name, _ in consumer.requests[0].headers}
+    assert names == {"host", "connection", "content-length", "x-request-id"}
+
+
+def test_a_body_of_any_size_arrives_byte_for_byte(broker: LiveBroker) -> None:
+    for size in (0, 1, 65536, 3 * 1024 * 1024 + 17):
+        body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+        assert broker.post("/v1/stt", data=body).content == body
+
+
+def test_a_chunked_upload_arrives_with_its_length(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    reply = broker.post("/v1/stt", data=iter([b"abc", b"defg"]))
+    assert reply.content == b"abcdefg"
+    assert consumer.requests[0].header("transfer-encoding") is None
+    assert consumer.requests[0].header("content-length") == "7"
+
+
+def test_a_post_without_a_body_says_so(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
+    with broker.raw() as client:
+        assert client.request("POST", "/v1/tts").answer().status == 200
+    assert consumer.requests[0].header("content-length") == "0"
+
+
+def test_repeated_headers_and_encoded_bytes_come_back_unchanged(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    gzipped = b"\x1f\x8b not really, and nobody must look"
+    consumer.script = lambda connection, _: connection.send(
+        answer(
+            gzipped,
+            headers=(
+                "Content-Encoding: gzip",
+                "Content-Type: text/plain",
+                "Set-Cookie: a=1; Path=/",
+                "Set-Cookie: b=2; Path=/",
+                "Server: consumer/1",
+                "Keep-Alive: timeout=5",
+                "Connection: keep-alive, X-Hop",
+                "X-Hop: dropped",
+                'ETag: "abc"',
+                "X-Request-Id: the-consumers-own",
+            ),
+        )
+    )
+    with broker.raw() as client:
+        got = client.request("POST", "/v1/tts", b"{}", headers=("X-Request-Id: mine",)).answer()
+    assert got.body == gzipped
+    assert got.all("Set-Cookie") == ["a=1; Path=/", "b=2; Path=/"]
+    assert got.header("Content-Encoding") == "gzip"
+    assert got.header("Server") == "consumer/1"
+    assert got.header("Etag") == '"abc"'
+    assert got.all("X-Request-Id") == ["mine"]
+    assert got.header("X-Hop") is None
+    assert got.header("Keep-Alive") is None
+
+
+@pytest.mark.parametrize(
+    "status", ["201 Created", "404 Not Found", "422 Odd", "500 Oops", "503 No"]
+)
+def test_the_consumers_own_errors_pass_verbatim(
+    broker: LiveBroker, consumer: ScriptedConsumer, status: str
+) -> None:
+    consumer.script = lambda connection, _: connection.send(answer(b'{"mine": 1}', status))
+    with broker.raw() as client:
+        got = client.request("POST", "/v1/tts", b"{}").answer()
+    assert got.status == int(status[:3])
+    assert got.body == b'{"mine": 1}'
+
+
+def test_interim_answers_are_skipped(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
+    consumer.script = lambda connection, _: connection.send(interim + answer(b"real"))
+    with broker.raw() as client:
+        got = client.request("POST", "/v1/tts", b"{}").answer()
+    assert (got.status, got.body, got.header("Link")) == (200, b"real", None)
+
+
+def test_a_redirect_is_not_followed(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
+    consumer.script = lambda connection, _: connection.send(
+        answer(b"", "302 Found", headers=("Location: /elsewhere",))
+    )
+    reply = broker.post("/v1/tts", data=b"{}", allow_redirects=False)
+    assert (reply.status_code, reply.headers["Location"]) == (302, "/elsewhere")
+    assert len(consumer.requests) == 1
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_answers_without_a_body(
+    broker: LiveBroker, consumer: ScriptedConsumer, status: str
+) -> None:
+    head = f'HTTP/1.1 {status}\r\nETag: "x"\r\nLast-Modified: never\r\n\r\n'.encode()
+    consumer.script = lambda connection, _: connection.send(head)
+    with broker.raw() as client:
+        got = client.request("POST", "/v1/tts", b"{}").answer()
+    assert got.status == int(status[:3])
+    assert got.header("Last-Modified") == "never"
+    broker.await_idle()
+
+
+def test_proxies_and_netrc_of_the_environment_are_ignored(
+    broker: LiveBroker,
+    consumer: ScriptedConsumer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert broker.post("/v1/tts", data=b"x").status_code == 200
+    assert consumer.requests[0].header("authorization") is None
+
+
+# -- streaming ---------------------------------------------------------------------------------
+
+FRAMINGS = {
+    "chunked": (
+        "Transfer-Encoding: chunked\r\n",
+        lambda b: b"%x\r\n%b\r\n" % (len(b), b),
+        b"0\r\n\r\n",
+    ),
+    "length": ("Content-Length: 36\r\n", lambda b: b, b""),
+    "until close": ("Connection: close\r\n", lambda b: b, b""),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_every_event_is_relayed_as_it_comes(
+    broker: LiveBroker, consumer: ScriptedConsumer, framing: str
+) -> None:
+    header, frame, end = FRAMINGS[framing]
+    seen = [threading.Event() for _ in range(4)]
+
+    def stream(connection: Connection, _: Received) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{header}\r\n"
+        connection.send(head.encode())
+        # The next event is only sent once the client has the one before.
+        for index in range(4):
+            assert seen[index].wait(PATIENCE_S)
+            if index < 3:
+                connection.send(frame(b"data: ev%d\n\n" % index + b" "))
+        connection.send(end)
+
+    consumer.script = stream
+    with broker.raw() as client:
+        client.request("POST", "/v1/llm", b"{}")
+        client.until(b"\r\n\r\n")  # the head, before any event
+        seen[0].set()
+        for index in range(3):
+            client.until(b"ev%d\n\n" % index)
+            seen[index + 1].set()
+        got = client.answer()
+    assert got.body == b"data: ev0\n\n data: ev1\n\n data: ev2\n\n "
+    assert got.complete
+
+
+def test_the_gpu_is_free_before_the_client_has_the_end(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    consumer.script = lambda connection, _: connection.send(answer(b"x" * 1000))
+    for _ in range(20):
+        broker.post("/v1/tts", data=b"{}")
+        assert broker.stats.in_flight == 0
+    assert broker.stats.total_jobs == 20
+
+
+@pytest.mark.parametrize("size_mib", [8, 24])
+def test_a_slow_reader_does_not_hold_the_gpu(
+    broker: LiveBroker, consumer: ScriptedConsumer, size_mib: int
+) -> None:
+    body = bytes(range(256)) * 4096 * size_mib
+    consumer.script = lambda connection, _: connection.send(answer(body))
+    with broker.raw() as slow:
+        slow.request("POST", "/v1/image", b"{}")
+        slow.until(b"\r\n\r\n")  # and then reads nothing
+        broker.await_idle()
+        consumer.script = echo
+        assert broker.post("/v1/tts", data=b"next").content == b"next"
+        got = slow.answer()
+    assert got.complete
+    assert got.body == body
+
+
+def test_a_slow_reader_that_leaves_frees_its_thread(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    body = bytes(24 * 1024 * 1024)
+    consumer.script = lambda connection, _: connection.send(answer(body))
+    with broker.raw() as slow:
+        slow.request("POST", "/v1/image", b"{}").until(b"\r\n\r\n")
+        broker.await_idle()
+    from tests.support.threads import eventually
+
+    eventually(lambda: broker.broker.guard.unfinished() == 0)
+
+
+def test_each_job_has_a_connection_of_its_own(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    for _ in range(3):
+        broker.post("/v1/tts", data=b"{}")
+    assert consumer.connections == 3
+
+
+# -- answers about the answer ------------------------------------------------------------------
+
+
+def test_server_timing_tells_where_the_time_went(broker: LiveBroker) -> None:
+    timing = broker.post("/v1/tts", data=b"{}").headers["Server-Timing"]
+    phases = dict(part.strip().split(";dur=") for part in timing.split(","))
+    assert list(phases) == ["queue", "evict", "upstream"]
+    assert all(float(value) >= 0 for value in phases.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("abc-123", True), ("has space", False), ("x" * 129, False), ("", False), ("a\tb", False)],
+)
+def test_a_well_formed_request_id_is_kept(broker: LiveBroker, given: str, kept: bool) -> None:
+    with broker.raw() as client:
+        got = client.request("GET", "/healthz", headers=(f"X-Request-Id: {given}",)).answer()
+    (value,) = got.all("X-Request-Id")
+    assert (value == given) is kept
+    assert value

@@ -1,0 +1,135 @@
+"""What a probe's outcome says of a consumer, and what it does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.model import ProbeReport
+from gpumanager.monitoring.prober import Prober
+from gpumanager.registry import Registry
+from tests.support.clock import FakeClock
+
+TIMEOUT = ConsumerTimeout("mvoice: no answer within 3 s")
+REFUSED = ConsumerUnreachable("mvoice refused the connection", nothing_listens=True)
+BROKEN = ConsumerUnreachable("mvoice answered 500 to GET /health")
+
+
+class ScriptedProbes:
+    def __init__(self) -> None:
+        self.answer: ProbeReport | BrokerError = ProbeReport()
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def probe(self, name: str) -> ProbeReport:
+        assert name == "mvoice"
+        self.meanwhile()
+        if isinstance(self.answer, BrokerError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def probes() -> ScriptedProbes:
+    return ScriptedProbes()
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry({"mvoice": True}, FakeClock())
+
+
+@pytest.fixture
+def prober(probes: ScriptedProbes, registry: Registry) -> Prober:
+    return Prober("mvoice", probes, registry, interval=5.0)
+
+
+def test_a_good_answer_makes_it_healthy(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    probes.answer = ProbeReport(loaded=True, resident_mib=2800)
+    assert prober.probe() == 5.0
+    assert registry.get("mvoice").healthy is True
+    assert registry.get("mvoice").resident_mib == 2800
+
+
+@pytest.mark.parametrize("error", [TIMEOUT, REFUSED, BROKEN])
+def test_a_failure_makes_it_unhealthy(
+    prober: Prober, probes: ScriptedProbes, registry: Registry, error: BrokerError
+) -> None:
+    probes.answer = error
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
+    assert registry.get("mvoice").last_error == error.message
+
+
+def test_a_time_out_while_its_job_runs_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    registry.job_started("mvoice")
+    probes.answer = TIMEOUT
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+def test_a_time_out_of_a_probe_that_a_job_overtook_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    probes.answer = TIMEOUT
+    probes.meanwhile = lambda: registry.job_started("mvoice")
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+def test_a_time_out_of_a_probe_that_began_during_a_job_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    registry.job_started("mvoice")
+    probes.answer = TIMEOUT
+    probes.meanwhile = lambda: registry.job_finished("mvoice")
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+@pytest.mark.parametrize("error", [REFUSED, BROKEN])
+def test_any_other_failure_counts_while_a_job_runs(
+    prober: Prober, probes: ScriptedProbes, registry: Registry, error: BrokerError
+) -> None:
+    registry.job_started("mvoice")
+    probes.answer = error
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
+
+
+def test_one_that_went_and_came_back_is_a_fresh_process(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    probes.answer = ProbeReport(loaded=True, resident_mib=2800)
+    prober.probe()
+    probes.answer = REFUSED
+    prober.probe()
+    assert registry.get("mvoice").held_mib(2800) == 0
+    probes.answer = ProbeReport()
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+    assert registry.get("mvoice").held_mib(3000) == 3000
+
+
+def test_transitions_are_events_and_nothing_else_is(
+    prober: Prober, probes: ScriptedProbes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        prober.probe()
+        prober.probe()
+        probes.answer = BROKEN
+        prober.probe()
+        prober.probe()
+        probes.answer = ProbeReport()
+        prober.probe()
+    events = [record.message for record in caplog.records]
+    assert events == ["consumer healthy", "consumer unhealthy", "consumer healthy"]

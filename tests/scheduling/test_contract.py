@@ -1,0 +1,468 @@
+"""One suite for every scheduler: what its callers may rely on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from gpumanager.clock import SystemClock
+from gpumanager.errors import BrokerError, ClientGone, QueueFull, QueueTimeout, ShuttingDown
+from gpumanager.model import Job, Stats
+from gpumanager.scheduling.eviction import Evicting
+from gpumanager.scheduling.factory import locked, passthrough
+from gpumanager.scheduling.interface import Scheduler, Ticket
+from tests.support.clock import EPOCH, FakeClock
+from tests.support.threads import Outcome
+
+Make = Callable[..., Scheduler]
+
+
+class NoRoomNeeded:
+    evictions = 0
+
+    def make_room(self, ticket: Ticket) -> None:
+        pass
+
+
+def evicting(**settings: object) -> Scheduler:
+    inner = locked(**settings)  # type: ignore[arg-type]
+    return Evicting(inner, NoRoomNeeded(), SystemClock())
+
+
+EXCLUSIVE = [pytest.param(locked, id="locked"), pytest.param(evicting, id="evicting")]
+EVERY = [*EXCLUSIVE, pytest.param(passthrough, id="passthrough")]
+
+
+def build(make: Make, **changes: object) -> Scheduler:
+    settings = {"max_queue": 100, "max_wait": 60.0, "clock": SystemClock(), **changes}
+    return make(**settings)
+
+
+def job(name: str = "mvoice", **more: object) -> Job:
+    return Job(name, "tts", **more)  # type: ignore[arg-type]
+
+
+# -- every scheduler ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_job_alone_runs_at_once(make: Make) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job())
+    ticket.wait()
+    assert scheduler.stats().in_flight == 1
+    ticket.close()
+    assert scheduler.stats().in_flight == 0
+    assert scheduler.stats().total_jobs == 1
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_tickets_rise_and_never_come_back(make: Make) -> None:
+    scheduler = build(make)
+    numbers = []
+    for _ in range(3):
+        ticket = scheduler.enqueue(job())
+        ticket.wait()
+        numbers.append(ticket.number)
+        ticket.close()
+    assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_closing_twice_gives_back_once(make: Make) -> None:
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    first.wait()
+    first.close()
+    second.wait()
+    first.close()
+    assert scheduler.stats().in_flight == 1
+    second.close()
+    assert scheduler.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_many_threads_leave_nothing_behind(make: Make) -> None:
+    scheduler = build(make)
+    start = threading.Barrier(8)
+
+    def hammer() -> None:
+        start.wait(10)
+        for _ in range(50):
+            ticket = scheduler.enqueue(job())
+            try:
+                ticket.wait()
+            finally:
+                ticket.close()
+
+    for outcome in [Outcome(hammer) for _ in range(8)]:
+        outcome.result()
+    stats = scheduler.stats()
+    assert (stats.queue_depth, stats.in_flight, stats.total_jobs) == (0, 0, 400)
+    assert scheduler.line() == ()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_running_job_that_is_cancelled_keeps_its_hold_until_closed(make: Make) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job())
+    ticket.wait()
+    assert scheduler.cancel(ticket.number, ClientGone("left"))
+    with pytest.raises(ClientGone):
+        ticket.pause(10)
+    assert scheduler.stats().in_flight == 1
+    ticket.close()
+    assert scheduler.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_cancelling_what_is_over_or_never_was_says_so(make: Make) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job())
+    ticket.wait()
+    ticket.close()
+    assert not ticket.cancel(ClientGone("left"))
+    assert not scheduler.cancel(ticket.number, ClientGone("left"))
+    assert not scheduler.cancel(12345, ClientGone("left"))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_pause_ends_by_itself(make: Make) -> None:
+    ticket = build(make).enqueue(job())
+    ticket.wait()
+    ticket.pause(0.001)
+    ticket.close()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_draining_refuses_new_jobs_and_lets_running_ones_finish(make: Make) -> None:
+    scheduler = build(make)
+    running = scheduler.enqueue(job())
+    running.wait()
+    scheduler.drain()
+    with pytest.raises(ShuttingDown) as refused:
+        scheduler.enqueue(job())
+    assert refused.value.retry_after is not None
+    assert not scheduler.wait_idle(0.01)
+    idle = Outcome(lambda: scheduler.wait_idle(10))
+    running.close()
+    assert idle.result()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_the_line_shows_who_runs_and_for_what(make: Make) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job("whisper", client="10.0.0.7", request_id="abc"))
+    ticket.wait()
+    (entry,) = scheduler.line()
+    assert (entry.ticket, entry.state) == (ticket.number, "running")
+    assert (entry.job.consumer, entry.job.client) == ("whisper", "10.0.0.7")
+    assert (entry.job.kind, entry.job.request_id) == ("tts", "abc")
+    ticket.close()
+
+
+# -- those that run one job at a time ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_five_threads_hammering_are_never_two_in_flight(make: Make) -> None:
+    scheduler = build(make)
+    start = threading.Barrier(5)
+    inside = threading.Semaphore(1)
+    collisions = []
+
+    def hammer() -> None:
+        start.wait(10)
+        for _ in range(100):
+            ticket = scheduler.enqueue(job())
+            try:
+                ticket.wait()
+                if not inside.acquire(blocking=False):
+                    collisions.append(ticket.number)
+                else:
+                    if scheduler.stats().in_flight != 1:
+                        collisions.append(ticket.number)
+                    inside.release()
+            finally:
+                ticket.close()
+
+    for outcome in [Outcome(hammer) for _ in range(5)]:
+        outcome.result()
+    assert collisions == []
+    assert scheduler.stats().total_jobs == 500
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_jobs_run_in_the_order_of_arrival(make: Make) -> None:
+    scheduler = build(make)
+    tickets = [scheduler.enqueue(job()) for _ in range(50)]
+    order: list[int] = []
+
+    def run(ticket: Ticket) -> None:
+        ticket.wait()
+        order.append(ticket.number)
+        ticket.close()
+
+    # The threads begin to wait in the opposite order.
+    for outcome in [Outcome(lambda t=ticket: run(t)) for ticket in reversed(tickets)]:
+        outcome.result()
+    assert order == [ticket.number for ticket in tickets]
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_cancelling_while_parked_frees_the_place(make: Make, place: int) -> None:
+    scheduler = build(make)
+    holder = scheduler.enqueue(job())
+    holder.wait()
+    parked = [scheduler.enqueue(job()) for _ in range(3)]
+    waits = [Outcome(ticket.wait) for ticket in parked]
+    assert scheduler.stats().queue_depth == 3
+
+    assert parked[place].cancel(ClientGone("left"))
+    with pytest.raises(ClientGone):
+        waits[place].result()
+    assert scheduler.stats().queue_depth == 2
+    parked[place].close()
+
+    holder.close()
+    for index, ticket in enumerate(parked):
+        if index != place:
+            waits[index].result()
+            ticket.close()
+    stats = scheduler.stats()
+    assert (stats.queue_depth, stats.in_flight, stats.total_jobs) == (0, 0, 3)
+    assert scheduler.line() == ()
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_leaving_the_line_without_having_waited_frees_the_place(make: Make) -> None:
+    scheduler = build(make)
+    holder, leaver, next_one = (scheduler.enqueue(job()) for _ in range(3))
+    leaver.close()
+    holder.close()
+    next_one.wait()
+    next_one.close()
+    assert scheduler.stats().total_jobs == 2
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_grant_that_nobody_takes_is_given_on(make: Make) -> None:
+    scheduler = build(make)
+    holder, absent, next_one = (scheduler.enqueue(job()) for _ in range(3))
+    holder.close()  # grants to `absent`, whose thread is not there to take it
+    absent.close()
+    next_one.wait()
+    assert [entry.ticket for entry in scheduler.line()] == [next_one.number]
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_full_line_refuses_the_next_and_keeps_the_rest(make: Make) -> None:
+    scheduler = build(make, max_queue=2)
+    tickets = [scheduler.enqueue(job()) for _ in range(3)]  # one runs, two wait
+    with pytest.raises(QueueFull) as refused:
+        scheduler.enqueue(job("ollama"))
+    assert refused.value.consumer == "ollama"
+    assert refused.value.retry_after is not None
+    assert scheduler.stats().queue_depth == 2
+    tickets[0].close()
+    scheduler.enqueue(job()).close()
+    assert [entry.ticket for entry in scheduler.line()] == [t.number for t in tickets[1:]]
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_waiting_is_bounded(make: Make) -> None:
+    scheduler = build(make, max_wait=0.02)
+    holder = scheduler.enqueue(job())
+    parked = scheduler.enqueue(job())
+    with pytest.raises(QueueTimeout) as refused:
+        parked.wait()
+    assert refused.value.retry_after is not None
+    assert scheduler.stats().queue_depth == 0
+    holder.close()
+    assert scheduler.stats().total_jobs == 1
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_job_may_be_less_patient_than_the_line_but_not_more(make: Make) -> None:
+    scheduler = build(make, max_wait=0.02)
+    holder = scheduler.enqueue(job())
+    for patience in (0.0, 3600.0):
+        with pytest.raises(QueueTimeout):
+            scheduler.enqueue(job(max_wait=patience)).wait()
+    holder.close()
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_draining_turns_away_those_in_line(make: Make) -> None:
+    scheduler = build(make)
+    holder = scheduler.enqueue(job())
+    parked = [scheduler.enqueue(job()) for _ in range(3)]
+    waits = [Outcome(ticket.wait) for ticket in parked]
+    scheduler.drain()
+    for outcome in waits:
+        with pytest.raises(ShuttingDown):
+            outcome.result()
+    assert scheduler.stats().queue_depth == 0
+    assert not scheduler.wait_idle(0)
+    holder.close()
+    assert scheduler.wait_idle(0)
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_job_that_fails_hands_on_to_the_next(make: Make) -> None:
+    scheduler = build(make)
+
+    def fail() -> None:
+        ticket = scheduler.enqueue(job())
+        try:
+            ticket.wait()
+            raise RuntimeError("the job broke")
+        finally:
+            ticket.close()
+
+    failures = [Outcome(fail) for _ in range(5)]
+    for failure in failures:
+        with pytest.raises(RuntimeError, match="the job broke"):
+            failure.result()
+    assert scheduler.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("make", [locked])
+def test_stats_through_every_transition(make: Make) -> None:
+    clock = FakeClock()
+    scheduler = build(make, clock=clock)
+    assert scheduler.stats() == Stats()
+
+    first = scheduler.enqueue(job())
+    first.wait()
+    assert scheduler.stats() == Stats(in_flight=1, total_jobs=1)
+
+    clock.advance(2)
+    second = scheduler.enqueue(job())
+    oldest = clock.now()
+    clock.advance(1)
+    third = scheduler.enqueue(job())
+    assert scheduler.stats() == Stats(
+        queue_depth=2, in_flight=1, total_jobs=1, oldest_queued=oldest
+    )
+    assert (second.waited_s, third.waited_s) == (1, 0)
+
+    clock.advance(0.25)
+    first.close()
+    assert scheduler.stats() == Stats(
+        queue_depth=1,
+        in_flight=1,
+        total_jobs=2,
+        last_wait_ms=1250,
+        last_run_ms=3250,
+        oldest_queued=oldest.replace(second=oldest.second + 1),
+    )
+    third.cancel(ClientGone("left"))
+    clock.advance(1)
+    second.close()
+    assert scheduler.stats() == Stats(total_jobs=2, last_wait_ms=1250, last_run_ms=1000)
+    assert second.waited_s == 1.25
+    assert third.waited_s == 0.25
+    assert oldest > EPOCH
+
+
+def test_stats_are_consistent_under_load() -> None:
+    scheduler = build(locked)
+    stop = threading.Event()
+    torn: list[Stats] = []
+
+    def look() -> None:
+        while not stop.is_set():
+            stats = scheduler.stats()
+            if stats.in_flight > 1 or (stats.queue_depth > 0) != (stats.oldest_queued is not None):
+                torn.append(stats)
+
+    looking = Outcome(look)
+
+    def hammer() -> None:
+        for _ in range(200):
+            ticket = scheduler.enqueue(job())
+            try:
+                ticket.wait()
+            finally:
+                ticket.close()
+
+    for outcome in [Outcome(hammer) for _ in range(4)]:
+        outcome.result()
+    stop.set()
+    looking.result()
+    assert torn == []
+
+
+def test_passthrough_runs_everything_at_once_up_to_its_bound() -> None:
+    scheduler = build(passthrough, max_queue=3)
+    tickets = [scheduler.enqueue(job()) for _ in range(3)]
+    for ticket in tickets:
+        ticket.wait()
+    assert scheduler.stats().in_flight == 3
+    with pytest.raises(QueueFull):
+        scheduler.enqueue(job())
+    for ticket in tickets:
+        ticket.close()
+
+
+def test_retry_after_follows_what_jobs_really_take() -> None:
+    clock = FakeClock()
+    scheduler = build(locked, clock=clock, max_queue=1)
+    for _ in range(50):
+        ticket = scheduler.enqueue(job())
+        clock.advance(8)
+        ticket.close()
+    scheduler.enqueue(job())
+    scheduler.enqueue(job())
+    with pytest.raises(QueueFull) as refused:
+        scheduler.enqueue(job())
+    assert refused.value.retry_after == pytest.approx(16, rel=0.01)
+
+
+class Refuses:
+    evictions = 0
+
+    def __init__(self, error: BrokerError) -> None:
+        self.error = error
+
+    def make_room(self, ticket: Ticket) -> None:
+        raise self.error
+
+
+def test_a_job_there_is_no_room_for_hands_on_to_the_next() -> None:
+    error = ClientGone("no room")
+    scheduler = Evicting(build(locked), Refuses(error), SystemClock())
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    with pytest.raises(ClientGone):
+        first.wait()
+    first.close()
+    with pytest.raises(ClientGone):
+        second.wait()
+    second.close()
+    assert scheduler.stats().in_flight == 0
+
+
+def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:
+    with pytest.raises(ValueError, match="one job at a time"):
+        Evicting(build(passthrough), NoRoomNeeded(), SystemClock())
+
+
+def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
+    """No thundering herd: handing on wakes one waiter, with a thousand in line."""
+    scheduler = locked(max_queue=2000, max_wait=60, clock=SystemClock())
+    holder = scheduler.enqueue(job())
+    parked = [scheduler.enqueue(job()) for _ in range(1000)]
+    woken = []
+    for ticket in parked:
+        turn = ticket._turn
+        notify = turn.notify
+        turn.notify = lambda n=1, t=ticket, notify=notify: (  # type: ignore[method-assign]
+            woken.append(t.number),
+            notify(n),
+        )[1]
+    holder.close()
+    assert woken == [parked[0].number]

@@ -1,0 +1,114 @@
+"""A whole broker behind real waitress on a real port, in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+import waitress
+from gpumanager.config import parse_config
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.wasyncore import close_all
+
+from gpumanager.app import Broker
+from gpumanager.monitoring.memory import Card
+from gpumanager.web import server
+from tests.support.sockets import RawClient
+from tests.support.threads import PATIENCE_S, eventually
+
+
+class LiveBroker:
+    """A running broker. `post` and `get` are plain HTTP; `raw` shows the wire."""
+
+    def __init__(self, broker: Broker, port: int) -> None:
+        self.broker = broker
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def post(self, path: str, **more: Any) -> requests.Response:
+        return self._session.post(self.url + path, timeout=PATIENCE_S, **more)
+
+    def get(self, path: str, **more: Any) -> requests.Response:
+        return self._session.get(self.url + path, timeout=PATIENCE_S, **more)
+
+    def raw(self) -> RawClient:
+        return RawClient(self.port)
+
+    @property
+    def stats(self) -> Any:
+        return self.broker.scheduler.stats()
+
+    def await_waiting(self, count: int) -> None:
+        """Return once `count` requests are in line."""
+        eventually(lambda: self.stats.queue_depth == count)
+
+    def await_idle(self, timeout: float = PATIENCE_S) -> None:
+        """Return once nobody waits and nothing runs."""
+        eventually(lambda: (self.stats.queue_depth, self.stats.in_flight) == (0, 0), timeout)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+@contextmanager
+def live_broker(config: str, *, card: Card | None = None) -> Iterator[LiveBroker]:
+    """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
+    parsed = parse_config(config)
+    kept = {
+        name: vars(Adjustments)[name]
+        for name, _ in Adjustments._params
+        if name in vars(Adjustments)
+    }
+    error_task = HTTPChannel.error_task_class
+    broker = Broker(parsed, card=card)
+    try:
+        server.set_defaults(parsed)
+        sockets: dict[int, Any] = {}
+        serving = waitress.create_server(broker.flask, sockets, listen="127.0.0.1:0", threads=24)
+        broker.start()
+        loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
+        loop.start()
+        live = LiveBroker(broker, int(serving.effective_port))
+        try:
+            yield live
+        finally:
+            live.close()
+            broker.stop()
+            serving.task_dispatcher.shutdown(timeout=PATIENCE_S)
+            # On the loop's own thread, which would otherwise look up only once a second.
+            serving.trigger.pull_trigger(lambda: close_all(sockets))
+            loop.join(PATIENCE_S)
+            assert not loop.is_alive()
+    finally:
+        for name, value in kept.items():
+            setattr(Adjustments, name, value)
+        HTTPChannel.error_task_class = error_task
+
+
+def config_for(consumer_url: str, **changes: Any) -> str:
+    """The YAML of a broker with one consumer, `mvoice`, that serves every kind.
+
+    Keyword arguments are added at the top level; `consumer` is merged into the consumer.
+    """
+    import yaml
+
+    consumer = {
+        "url": consumer_url,
+        "paths": {kind: f"/api/{kind}" for kind in ("tts", "stt", "llm", "image")},
+        "timeouts": {"connect": 2, "first_byte": 5, "idle": 5, "total": 20},
+        **changes.pop("consumer", {}),
+    }
+    return yaml.safe_dump(
+        {
+            "routing": dict.fromkeys(("tts", "stt", "llm", "image"), "mvoice"),
+            "audio_proxy": "mvoice",
+            "consumers": {"mvoice": consumer},
+            **changes,
+        }
+    )

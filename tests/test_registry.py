@@ -1,0 +1,123 @@
+"""What is known of the consumers, through everything that changes it."""
+
+from __future__ import annotations
+
+from gpumanager.model import GpuState, ProbeReport
+from gpumanager.registry import Registry
+from tests.support.clock import FakeClock
+from tests.support.threads import Outcome
+
+
+def make(*, loaded: bool = True) -> tuple[Registry, FakeClock]:
+    clock = FakeClock()
+    return Registry({"mvoice": loaded, "comfyui": False}, clock), clock
+
+
+def probe(registry: Registry, loaded: bool | None = None, mib: int | None = None) -> bool:
+    version = registry.get("mvoice").residency_version
+    return registry.probe_succeeded("mvoice", ProbeReport(loaded, mib), seen_version=version)
+
+
+def test_what_is_assumed_at_the_start() -> None:
+    registry, _ = make()
+    assert registry.get("mvoice").loaded
+    assert not registry.get("comfyui").loaded
+    assert registry.get("mvoice").healthy is None
+
+
+def test_a_probe_is_believed() -> None:
+    registry, clock = make()
+    assert probe(registry, loaded=False, mib=120)
+    state = registry.get("mvoice")
+    assert (state.healthy, state.loaded, state.resident_mib) == (True, False, 120)
+    assert state.last_probe == clock.monotonic()
+    assert not probe(registry)  # nothing changed
+    assert registry.get("mvoice").resident_mib == 120
+
+
+def test_a_failed_probe_says_nothing_of_the_residency() -> None:
+    registry, _ = make()
+    probe(registry, loaded=True, mib=2800)
+    assert registry.probe_failed("mvoice", "answered 500")
+    state = registry.get("mvoice")
+    assert (state.healthy, state.last_error) == (False, "answered 500")
+    assert (state.loaded, state.resident_mib) == (True, 2800)
+    assert not registry.probe_failed("mvoice", "answered 500")
+    assert probe(registry)
+    assert registry.get("mvoice").last_error == ""
+
+
+def test_a_process_that_is_gone_holds_nothing() -> None:
+    registry, _ = make()
+    probe(registry, loaded=True, mib=2800)
+    registry.probe_failed("mvoice", "refused", process_gone=True)
+    assert not registry.get("mvoice").loaded
+    assert registry.get("mvoice").held_mib(2800) == 0
+    registry.process_returned("mvoice")
+    assert registry.get("mvoice").held_mib(2800) == 2800
+
+
+def test_a_job_counts_as_use_and_loads_the_model() -> None:
+    registry, clock = make(loaded=False)
+    probe(registry, loaded=False, mib=0)
+    registry.job_started("mvoice")
+    state = registry.get("mvoice")
+    assert (state.active, state.total_requests, state.loaded) == (1, 1, True)
+    assert state.held_mib(2800) == 2800
+    clock.advance(5)
+    registry.job_finished("mvoice")
+    state = registry.get("mvoice")
+    assert (state.active, state.total_requests) == (0, 1)
+    assert state.last_used == clock.monotonic()
+
+
+def test_a_probe_is_no_use() -> None:
+    registry, _ = make()
+    probe(registry, loaded=True, mib=1)
+    assert registry.get("mvoice").last_used is None
+
+
+def test_a_probe_that_began_before_an_unload_does_not_undo_it() -> None:
+    registry, _ = make()
+    seen = registry.get("mvoice").residency_version
+    registry.set_loaded("mvoice", False)
+    registry.probe_succeeded("mvoice", ProbeReport(True, 2800), seen_version=seen)
+    state = registry.get("mvoice")
+    assert (state.healthy, state.loaded, state.held_mib(2800)) == (True, False, 0)
+    assert probe(registry, loaded=True, mib=2800) is False
+    assert registry.get("mvoice").loaded
+
+
+def test_a_load_forgets_what_was_reported_before() -> None:
+    registry, _ = make()
+    registry.set_loaded("mvoice", False)
+    registry.set_loaded("mvoice", True)
+    assert registry.get("mvoice").held_mib(2800) == 2800
+
+
+def test_a_snapshot_never_changes() -> None:
+    registry, _ = make()
+    before = registry.snapshot()
+    registry.job_started("mvoice")
+    assert before["mvoice"].active == 0
+    assert registry.snapshot()["mvoice"].active == 1
+
+
+def test_counts_survive_many_threads() -> None:
+    registry, _ = make()
+
+    def use() -> None:
+        for _ in range(300):
+            registry.job_started("mvoice")
+            registry.job_finished("mvoice")
+
+    for outcome in [Outcome(use) for _ in range(4)]:
+        outcome.result()
+    state = registry.get("mvoice")
+    assert (state.active, state.total_requests) == (0, 1200)
+
+
+def test_the_gpu_sample_is_published_whole() -> None:
+    registry, _ = make()
+    registry.set_gpu(GpuState(err="no driver"))
+    assert registry.gpu.err == "no driver"

@@ -1,0 +1,25 @@
+"""For WSGI servers: `waitress-serve wsgi:app`.
+
+Reads the config that GPUMANAGER_CONFIG names, else config/consumers.yaml, and starts the
+broker's threads on import, since this module is the process's composition root.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+
+from gpumanager.config import ConfigError, config_path_from_env, load_config
+
+from gpumanager.app import prepare
+
+try:
+    _config = load_config(config_path_from_env(os.environ))
+except ConfigError as error:
+    print(error, file=sys.stderr)
+    raise SystemExit(2) from None
+
+_broker = prepare(_config)
+atexit.register(_broker.stop)
+app = _broker.flask
