@@ -116,7 +116,7 @@ def serve(config: Config) -> int:
     """
     broker = prepare(config)
     try:
-        server.run(broker)
+        server.run(broker.flask)
     except OSError as error:
         log.error("cannot listen", extra={"listen": config.listen, "reason": str(error)})
         return 1

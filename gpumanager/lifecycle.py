@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from gpumanager.clock import Clock
+from gpumanager.errors import ShuttingDown
 from gpumanager.scheduling.interface import Scheduler
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,20 @@ class Lifecycle:
         log.info("draining", extra={"timeout_s": self._drain_timeout})
         self._scheduler.drain()
         finished = self._scheduler.wait_idle(self._drain_timeout)
+        if not finished:
+            self._cut_off()
         deadline = self._clock.monotonic() + FLUSH_TIMEOUT_S
         while self._unfinished() and self._clock.monotonic() < deadline:
             self._drained.wait(FLUSH_POLL_S)
         self._drained.set()
         log.info("drained", extra={"finished": finished})
         return finished
+
+    def _cut_off(self) -> None:
+        for entry in self._scheduler.line():
+            name = entry.job.consumer
+            error = ShuttingDown("the broker shut down before the job was done", consumer=name)
+            self._scheduler.cancel(entry.ticket, error)
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGINT drain, then end the process with exit code 0; a second one ends

@@ -32,7 +32,7 @@ def configure(settings: LogConfig) -> None:
 
 
 def formatter(shape: str) -> logging.Formatter:
-    """A formatter that writes one line a record, the event first, then its fields."""
+    """A formatter that writes one line a record."""
     if shape == "json":
         made: logging.Formatter = JsonFormatter(
             ["asctime", "levelname", "name", "message"],
@@ -41,20 +41,18 @@ def formatter(shape: str) -> logging.Formatter:
                 "asctime": "time",
                 "levelname": "level",
                 "name": "logger",
-                "message": "event",
+                "message": "msg",
             },
         )
     else:
         made = Logfmter(
-            keys=["time", "level", "logger", "event"],
+            keys=["time", "level", "logger"],
             mapping={
                 "time": "asctime",
                 "level": "levelname",
                 "logger": "name",
-                "event": "message",
             },
             datefmt=_DATE_FORMAT,
-            ignored_keys=["msg"],
         )
     made.converter = time.gmtime
     return made

@@ -6,6 +6,7 @@ can be running then, and nobody else changes what is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -100,6 +101,9 @@ class EvictingTicket:
 
     def cancel(self, error: BrokerError) -> bool:
         return self._inner.cancel(error)
+
+    def when_cancelled(self, action: Callable[[BrokerError], object]) -> None:
+        self._inner.when_cancelled(action)
 
     def close(self) -> None:
         self._inner.close()

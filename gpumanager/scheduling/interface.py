@@ -6,6 +6,7 @@ several, in this process or with others. A caller takes a ticket, waits for it, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from gpumanager.errors import BrokerError
@@ -45,6 +46,10 @@ class Ticket(Protocol):
     def cancel(self, error: BrokerError) -> bool:
         """Have `wait` and `pause` raise `error`. A waiting ticket leaves the line at once; a
         running one keeps the GPU until it is closed. False if it was closed already."""
+
+    def when_cancelled(self, action: Callable[[BrokerError], object]) -> None:
+        """Have `action` called with the error of a `cancel` that comes while the job runs; at
+        once, if it came already. It runs on the cancelling thread, outside any lock."""
 
     def close(self) -> None:
         """Leave the line, or give the GPU back. Idempotent, never raises."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
@@ -76,7 +77,8 @@ class Line:
 
     def cancel(self, ticket: int, error: BrokerError) -> bool:
         with self._lock:
-            return self._cancel_locked(ticket, error)
+            found = self._tickets.get(ticket)
+        return found is not None and found.cancel(error)
 
     def line(self) -> tuple[LineEntry, ...]:
         with self._lock:
@@ -101,7 +103,9 @@ class Line:
         with self._lock:
             self._draining = True
             for place in list(self._waiting.values()):
-                self._cancel_locked(place.ticket, self._shutting_down_locked(place.job))
+                self._cancel_locked(
+                    self._tickets[place.ticket], self._shutting_down_locked(place.job)
+                )
 
     def wait_idle(self, timeout: float) -> bool:
         with self._lock:
@@ -121,16 +125,12 @@ class Line:
             ticket._waited_s = self._last_wait_s
             ticket._turn.notify()
 
-    def _cancel_locked(self, number: int, error: BrokerError) -> bool:
-        ticket = self._tickets.get(number)
-        if ticket is None:
-            return False
+    def _cancel_locked(self, ticket: LineTicket, error: BrokerError) -> None:
         if ticket._error is None:
             ticket._error = error
-        if number in self._waiting:
-            self._close_locked(number)
+        if ticket.number in self._waiting:
+            self._close_locked(ticket.number)
         ticket._turn.notify()
-        return True
 
     def _close_locked(self, number: int) -> None:
         ticket = self._tickets.pop(number, None)
@@ -163,7 +163,7 @@ class Line:
 class LineTicket:
     """A Ticket of `Line`. Its fields belong to the line's lock."""
 
-    __slots__ = ("_error", "_line", "_place", "_turn", "_waited_s")
+    __slots__ = ("_action", "_error", "_line", "_place", "_turn", "_waited_s")
 
     def __init__(self, line: Line, place: Waiting) -> None:
         self._line = line
@@ -171,6 +171,7 @@ class LineTicket:
         self._turn = threading.Condition(line._lock)
         self._waited_s: float | None = None
         self._error: BrokerError | None = None
+        self._action: Callable[[BrokerError], object] | None = None
 
     @property
     def number(self) -> int:
@@ -212,8 +213,23 @@ class LineTicket:
                 raise self._error
 
     def cancel(self, error: BrokerError) -> bool:
+        line = self._line
+        with line._lock:
+            if self.number not in line._tickets:
+                return False
+            line._cancel_locked(self, error)
+            action, self._action = self._action, None
+        if action is not None:
+            action(error)
+        return True
+
+    def when_cancelled(self, action: Callable[[BrokerError], object]) -> None:
         with self._line._lock:
-            return self._line._cancel_locked(self.number, error)
+            error = self._error
+            if error is None:
+                self._action = action
+        if error is not None:
+            action(error)
 
     def close(self) -> None:
         with self._line._lock:

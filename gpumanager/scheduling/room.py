@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 10.0
 """Longest wait for unloaded memory to show as free. Drivers took up to 5 s for it in the field."""
 
-RELEASE_POLL_S = 0.1
+FIRST_POLL_S = 0.01
+LONGEST_POLL_S = 0.1
+"""Looks at the card come quickly at first, for releases that are nearly at once, then spread out."""
+
 RELEASE_SHARE = 0.9
 """A victim's memory counts as back once this share of its figure is: declared figures are rough,
 and an in-process unload keeps the CUDA context."""
@@ -151,6 +154,7 @@ class RoomMaker:
     ) -> bool:
         """True once the card shows the victim's memory back, or the target fits already."""
         deadline = self._clock.monotonic() + RELEASE_TIMEOUT_S
+        delay = FIRST_POLL_S
         while self._clock.monotonic() < deadline:
             reading = self._measure()
             if reading is None:
@@ -159,7 +163,8 @@ class RoomMaker:
                 return True
             if self._plan(target, set()).fits:
                 return True
-            ticket.pause(RELEASE_POLL_S)
+            ticket.pause(delay)
+            delay = min(LONGEST_POLL_S, 2 * delay)
         return False
 
     def _load(self, target: str) -> None:

@@ -118,6 +118,23 @@ def test_a_running_job_that_is_cancelled_keeps_its_hold_until_closed(make: Make)
 
 
 @pytest.mark.parametrize("make", EVERY)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_cancelled_job_is_told_once(make: Make, before: bool) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job())
+    ticket.wait()
+    told: list[BrokerError] = []
+    first = ClientGone("first")
+    if before:
+        ticket.cancel(first)
+    ticket.when_cancelled(told.append)
+    ticket.cancel(first)
+    ticket.cancel(ClientGone("second"))
+    assert told == [first]
+    ticket.close()
+
+
+@pytest.mark.parametrize("make", EVERY)
 def test_cancelling_what_is_over_or_never_was_says_so(make: Make) -> None:
     scheduler = build(make)
     ticket = scheduler.enqueue(job())

@@ -1,0 +1,1 @@
+"""A card that exists only in a file, for the demo, for tests and for machines without a GPU."""

@@ -1,0 +1,217 @@
+"""A simulated card that several processes share through one file.
+
+Every write replaces the file as a whole under a lock beside it, so a process that is killed in
+the middle of one leaves the card intact, and readers need no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+LOCK_TIMEOUT_S = 5.0
+_LOCK_POLL_S = 0.001
+
+
+class CardLost(OSError):
+    """There is no card in the file: it is missing, or not readable as one."""
+
+
+class OutOfMemory(Exception):
+    """The card has not enough free memory for an allocation."""
+
+    def __init__(self, asked_mib: int, free_mib: int) -> None:
+        super().__init__(f"out of memory: asked for {asked_mib} MiB, {free_mib} MiB free")
+        self.asked_mib = asked_mib
+        self.free_mib = free_mib
+
+
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """What the card's memory looks like at one moment."""
+
+    total_mib: int
+    used_mib: int
+    free_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds how much of the card."""
+
+    owner: str
+    pid: int
+    mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    owner: str
+    pid: int
+    born: int
+    mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Releasing:
+    mib: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    total_mib: int
+    release_lag_s: float
+    blocks: tuple[_Block, ...] = ()
+    releasing: tuple[_Releasing, ...] = ()
+
+    def memory(self) -> CardMemory:
+        used = sum(block.mib for block in self.blocks) + sum(each.mib for each in self.releasing)
+        return CardMemory(self.total_mib, used, self.total_mib - used)
+
+
+class SimulatedCard:
+    """The card in the file at `path`; any number of processes and threads may use it at once.
+
+    Memory belongs to the process that allocated it: only that process can free it, and its end,
+    however it comes, gives it back. Every method raises CardLost where there is no card.
+    `monotonic` has to be the same clock in all of them.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = Path(path)
+        self._monotonic = monotonic
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], total_mib: int, *, release_lag_s: float = 0.0
+    ) -> SimulatedCard:
+        """Put an empty card into the file at `path`, in place of what is there.
+
+        Freed memory counts as used for another `release_lag_s` seconds, as with real drivers.
+        """
+        if total_mib <= 0 or release_lag_s < 0:
+            raise ValueError("a card needs memory, and a lag cannot be negative")
+        card = cls(path)
+        with card._locked():
+            card._write(_State(total_mib, release_lag_s))
+        return card
+
+    def allocate(self, owner: str, mib: int) -> None:
+        """Take `mib` for `owner` in this process, beside what it has. Raises OutOfMemory."""
+        if mib <= 0:
+            raise ValueError(f"an allocation of {mib} MiB")
+        pid = os.getpid()
+        born = _born(pid)
+        if born is None:
+            raise RuntimeError("/proc does not tell of this process")
+        with self._locked():
+            state = self._read()
+            free = state.memory().free_mib
+            if mib > free:
+                raise OutOfMemory(mib, free)
+            block = _Block(owner, pid, born, mib)
+            self._write(replace(state, blocks=(*state.blocks, block)))
+
+    def free(self, owner: str) -> int:
+        """Give back all that `owner` holds in this process; returns the MiB."""
+        pid = os.getpid()
+        with self._locked():
+            state = self._read()
+            freed = [each for each in state.blocks if (each.owner, each.pid) == (owner, pid)]
+            mib = sum(block.mib for block in freed)
+            if not mib:
+                return 0
+            releasing = state.releasing
+            if state.release_lag_s:
+                releasing += (_Releasing(mib, self._monotonic() + state.release_lag_s),)
+            kept = tuple(block for block in state.blocks if block not in freed)
+            self._write(replace(state, blocks=kept, releasing=releasing))
+        return mib
+
+    def memory(self) -> CardMemory:
+        """The memory as it is now."""
+        return self._read().memory()
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Who holds memory now, a row for each allocation, oldest first."""
+        return tuple(Holder(block.owner, block.pid, block.mib) for block in self._read().blocks)
+
+    def _read(self) -> _State:
+        """The state, without what ended since it was written."""
+        try:
+            raw = json.loads(self.path.read_bytes())
+            blocks = [
+                _Block(str(each["owner"]), int(each["pid"]), int(each["born"]), int(each["mib"]))
+                for each in raw["blocks"]
+            ]
+            releasing = [
+                _Releasing(int(each["mib"]), float(each["until"])) for each in raw["releasing"]
+            ]
+            state = _State(int(raw["total_mib"]), float(raw["release_lag_s"]))
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+            raise CardLost(f"no simulated card in {self.path}: {error}") from error
+        now = self._monotonic()
+        return replace(
+            state,
+            blocks=tuple(block for block in blocks if _born(block.pid) == block.born),
+            releasing=tuple(each for each in releasing if now < each.until),
+        )
+
+    def _write(self, state: _State) -> None:
+        draft = self.path.with_name(self.path.name + ".new")
+        try:
+            draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            draft.replace(self.path)
+        except OSError as error:
+            raise CardLost(f"cannot write the simulated card: {error}") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclusive among processes, and among threads too: every use opens the lock anew."""
+        try:
+            lock = os.open(
+                self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600
+            )
+        except OSError as error:
+            raise CardLost(f"no simulated card in {self.path}: {error}") from error
+        try:
+            self._wait_for(lock)
+            yield
+        finally:
+            os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        # flock itself has no time-out, and its holder may be a process that was stopped.
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CardLost(f"{self.path} stays locked by another process") from None
+                time.sleep(_LOCK_POLL_S)
+            else:
+                return
+
+
+def _born(pid: int) -> int | None:
+    """When the process started, in ticks since boot, or None if it has ended. A pid alone may
+    be another process by now."""
+    try:
+        # The name before the last bracket is the process's own choice, brackets included.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZXx" else int(fields[19])
