@@ -10,9 +10,8 @@ import atexit
 import os
 import sys
 
-from gpumanager.config import ConfigError, config_path_from_env, load_config
-
 from gpumanager.app import prepare
+from gpumanager.config import ConfigError, config_path_from_env, load_config
 
 try:
     _config = load_config(config_path_from_env(os.environ))

@@ -78,8 +78,8 @@ class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
-    reports, None where it does not. `residency_version` changes whenever the broker changes
-    `loaded` itself, so that a probe that began before cannot overwrite what it did not see.
+    reports, None where it does not. `residency_version` changes with every load, unload, start
+    and end of a job, so that a probe that began before cannot overwrite what it did not see.
     """
 
     loaded: bool

@@ -63,7 +63,7 @@ class Registry:
                     last_used=self._clock.monotonic(),
                     loaded=True,
                     resident_mib=state.resident_mib if state.loaded else None,
-                    residency_version=state.residency_version + (not state.loaded),
+                    residency_version=state.residency_version + 1,
                 ),
             )
 
@@ -72,7 +72,13 @@ class Registry:
         with self._lock:
             state = self._consumers[name]
             self._publish_locked(
-                name, replace(state, active=state.active - 1, last_used=self._clock.monotonic())
+                name,
+                replace(
+                    state,
+                    active=state.active - 1,
+                    last_used=self._clock.monotonic(),
+                    residency_version=state.residency_version + 1,
+                ),
             )
 
     # -- residency -------------------------------------------------------------------------
@@ -96,13 +102,14 @@ class Registry:
     def probe_succeeded(self, name: str, report: ProbeReport, *, seen_version: int) -> bool:
         """Take in a probe's answer; True if it changed `healthy`.
 
-        `seen_version` is the `residency_version` from before the probe was sent: where the
-        broker changed the residency meanwhile, the answer's word on it is out of date.
+        `seen_version` is the `residency_version` from before the probe was sent. Where it
+        changed meanwhile, or a job runs, the answer's word on the residency may be out of date:
+        it could have been given just before the job loaded the model.
         """
         with self._lock:
             state = self._consumers[name]
             changes: dict[str, object] = {}
-            if seen_version == state.residency_version:
+            if seen_version == state.residency_version and not state.active:
                 loaded = state.loaded if report.loaded is None else report.loaded
                 changes["loaded"] = loaded
                 if report.resident_mib is not None:

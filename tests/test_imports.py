@@ -48,4 +48,4 @@ def test_importing_the_package_starts_nothing() -> None:
         "assert threading.active_count() == 1, threading.enumerate();"
         "assert 'pynvml' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)  # noqa: S603
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gpumanager.model import GpuState, ProbeReport
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
@@ -86,6 +88,17 @@ def test_a_probe_that_began_before_an_unload_does_not_undo_it() -> None:
     assert (state.healthy, state.loaded, state.held_mib(2800)) == (True, False, 0)
     assert probe(registry, loaded=True, mib=2800) is False
     assert registry.get("mvoice").loaded
+
+
+@pytest.mark.parametrize("ends", ["before the probe does", "after the probe does"])
+def test_a_probe_that_began_before_a_job_loaded_the_model_does_not_undo_it(ends: str) -> None:
+    registry, _ = make(loaded=False)
+    registry.job_started("mvoice")
+    seen = registry.get("mvoice").residency_version  # the model is not in memory yet
+    if ends == "before the probe does":
+        registry.job_finished("mvoice")
+    registry.probe_succeeded("mvoice", ProbeReport(False, 0), seen_version=seen)
+    assert registry.get("mvoice").held_mib(2800) == 2800
 
 
 def test_a_load_forgets_what_was_reported_before() -> None:

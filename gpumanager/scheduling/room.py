@@ -27,7 +27,7 @@ RELEASE_TIMEOUT_S = 10.0
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.1
-"""Looks at the card come quickly at first, for releases that are nearly at once, then spread out."""
+"""The card is looked at often at first, for releases that are nearly at once, then less so."""
 
 RELEASE_SHARE = 0.9
 """A victim's memory counts as back once this share of its figure is: declared figures are rough,

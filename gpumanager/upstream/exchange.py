@@ -209,7 +209,6 @@ class Exchange:
     def _prepare(self) -> requests.PreparedRequest:
         """A request that `requests` has not touched: nothing added, nothing re-encoded."""
         outbound = self._outbound
-        headers: requests.structures.CaseInsensitiveDict[str | bytes]
         headers = requests.structures.CaseInsensitiveDict(
             {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
         )

@@ -50,20 +50,19 @@ class Proxy:
         `method` None keeps the client's.
         """
         settings = self._config.consumers[consumer]
-        base_url, base_path = _split_base(settings.url)
-        target = base_path + path
+        target = settings.base_path + path
         if inbound.query:
             target += ("&" if "?" in target else "?") + inbound.query
         method = method or inbound.method
-        body: bytes | IO[bytes] | None = inbound.body
         length = inbound.length
         if length is None and method in {"POST", "PUT", "PATCH"}:
             length = 0
-        if body is not None and length is not None and length <= SMALL_BODY_BYTES:
-            body = body.read(length)
+        body: bytes | IO[bytes] | None = inbound.body
+        if inbound.body is not None and length is not None and length <= SMALL_BODY_BYTES:
+            body = inbound.body.read(length)
         outbound = Outbound(
             method=method,
-            base_url=base_url,
+            base_url=settings.base_url,
             target=target,
             headers=[*_forwardable(inbound.headers), ("X-Request-Id", inbound.request_id)],
             body=body or None,
@@ -92,10 +91,3 @@ def _forwardable(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
         (name, value) for name, value in end_to_end(headers) if name.lower() not in _NOT_FORWARDED
     ]
-
-
-def _split_base(url: str) -> tuple[str, str]:
-    """`http://host:1/base` → (`http://host:1`, `/base`)."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host}", (slash + path).rstrip("/")

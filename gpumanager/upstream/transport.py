@@ -82,7 +82,7 @@ class _Announced:
     """Mixed into urllib3's connections: hands the socket over as soon as there is one, and
     sends the exact target, which urllib3 would otherwise normalise."""
 
-    response_class = _Response
+    response_class: Any = _Response
     sock: Any
 
     def connect(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, TYPE_CHECKING
 
 from flask import Response
@@ -90,7 +90,7 @@ class RelayedBody:
             self._exchange.close()
             self._on_end()
 
-    def _relay(self) -> Iterator[bytes]:
+    def _relay(self) -> Generator[bytes, None, None]:
         with _Spool() as spool:
             while not (self._exchange.ended and not len(spool)):
                 if not len(spool):

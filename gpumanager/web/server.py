@@ -48,14 +48,16 @@ class JsonErrorTask(ErrorTask):
     """Waitress's own refusals (unparsable, too large), in the broker's envelope."""
 
     def execute(self) -> None:
-        refused: Any = self.request.error
+        request: Any = self.request  # a parser whose `error` says what it refused
+        refused = request.error
         error = _as_broker_error(refused)
         request_id = secrets.token_hex(8)
         body = json.dumps(error.envelope()).encode() + b"\n"
         self.status = f"{refused.code} {refused.reason}"
-        self.response_headers.extend(
-            [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
-        )
+        self.response_headers = [
+            ("Content-Type", "application/json"),
+            ("X-Request-Id", request_id),
+        ]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)

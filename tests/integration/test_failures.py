@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -209,8 +211,6 @@ def silence(connection: Connection, _: Received) -> None:
 
 
 def headers_byte_by_byte(connection: Connection, _: Received) -> None:
-    import threading
-
     pause = threading.Event()
     for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 1000:
         connection.send(bytes([byte]))
@@ -309,8 +309,6 @@ def test_a_stream_that_goes_on_for_ever_ends_at_the_total(
 def test_a_client_that_leaves_the_line_frees_its_place(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:
-    import threading
-
     release = threading.Event()
 
     def slow(connection: Connection, _: Received) -> None:
@@ -337,8 +335,6 @@ def test_a_client_that_leaves_the_line_frees_its_place(
 def test_a_client_that_leaves_while_its_job_runs_has_the_consumer_closed(
     broker: LiveBroker, consumer: ScriptedConsumer, phase: str
 ) -> None:
-    import threading
-
     closed = threading.Event()
 
     def endless(connection: Connection, _: Received) -> None:
@@ -361,8 +357,6 @@ def test_a_client_that_leaves_while_its_job_runs_has_the_consumer_closed(
 def test_where_the_consumer_works_on_the_gpu_stays_held_until_it_is_done(
     consumer: ScriptedConsumer,
 ) -> None:
-    import threading
-
     finish = threading.Event()
 
     def works_on(connection: Connection, _: Received) -> None:
@@ -386,8 +380,6 @@ def test_where_the_consumer_works_on_the_gpu_stays_held_until_it_is_done(
 def test_the_line_runs_in_the_order_of_arrival(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:
-    import threading
-
     release = threading.Event()
 
     def slow(connection: Connection, _: Received) -> None:
@@ -399,8 +391,8 @@ def test_the_line_runs_in_the_order_of_arrival(
     with live_broker(config_for(consumer.url)) as patient:
         for index in range(5):
             path = f"/v1/tts?n={index}"
-            clients.append(Outcome(lambda path=path: patient.post(path)))
-            eventually(lambda n=index: len(patient.broker.scheduler.line()) == n + 1)
+            clients.append(Outcome(partial(patient.post, path)))
+            patient.await_line(index + 1)
         release.set()
         assert [client.result().status_code for client in clients] == [200] * 5
     assert [r.line for r in consumer.requests] == [
@@ -409,8 +401,6 @@ def test_the_line_runs_in_the_order_of_arrival(
 
 
 def test_a_full_line_refuses_at_once_with_retry_after(consumer: ScriptedConsumer) -> None:
-    import threading
-
     release = threading.Event()
 
     def slow(connection: Connection, _: Received) -> None:

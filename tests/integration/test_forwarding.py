@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -228,7 +228,7 @@ def test_proxies_and_netrc_of_the_environment_are_ignored(
 
 # -- streaming ---------------------------------------------------------------------------------
 
-FRAMINGS = {
+FRAMINGS: dict[str, tuple[str, Callable[[bytes], bytes], bytes]] = {
     "chunked": (
         "Transfer-Encoding: chunked\r\n",
         lambda b: b"%x\r\n%b\r\n" % (len(b), b),

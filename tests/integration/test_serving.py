@@ -145,16 +145,19 @@ def test_a_client_that_leaves_is_noticed_within_a_second(
 ) -> None:
     port = free_port()
     config = config_for(consumer.url, listen=f"127.0.0.1:{port}")
-    with serving(tmp_path, how, config, port) as process:
-        with RawClient(port) as running, RawClient(port) as waiting:
-            running.request("POST", "/v1/tts", b"{}")
-            eventually(lambda: consumer.requests)
-            waiting.request("POST", "/v1/tts", b"{}")
-            eventually(lambda: process.waiting() == 1)
-            waiting.sock.close()
-            eventually(lambda: process.waiting() == 0, 1)
-            running.sock.close()
-            eventually(lambda: process.get("/v1/status").json()["scheduler"]["in_flight"] == 0, 1)
+    with (
+        serving(tmp_path, how, config, port) as process,
+        RawClient(port) as running,
+        RawClient(port) as waiting,
+    ):
+        running.request("POST", "/v1/tts", b"{}")
+        eventually(lambda: consumer.requests)
+        waiting.request("POST", "/v1/tts", b"{}")
+        eventually(lambda: process.waiting() == 1)
+        waiting.sock.close()
+        eventually(lambda: process.waiting() == 0, 1)
+        running.sock.close()
+        eventually(lambda: process.get("/v1/status").json()["scheduler"]["in_flight"] == 0, 1)
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -246,6 +249,7 @@ def test_an_address_that_is_taken_is_told(tmp_path: Path, consumer: ScriptedCons
             capture_output=True,
             text=True,
             timeout=20,
+            check=False,
         )
     assert ended.returncode == 1
     assert "cannot listen" in ended.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -13,6 +14,7 @@ from gpumanager.model import Job, Stats
 from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
+from gpumanager.scheduling.line import LineTicket
 from tests.support.clock import EPOCH, FakeClock
 from tests.support.threads import Outcome
 
@@ -223,7 +225,7 @@ def test_jobs_run_in_the_order_of_arrival(make: Make) -> None:
         ticket.close()
 
     # The threads begin to wait in the opposite order.
-    for outcome in [Outcome(lambda t=ticket: run(t)) for ticket in reversed(tickets)]:
+    for outcome in [Outcome(partial(run, ticket)) for ticket in reversed(tickets)]:
         outcome.result()
     assert order == [ticket.number for ticket in tickets]
 
@@ -474,12 +476,12 @@ def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
     holder = scheduler.enqueue(job())
     parked = [scheduler.enqueue(job()) for _ in range(1000)]
     woken = []
+
+    def count(ticket: LineTicket, n: int = 1) -> None:
+        woken.append(ticket.number)
+        threading.Condition.notify(ticket._turn, n)
+
     for ticket in parked:
-        turn = ticket._turn
-        notify = turn.notify
-        turn.notify = lambda n=1, t=ticket, notify=notify: (  # type: ignore[method-assign]
-            woken.append(t.number),
-            notify(n),
-        )[1]
+        ticket._turn.notify = partial(count, ticket)  # type: ignore[method-assign]
     holder.close()
     assert woken == [parked[0].number]

@@ -105,6 +105,7 @@ class Bench:
         class Watched:
             number, job, waited_s, prepared_s = ticket.number, ticket.job, 0.0, 0.0
             wait, cancel, close = ticket.wait, ticket.cancel, ticket.close
+            when_cancelled = ticket.when_cancelled
 
             def pause(self, seconds: float) -> None:
                 bench.clock.advance(seconds)

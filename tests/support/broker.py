@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import requests
-import waitress
-from gpumanager.config import parse_config
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.server import create_server
 from waitress.wasyncore import close_all
 
 from gpumanager.app import Broker
+from gpumanager.config import parse_config
 from gpumanager.monitoring.memory import Card
 from gpumanager.web import server
 from tests.support.sockets import RawClient
@@ -48,6 +48,10 @@ class LiveBroker:
         """Return once `count` requests are in line."""
         eventually(lambda: self.stats.queue_depth == count)
 
+    def await_line(self, count: int) -> None:
+        """Return once `count` requests run or wait."""
+        eventually(lambda: len(self.broker.scheduler.line()) == count)
+
     def await_idle(self, timeout: float = PATIENCE_S) -> None:
         """Return once nobody waits and nothing runs."""
         eventually(lambda: (self.stats.queue_depth, self.stats.in_flight) == (0, 0), timeout)
@@ -60,17 +64,13 @@ class LiveBroker:
 def live_broker(config: str, *, card: Card | None = None) -> Iterator[LiveBroker]:
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
-    kept = {
-        name: vars(Adjustments)[name]
-        for name, _ in Adjustments._params
-        if name in vars(Adjustments)
-    }
+    kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
     error_task = HTTPChannel.error_task_class
     broker = Broker(parsed, card=card)
     try:
         server.set_defaults(parsed)
         sockets: dict[int, Any] = {}
-        serving = waitress.create_server(broker.flask, sockets, listen="127.0.0.1:0", threads=24)
+        serving: Any = create_server(broker.flask, sockets, listen="127.0.0.1:0", threads=24)
         broker.start()
         loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
         loop.start()

@@ -107,7 +107,7 @@ def test_load_and_unload_are_made_as_declared(mocked: responses.RequestsMock) ->
     made.unload("mvoice")
     load, unload = (call.request for call in mocked.calls)
     assert load.body is None
-    assert json.loads(unload.body) == {"unload_models": True}
+    assert json.loads(unload.body or b"") == {"unload_models": True}
     assert unload.headers["Content-Type"] == "application/json"
     assert unload.headers["X-Admin"] == "1"
 
@@ -185,7 +185,7 @@ def test_unload_is_made_for_each_item(mocked: responses.RequestsMock) -> None:
     mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
     mocked.post(f"{URL}/api/generate", json={"done_reason": "unload"})
     calls(**OLLAMA).unload("mvoice")
-    bodies = [json.loads(c.request.body) for c in mocked.calls if c.request.method == "POST"]
+    bodies = [json.loads(c.request.body or b"") for c in mocked.calls if c.request.method == "POST"]
     assert bodies == [
         {"model": "llama3:8b", "keep_alive": 0},
         {"model": "qwen:0.5b", "keep_alive": 0},

@@ -1,0 +1,145 @@
+"""From a file to a Config, or to every fault in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from pydantic import ValidationError
+
+from gpumanager.config import presets
+from gpumanager.config.faults import ConfigError, Fault, Path, dotted, in_words, nearest, shown
+from gpumanager.config.schema import Config, GpuConfig
+from gpumanager.config.source import Lines, SourceError, read
+
+CONFIG_ENV = "GPUMANAGER_CONFIG"
+DEFAULT_CONFIG_PATH = "config/consumers.yaml"
+
+
+def config_path_from_env(environ: Mapping[str, str]) -> str:
+    """The file that GPUMANAGER_CONFIG names, else `config/consumers.yaml`."""
+    return environ.get(CONFIG_ENV) or DEFAULT_CONFIG_PATH
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """The config in a file. Raises ConfigError, also if the file cannot be read."""
+    source = os.fspath(path)
+    try:
+        with open(source, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        raise ConfigError(source, [Fault("", None, reason)]) from None
+    return parse_config(text, source)
+
+
+def parse_config(text: str | bytes, source: str = "<config>") -> Config:
+    """The config in `text` (YAML). Raises ConfigError with every fault at once."""
+    try:
+        data, lines = read(text)
+    except SourceError as error:
+        raise ConfigError(source, error.faults) from None
+    faults = [
+        Fault(dotted(path), lines[path], message, found)
+        for path, message, found in _cross_faults(data)
+    ]
+    config = None
+    try:
+        config = Config.model_validate(_with_presets(data))
+    except ValidationError as invalid:
+        for detail in invalid.errors(include_url=False):
+            path, message, found = in_words(detail, Config)
+            faults.append(Fault(dotted(path), _line_of(path, data, lines), message, found))
+    if config is None or faults:
+        raise ConfigError(source, dict.fromkeys(faults))
+    return config
+
+
+def _with_presets(data: dict[str, Any]) -> dict[str, Any]:
+    consumers = data.get("consumers")
+    if not isinstance(consumers, dict):
+        return data
+    filled = {
+        name: presets.filled_in(consumer) if isinstance(consumer, dict) else consumer
+        for name, consumer in consumers.items()
+    }
+    return {**data, "consumers": filled}
+
+
+def _line_of(path: Path, data: dict[str, Any], lines: Lines) -> int:
+    """The line of `path`; what a preset filled in is found at the `preset` key."""
+    if len(path) > 2 and path[0] == "consumers":
+        consumer = _mapping(_mapping(data.get("consumers")).get(str(path[1])))
+        if (
+            "preset" in consumer
+            and path[2] not in consumer
+            and path[2] in presets.filled_in(consumer)
+        ):
+            return lines[(*path[:2], "preset")]
+    return lines[path]
+
+
+_Found = tuple[Path, str, str]
+
+
+def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
+    """What no key shows by itself. Looks at the raw data, so that it is told of together with
+    the faults in single keys, which are passed over here."""
+    consumers = _mapping(data.get("consumers"))
+    for kind, name in _mapping(data.get("routing")).items():
+        yield from _reference(("routing", kind), name, consumers)
+    if (name := data.get("audio_proxy")) is not None:
+        yield from _reference(("audio_proxy",), name, consumers)
+    yield from _memory_faults(_mapping(data.get("gpu")), consumers)
+    for name, raw in consumers.items():
+        here, consumer = ("consumers", name), _mapping(raw)
+        preset = consumer.get("preset")
+        if isinstance(preset, str) and preset not in presets.names():
+            message = f"unknown preset '{preset}'{nearest(preset, presets.names())}"
+            yield (*here, "preset"), message, ""
+        friends = consumer.get("can_coexist_with")
+        for index, friend in enumerate(friends if isinstance(friends, list) else []):
+            place: Path = (*here, "can_coexist_with", index)
+            if friend == name:
+                yield place, "a consumer need not be said to coexist with itself", ""
+            else:
+                yield from _reference(place, friend, consumers)
+        filled = presets.filled_in(consumer)
+        unload, probe = _mapping(filled.get("unload")), _mapping(filled.get("probe"))
+        if unload.get("for_each") is not None and probe.get("items") is None:
+            message = "needs a probe with 'items' to tell what to unload"
+            yield (*here, "unload", "for_each"), message, ""
+
+
+def _reference(path: Path, name: object, consumers: Mapping[str, Any]) -> Iterator[_Found]:
+    if isinstance(name, str) and name not in consumers:
+        yield path, f"unknown consumer '{name}'{nearest(name, consumers)}", ""
+
+
+def _memory_faults(gpu: Mapping[str, Any], consumers: Mapping[str, Any]) -> Iterator[_Found]:
+    total = gpu.get("total_mib")
+    reserved = gpu.get("reserved_mib", GpuConfig().reserved_mib)
+    if not _is_mib(total) or not _is_mib(reserved) or not total:
+        return
+    if reserved >= total:
+        message = f"must be less than gpu.total_mib, which is {total}"
+        yield ("gpu", "reserved_mib"), message, shown(reserved)
+        return
+    for name, consumer in consumers.items():
+        needed = _mapping(consumer).get("vram_resident_mib")
+        if _is_mib(needed) and needed > total - reserved:
+            message = f"can never fit: {total - reserved} MiB are left of gpu.total_mib after "
+            yield (
+                ("consumers", name, "vram_resident_mib"),
+                message + "gpu.reserved_mib",
+                shown(needed),
+            )
+
+
+def _is_mib(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,40 @@
+"""Presets: what is known of a server, as data, so that the operator need not write it."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+_MERGED = ("paths", "timeouts")
+"""Keys whose entries are filled in one by one; any other key is taken whole or not at all."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The presets there are."""
+    folder = files("gpumanager.config").joinpath("presets")
+    found = (entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+def filled_in(consumer: dict[str, Any]) -> dict[str, Any]:
+    """`consumer` with the keys of its preset that it does not set itself."""
+    name = consumer.get("preset")
+    if not isinstance(name, str) or name not in names():
+        return consumer
+    preset = _load(name)
+    merged = {**preset, **consumer}
+    for key in _MERGED:
+        if isinstance(preset.get(key), dict) and isinstance(consumer.get(key), dict):
+            merged[key] = {**preset[key], **consumer[key]}
+    return merged
+
+
+@cache
+def _load(name: str) -> dict[str, Any]:
+    text = files("gpumanager.config").joinpath("presets", f"{name}.yaml").read_text("utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data

@@ -1,0 +1,212 @@
+"""Every fault at once, each where it is; and no text that gets past it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpumanager.config import ConfigError, load_config, parse_config
+
+
+def faults(text: str | bytes) -> list[tuple[int | None, str, str]]:
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text)
+    return [(fault.line, fault.path, fault.message) for fault in refused.value.faults]
+
+
+def test_all_faults_at_once_each_with_its_line() -> None:
+    found = faults(
+        """\
+listen: nowhere
+rooting: {}
+gpu:
+  reserved_mib: 10
+  sample_interval: 0
+routing: {tts: mvoce, video: ollama}
+audio_proxy: nobody
+consumers:
+  mvoice:
+    url: http://127.0.0.1:8766
+    vram_residnet_mib: 3
+    can_coexist_with: [ollama, mvoice, olama]
+    timeouts:
+      connect: -3
+    unload: {for_each: items, path: /x}
+  ollama: {preset: olama, url: "http://127.0.0.1:11434"}
+  nameless:
+    priority: 1
+  "odd name": {url: "http://127.0.0.1:1"}
+"""
+    )
+    assert [(line, path) for line, path, _ in found] == [
+        (1, "listen"),
+        (2, "rooting"),
+        (5, "gpu.sample_interval"),
+        (6, "routing.tts"),
+        (6, "routing.video"),
+        (7, "audio_proxy"),
+        (11, "consumers.mvoice.vram_residnet_mib"),
+        (12, "consumers.mvoice.can_coexist_with[1]"),
+        (12, "consumers.mvoice.can_coexist_with[2]"),
+        (14, "consumers.mvoice.timeouts.connect"),
+        (15, "consumers.mvoice.unload.for_each"),
+        (16, "consumers.ollama.preset"),
+        (17, "consumers.nameless.url"),
+        (19, "consumers.odd name"),
+    ]
+    words = {path: message for _, path, message in found}
+    assert "did you mean 'routing'?" in words["rooting"]
+    assert "did you mean 'mvoice'?" in words["routing.tts"]
+    assert "known: image, llm, stt, tts" in words["routing.video"]
+    assert "did you mean 'vram_resident_mib'?" in words["consumers.mvoice.vram_residnet_mib"]
+    assert "did you mean 'ollama'?" in words["consumers.mvoice.can_coexist_with[2]"]
+    assert "known: comfyui, ollama" in words["consumers.ollama.preset"]
+    assert words["consumers.nameless.url"] == "is required"
+
+
+def test_a_fault_tells_what_was_found() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config("max_body_mib: -3\nlisten: " + "x" * 500)
+    first, second = refused.value.faults
+    assert str(first) == "line 1: max_body_mib: must be at least 1 (found -3)"
+    assert len(str(second)) < 200
+    assert str(refused.value).startswith("<config>: 2 faults\n  line 1: ")
+
+
+def test_memory_that_can_never_be_enough() -> None:
+    found = faults(
+        """\
+gpu: {total_mib: 8000, reserved_mib: 256}
+consumers:
+  llm: {url: "http://127.0.0.1:1", vram_resident_mib: 7744}
+  image:
+    url: http://127.0.0.1:2
+    vram_resident_mib: 7745
+"""
+    )
+    assert [(line, path) for line, path, _ in found] == [(6, "consumers.image.vram_resident_mib")]
+    assert "7744 MiB are left" in found[0][2]
+    assert faults("gpu: {total_mib: 100}")[0][1] == "gpu.reserved_mib"
+
+
+def test_what_a_preset_filled_in_is_found_at_the_preset() -> None:
+    found = faults(
+        """\
+consumers:
+  ollama:
+    url: http://127.0.0.1:11434
+    preset: ollama
+    probe: {path: /api/ps}
+"""
+    )
+    # The preset's unload is made for each item, which this probe does not list.
+    assert [(line, path) for line, path, _ in found] == [(2, "consumers.ollama.unload.for_each")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("", None, "empty"),
+        ("# nothing\n", None, "empty"),
+        ("[1, 2]", 1, "must be a mapping"),
+        ("just text", 1, "must be a mapping"),
+        ("a: [1,\nb: 2", 2, "not valid YAML"),
+        ("a: 1\n\tb: 2", 2, "not valid YAML"),
+        ("listen: a:1\nlisten: b:1", 2, "twice, first in line 1"),
+        ("1: 2", 1, "in quotes"),
+        ("? [a]\n: b", 1, "must be a string"),
+        ("log: &x {level: *x}", 1, "alias contains itself"),
+        ("log: *nowhere", 1, "not valid YAML"),
+        ("log: {<<: 5}", 1, "must merge a mapping"),
+        ("a: !!python/object/apply:os.system [x]", 1, "is not allowed"),
+        ("a: !!python/name:os.system x", 1, "not valid YAML"),
+        ("a: 1\n---\nb: 2", 2, "not valid YAML"),
+        ("listen: 2026-13-45", 1, "month must be in"),
+        (b"listen: \xff\xfe", 1, "not UTF-8"),
+        ("listen: \0", None, "not valid YAML"),
+        ("a: " + "[" * 200 + "]" * 200, 1, "too deep"),
+        ("a: " + "[" * 5000, None, "not valid YAML"),
+    ],
+)
+def test_texts_that_are_no_config(text: str | bytes, line: int | None, words: str) -> None:
+    found = faults(text)
+    assert len(found) == 1
+    assert found[0][0] == line
+    assert words in found[0][2]
+
+
+def test_an_alias_bomb_is_defused() -> None:
+    levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
+    assert "too large" in faults(f"l0: &l0 [x]\n{levels}")[0][2]
+
+
+def test_anchors_and_merges_work() -> None:
+    config = parse_config(
+        """\
+consumers:
+  a: &base {url: "http://127.0.0.1:1", priority: 5, timeouts: &t {connect: 1}}
+  b: {<<: *base, priority: 7}
+  c: {<<: [*base], timeouts: {<<: *t, idle: 9}}
+"""
+    )
+    assert (config.consumers["b"].priority, config.consumers["b"].timeouts.connect) == (7, 1)
+    assert (config.consumers["c"].timeouts.connect, config.consumers["c"].timeouts.idle) == (1, 9)
+
+
+def test_a_byte_order_mark_is_no_matter() -> None:
+    assert parse_config(b"\xef\xbb\xbflisten: 127.0.0.1:1").port == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path if kind == "folder" else tmp_path / "none.yaml"
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        load_config(path)
+    assert refused.value.source == str(path)
+
+
+KEYS = st.sampled_from(
+    [
+        *("listen", "gpu", "scheduler", "routing", "consumers", "log", "audio_proxy", "mvoice"),
+        *("url", "health", "probe", "paths", "tts", "path", "method", "json", "ok", "timeouts"),
+        *("unload", "load", "for_each", "items", "preset", "can_coexist_with", "total_mib"),
+        *("vram_resident_mib", "loaded", "resident", "unit", "headers", "max_queue", "", "x"),
+    ]
+)
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-5, 9000),
+        st.floats(),
+        st.text(max_size=8),
+        st.dates(),
+        st.sampled_from(["ollama", "mvoice", "http://127.0.0.1:1", "/x", "items", "a[", "GPU-1"]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=5))
+def test_whatever_stands_there_it_loads_or_is_faulted(document: dict[str, Any]) -> None:
+    try:
+        parse_config(yaml.safe_dump(document))
+    except ConfigError as error:
+        assert error.faults  # noqa: PT017  # what matters is that nothing else is raised
+        assert str(error)  # noqa: PT017
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=60), st.binary(max_size=60)))
+def test_whatever_the_text_it_loads_or_is_faulted(text: str | bytes) -> None:
+    try:
+        parse_config(text)
+    except ConfigError as error:
+        assert error.faults  # noqa: PT017  # as above

@@ -1,0 +1,247 @@
+"""Defaults, short forms, and what each key allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpumanager.config import (
+    KINDS,
+    Config,
+    ConfigError,
+    ConsumerConfig,
+    config_path_from_env,
+    load_config,
+    parse_config,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def consumer(**keys: Any) -> ConsumerConfig:
+    document = {"consumers": {"mvoice": {"url": "http://127.0.0.1:8766", **keys}}}
+    return parse_config(yaml.safe_dump(document)).consumers["mvoice"]
+
+
+def test_the_example_loads_and_has_the_ports_people_know() -> None:
+    config = load_config(ROOT / "config" / "consumers.yaml")
+    assert config.port == 8770
+    ports = {name: c.base_url.rpartition(":")[2] for name, c in config.consumers.items()}
+    assert ports == {"mvoice": "8766", "whisper": "8178", "ollama": "11434", "comfyui": "8188"}
+    for kind in KINDS:
+        assert kind in config.consumers[config.routing[kind]].paths
+
+
+def test_the_examples_comments_show_the_defaults() -> None:
+    """A key that stands in a comment stands there with its default."""
+    text = (ROOT / "config" / "consumers.yaml").read_text()
+    uncommented = "\n".join(
+        line.replace("# ", "", 1)
+        if line.lstrip().startswith(
+            (
+                "# sample",
+                "# health_i",
+                "# drain",
+                "# max_body",
+                "# log:",
+                "# audio_path",
+                "# vram_managed",
+                "# on_disc",
+                "# timeouts",
+            )
+        )
+        else line
+        for line in text.splitlines()
+    )
+    assert uncommented != text
+    assert parse_config(uncommented) == parse_config(text)
+
+
+def test_the_contracts_example_loads() -> None:
+    config = parse_config(
+        """
+listen: 127.0.0.1:8770
+audio_proxy: mvoice
+audio_path_prefix: /audio/
+gpu: {total_mib: 0, reserved_mib: 256, device: 0, sample_interval: 2}
+scheduler: {kind: locked, max_queue: 256, max_wait: 600}
+health_interval: 5
+drain_timeout: 30
+max_body_mib: 1024
+routing: {tts: mvoice, llm: ollama}
+consumers:
+  mvoice:
+    url: http://127.0.0.1:8766
+    health: {path: /health}
+    paths:
+      tts: {path: /api/tts, method: POST}
+    vram_resident_mib: 2800
+    vram_managed: false
+    priority: 10
+    can_coexist_with: [ollama]
+    load: {method: POST, path: /api/admin/load}
+    unload: {method: POST, path: /api/admin/unload}
+    timeouts: {connect: 3, first_byte: 120, idle: 60, total: 600}
+    on_disconnect: native
+  ollama: {preset: ollama, url: "http://127.0.0.1:11434", vram_resident_mib: 9000}
+"""
+    )
+    assert config.consumers["mvoice"].can_coexist_with == ("ollama",)
+    assert config.consumers["ollama"].paths["llm"].path == "/api/chat"
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    config = Config()
+    assert (config.listen, config.audio_path_prefix) == ("127.0.0.1:8770", "/audio/")
+    assert (config.gpu.total_mib, config.gpu.reserved_mib, config.gpu.device) == (0, 256, 0)
+    assert config.gpu.sample_interval == 2
+    scheduler = config.scheduler
+    assert (scheduler.kind, scheduler.max_queue, scheduler.max_wait) == ("locked", 256, 600)
+    assert (config.health_interval, config.drain_timeout, config.max_body_mib) == (5, 30, 1024)
+    timeouts = consumer().timeouts
+    assert (timeouts.connect, timeouts.first_byte) == (3, 120)
+    assert (timeouts.idle, timeouts.total) == (60, 600)
+    assert consumer().on_disconnect == "native"
+
+
+def test_a_bare_string_is_a_path() -> None:
+    short = consumer(health="/h", load="/l", unload="/u", paths={"tts": "/t"})
+    long = consumer(
+        health={"path": "/h", "method": "GET"},
+        load={"path": "/l", "method": "post"},
+        unload={"path": "/u", "method": "POST"},
+        paths={"tts": {"path": "/t", "method": None}},
+    )
+    assert short == long
+
+
+def test_an_address_is_taken_apart() -> None:
+    config = parse_config('listen: "[::1]:99"')
+    assert (config.host, config.port) == ("::1", 99)
+    based = consumer(url="https://host:1/base/x/")
+    assert (based.base_url, based.base_path) == ("https://host:1", "/base/x")
+    assert consumer().base_path == ""
+
+
+def test_an_unload_for_each_item_is_filled_in() -> None:
+    call = consumer(
+        probe={"path": "/ps", "items": "models"},
+        unload={
+            "for_each": "items",
+            "path": "/models/{item}",
+            "json": {"model": "{item}", "list": ["{item}!", 0], "keep_alive": 0},
+        },
+    ).unload
+    assert call is not None
+    made = call.for_item("a/b c")
+    assert made.path == "/models/a%2Fb%20c"
+    assert made.json_body == {"model": "a/b c", "list": ["a/b c!", 0], "keep_alive": 0}
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ("listen", "8770", "HOST:PORT"),
+        ("listen", "127.0.0.1:70000", "port of 0 to 65535"),
+        ("listen", "127.0.0.1", "HOST:PORT"),
+        ("audio_path_prefix", "audio", "must start with '/'"),
+        ("audio_path_prefix", "/", "such as /audio/"),
+        ("audio_path_prefix", "/v1/audio/", "the broker's own"),
+        ("audio_path_prefix", "/a<b>/", "such as /audio/"),
+        ("health_interval", 0, "greater than 0"),
+        ("health_interval", "5", "must be a number"),
+        ("health_interval", True, "must be a number"),
+        ("health_interval", float("inf"), "finite"),
+        ("health_interval", float("nan"), "finite"),
+        ("drain_timeout", -1, "at least 0"),
+        ("max_body_mib", 0, "at least 1"),
+        ("max_body_mib", 1.5, "whole number"),
+        ("gpu.total_mib", -1, "at least 0"),
+        ("gpu.total_mib", "8000", "whole number"),
+        ("gpu.total_mib", True, "whole number"),
+        ("gpu.device", -1, "NVML's index"),
+        ("gpu.device", "first", "GPU-…"),
+        ("gpu.device", True, "NVML's index"),
+        ("gpu.device", 1.5, "NVML's index"),
+        ("gpu.sample_interval", 0, "greater than 0"),
+        ("scheduler.kind", "fair", "must be one of locked, passthrough"),
+        ("scheduler.max_queue", 0, "at least 1"),
+        ("scheduler.max_queue", 100_000, "at most 10000"),
+        ("log.format", "xml", "must be one of logfmt, json"),
+        ("log.level", "loud", "must be one of debug, info, warning, error"),
+        ("consumers.mvoice.url", "127.0.0.1:8766", "must be http://HOST"),
+        ("consumers.mvoice.url", "ftp://h", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://u:p@h", "without credentials"),
+        ("consumers.mvoice.url", "http://h/?q", "without credentials, query"),
+        ("consumers.mvoice.url", "http://h:0", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://h:99999", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://[::1", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://h/a b", "must be http://HOST"),
+        ("consumers.mvoice.url", 8766, "must be a string"),
+        ("consumers.mvoice.health", ["/h"], "a path, or a mapping"),
+        ("consumers.mvoice.health", 5, "a path, or a mapping"),
+        ("consumers.mvoice.paths", ["/t"], "must be a mapping"),
+        ("consumers.mvoice.vram_resident_mib", 2800.5, "whole number"),
+        ("consumers.mvoice.vram_managed", "yes", "true or false"),
+        ("consumers.mvoice.vram_managed", 1, "true or false"),
+        ("consumers.mvoice.priority", "high", "whole number"),
+        ("consumers.mvoice.can_coexist_with", "ollama", "must be a list"),
+        ("consumers.mvoice.on_disconnect", "abort", "must be one of native, none"),
+        ("consumers.mvoice.timeouts.connect", 0, "greater than 0"),
+        ("consumers.mvoice.timeouts", 5, "must be a mapping"),
+        ("consumers.mvoice", "http://h", "must be a mapping"),
+        ("consumers", ["mvoice"], "must be a mapping"),
+    ],
+)
+def test_what_is_not_allowed(where: str, value: Any, words: str) -> None:
+    document: dict[str, Any] = {
+        "consumers": {"mvoice": {"url": "http://127.0.0.1:8766", "timeouts": {}}},
+        "gpu": {},
+        "scheduler": {},
+        "log": {},
+    }
+    inner = document
+    *parents, last = where.split(".")
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    with pytest.raises(ConfigError) as refused:
+        parse_config(yaml.safe_dump(document))
+    (fault,) = refused.value.faults
+    assert fault.path == where
+    assert fault.line is not None
+    assert words in fault.message
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "words"),
+    [
+        ({"path": "free"}, "path", "must start with '/'"),
+        ({"path": "/a b"}, "path", "printable ASCII"),
+        ({"path": "/ü"}, "path", "printable ASCII"),
+        ({"path": "/x\r\nX: y"}, "path", "printable ASCII"),
+        ({"path": "/x", "method": "P OST"}, "method", "HTTP method"),
+        ({"path": "/x", "timeout": 0}, "timeout", "greater than 0"),
+        ({"path": "/x", "ok": [99]}, "ok[0]", "at least 100"),
+        ({"path": "/x", "ok": 200}, "ok", "must be a list"),
+        ({"path": "/x", "headers": {"X-A": 1}}, "headers.X-A", "must be a string"),
+        ({"method": "POST"}, "path", "is required"),
+        ({"path": "/x", "jsn": {}}, "jsn", "did you mean 'json'?"),
+    ],
+)
+def test_what_a_call_may_not_be(call: dict[str, Any], path: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        consumer(load=call)
+    (fault,) = refused.value.faults
+    assert fault.path == f"consumers.mvoice.load.{path}"
+    assert words in fault.message
+
+
+def test_where_the_config_is_looked_for() -> None:
+    assert config_path_from_env({"GPUMANAGER_CONFIG": "/etc/x.yaml"}) == "/etc/x.yaml"
+    assert config_path_from_env({"GPUMANAGER_CONFIG": ""}) == "config/consumers.yaml"
+    assert config_path_from_env({}) == "config/consumers.yaml"
