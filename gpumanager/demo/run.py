@@ -106,7 +106,7 @@ def banner(listen: str) -> str:
     """What to try."""
     url = f"http://{listen}"
     return f"""
-The broker is on {url} (a browser shows its dashboard). In another terminal:
+The broker is on {url}. In another terminal:
 
   curl -s {url}/v1/tts -H 'Content-Type: application/json' \\
        -d '{{"text": "One card, one queue, and nobody in the way."}}'

@@ -150,7 +150,7 @@ def test_the_config_routes_speech_to_it(broker: FakeBroker) -> None:
 
 def test_the_banner_has_the_commands_to_try() -> None:
     text = banner("127.0.0.1:8999")
-    assert "http://127.0.0.1:8999 " in text
+    assert "The broker is on http://127.0.0.1:8999." in text
     assert text.count("  curl ") == 2
     assert '{"text": ' in text
 

@@ -1,0 +1,65 @@
+"""What the documents claim and a test can know."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gpumanager import errors
+from gpumanager.config import parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
+
+
+def error_classes() -> list[type[errors.BrokerError]]:
+    return [
+        found
+        for found in vars(errors).values()
+        if isinstance(found, type) and issubclass(found, errors.BrokerError)
+    ]
+
+
+def test_the_readmes_table_of_errors_is_true() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| (.+?) \| (yes|no) \|", README, re.MULTILINE)
+    told = {
+        (int(status), code, retryable == "yes")
+        for status, codes, retryable in rows
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+    # Nobody reads a 499.
+    made = {(e.status, e.code, e.retryable) for e in error_classes() if e.status != 499}
+    assert told == made
+
+
+def test_the_readmes_config_loads() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert set(parse_config(text).consumers) == {"mvoice", "ollama"}
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("index", range(len(DOCUMENTS)))
+def test_links_and_files_exist(index: int) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", DOCUMENTS[index]):
+        assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+    for module in re.findall(r"`((?:tests|config|gpumanager)/[\w/.-]+)`", DOCUMENTS[index]):
+        assert (ROOT / module).exists(), module
+
+
+def test_the_modules_that_the_documents_name_exist() -> None:
+    package = ROOT / "gpumanager"
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room, module in re.findall(r"\*\*`(\w+)\.(\w+)`\*\*", text):
+        in_room = (package / room / f"{module}.py").exists()
+        in_module = (package / f"{room}.py").exists() and module in (
+            package / f"{room}.py"
+        ).read_text()
+        assert in_room or in_module, f"{room}.{module}"
