@@ -241,6 +241,25 @@ def test_what_a_call_may_not_be(call: dict[str, Any], path: str, words: str) -> 
     assert words in fault.message
 
 
+@pytest.mark.parametrize(
+    ("probe", "path", "words"),
+    [
+        ({"path": "/p", "loaded": "a["}, "loaded", "JMESPath expression"),
+        ({"path": "/p", "resident": ""}, "resident", "JMESPath expression"),
+        ({"path": "/p", "items": 5}, "items", "must be a string"),
+        ({"path": "/p", "unit": "TB"}, "unit", "must be one of B, KiB, MiB, GiB"),
+        ({"path": "/p", "json": {"when": "2026-01-01"}}, "json", "JSON can express"),
+    ],
+)
+def test_what_a_probe_may_not_be(probe: dict[str, Any], path: str, words: str) -> None:
+    text = yaml.safe_dump({"consumers": {"m": {"url": "http://h", "probe": probe}}})
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text.replace("'2026-01-01'", "2026-01-01"))
+    (fault,) = refused.value.faults
+    assert fault.path == f"consumers.m.probe.{path}"
+    assert words in fault.message
+
+
 def test_where_the_config_is_looked_for() -> None:
     assert config_path_from_env({"GPUMANAGER_CONFIG": "/etc/x.yaml"}) == "/etc/x.yaml"
     assert config_path_from_env({"GPUMANAGER_CONFIG": ""}) == "config/consumers.yaml"
