@@ -62,6 +62,7 @@ class Broker:
                 status=StatusView(config, self.registry, self.scheduler, clock, __version__),
                 watcher=self.watcher,
                 draining=draining.is_set,
+                cancel=self.scheduler.cancel,
             )
         )
         self.guard = Guard(self.flask.wsgi_app, clock)

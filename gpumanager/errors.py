@@ -149,6 +149,12 @@ class ShuttingDown(BrokerError):
     status, code = 503, "shutting_down"
 
 
+class Cancelled(BrokerError):
+    """An operator took the job out of the line, or stopped it."""
+
+    status, code, retryable = 503, "cancelled", False
+
+
 class ClientGone(BrokerError):
     """The client left. Nobody reads this answer; the log shows status 499, as nginx does."""
 

@@ -24,13 +24,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class LineEntry:
-    """One place in the line, as an operator sees it. `since` is monotonic seconds: of the
-    arrival while `waiting`, of the grant once `running`."""
+    """One place in the line, as an operator sees it.
+
+    `since` is monotonic seconds: of the arrival while `waiting`, of the grant once `running`.
+    `position` counts from 1 among those waiting, 0 once running; `estimate_s` is in how many
+    seconds it is expected to be granted.
+    """
 
     ticket: int
     job: Job
     state: Literal["waiting", "running"]
     since: float
+    position: int = 0
+    estimate_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

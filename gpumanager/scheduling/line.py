@@ -13,13 +13,8 @@ from collections.abc import Callable
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job, LineEntry, Stats
+from gpumanager.scheduling.estimate import HoldTimes, until_granted
 from gpumanager.scheduling.policy import Policy, Running, Waiting, overstayed
-
-_HOLD_WEIGHT = 0.2
-"""Weight of the latest job in the running mean of hold times, which only feeds estimates."""
-
-_FIRST_HOLD_S = 1.0
-"""The estimate of a hold before any job has run."""
 
 _LONGEST_RETRY_S = 300.0
 
@@ -47,7 +42,7 @@ class Line:
         self._total_jobs = 0
         self._last_wait_s = 0.0
         self._last_run_s = 0.0
-        self._mean_hold_s = _FIRST_HOLD_S
+        self._holds = HoldTimes()
         self._draining = False
 
     @property
@@ -71,7 +66,7 @@ class Line:
                 raise QueueFull(
                     f"{len(self._waiting)} requests wait already",
                     consumer=job.consumer,
-                    retry_after=self._estimate_locked(),
+                    retry_after=self._retry_after_locked(),
                 )
             return ticket
 
@@ -82,10 +77,16 @@ class Line:
 
     def line(self) -> tuple[LineEntry, ...]:
         with self._lock:
-            return (
-                *(LineEntry(r.ticket, r.job, "running", r.since) for r in self._running.values()),
-                *(LineEntry(w.ticket, w.job, "waiting", w.since) for w in self._waiting.values()),
-            )
+            running = [
+                LineEntry(r.ticket, r.job, "running", r.since) for r in self._running.values()
+            ]
+            waiting = [
+                LineEntry(w.ticket, w.job, "waiting", w.since, position, estimate)
+                for position, (w, estimate) in enumerate(
+                    zip(self._waiting.values(), self._estimates_locked(), strict=False), start=1
+                )
+            ]
+            return (*running, *waiting)
 
     def stats(self) -> Stats:
         with self._lock:
@@ -142,21 +143,28 @@ class Line:
         else:
             held = now - self._running.pop(number).since
             self._last_run_s = held
-            self._mean_hold_s += _HOLD_WEIGHT * (held - self._mean_hold_s)
+            self._holds.learn(ticket.job.consumer, held)
             if not self._running:
                 self._idle.notify_all()
         self._grant_locked()
 
-    def _estimate_locked(self) -> float:
+    def _estimates_locked(self) -> list[float]:
+        return until_granted(
+            self._waiting.values(),
+            self._running.values(),
+            self._clock.monotonic(),
+            self._holds.expected,
+        )
+
+    def _retry_after_locked(self) -> float:
         """Seconds until the line as it stands is done, from how long jobs took lately."""
-        ahead = len(self._waiting) + len(self._running)
-        return min(_LONGEST_RETRY_S, ahead * self._mean_hold_s)
+        return min(_LONGEST_RETRY_S, self._estimates_locked()[-1])
 
     def _shutting_down_locked(self, job: Job) -> ShuttingDown:
         return ShuttingDown(
             "the broker is shutting down",
             consumer=job.consumer,
-            retry_after=self._estimate_locked(),
+            retry_after=self._retry_after_locked(),
         )
 
 
@@ -200,7 +208,7 @@ class LineTicket:
                     raise QueueTimeout(
                         f"no turn within {now - self._place.since:.0f} s",
                         consumer=self.job.consumer,
-                        retry_after=line._estimate_locked(),
+                        retry_after=line._retry_after_locked(),
                     )
                 self._turn.wait(self._place.deadline - now)
             if self._error is not None:

@@ -64,6 +64,7 @@ class Exchange:
         self._guard = threading.Lock()
         self._sock: Any = None
         self._failure: BrokerError | None = None
+        self._discarded: BrokerError | None = None
         self._ended = False
         self._watch: Watch | None = None
         self._deadline = 0.0
@@ -101,6 +102,13 @@ class Exchange:
                 with contextlib.suppress(OSError):  # the consumer was faster
                     self._sock.shutdown(socket.SHUT_RDWR)
             return True
+
+    def discard(self, error: BrokerError) -> None:
+        """Let the consumer finish, but drop its answer; the owner's call raises `error` then.
+        For a consumer that would work on if its connection were closed."""
+        with self._guard:
+            if self._discarded is None:
+                self._discarded = error
 
     # -- the owner -------------------------------------------------------------------------
 
@@ -142,6 +150,7 @@ class Exchange:
         if failure is not None:
             self.close()
             raise failure
+        self._drop_if_discarded()
         self.status = response.status_code
         self.reason = response.reason or ""
         self.headers = end_to_end(self._raw.headers.items())
@@ -159,6 +168,7 @@ class Exchange:
         except Exception as error:
             self.close()
             raise self._explain(error) from error
+        self._drop_if_discarded()
         if not data or self._raw.length_remaining == 0:
             with self._guard:
                 failure = self._failure
@@ -186,11 +196,9 @@ class Exchange:
 
     def drain(self) -> None:
         """Read the rest and drop it, within the time-outs. Never raises."""
-        try:
+        with contextlib.suppress(BrokerError):
             while self.read():
                 pass
-        except BrokerError:
-            pass
 
     def close(self) -> None:
         """Close the connection. Idempotent, never raises."""
@@ -203,6 +211,14 @@ class Exchange:
             self._watch.stop()
         if self._raw is not None:
             self._raw.close()
+
+    def _drop_if_discarded(self) -> None:
+        with self._guard:
+            error, self._discarded = self._discarded, None
+        if error is not None:
+            self.drain()
+            self.close()
+            raise error
 
     # -- inside ----------------------------------------------------------------------------
 

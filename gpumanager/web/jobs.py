@@ -134,7 +134,7 @@ class JobRunner:
             # Where the consumer works on regardless, closing its connection would only let the
             # next job collide with it.
             client.when_gone((lambda: exchange.abort(_gone(name))) if native else None)
-            ticket.when_cancelled(exchange.abort)
+            ticket.when_cancelled(exchange.abort if native else exchange.discard)
             self._proxy.send(exchange)
         except BaseException:
             hold.give_back()

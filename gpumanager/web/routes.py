@@ -41,6 +41,7 @@ class Services:
     status: StatusView
     watcher: Watcher
     draining: Callable[[], bool]
+    cancel: Callable[[int, errors.BrokerError], bool]
 
 
 def create_app(services: Services) -> Flask:
@@ -91,6 +92,17 @@ def _control_routes(app: Flask, services: Services) -> None:
     @app.get("/v1/status", provide_automatic_options=False)
     def status() -> Response:
         return json_response(services.status.snapshot())
+
+    @app.get("/v1/queue", provide_automatic_options=False)
+    def queue() -> Response:
+        return json_response({"line": services.status.line()})
+
+    @app.delete("/v1/queue/<int:ticket>", provide_automatic_options=False)
+    def cancel(ticket: int) -> Response:
+        error = errors.Cancelled("the operator cancelled the job")
+        if not services.cancel(ticket, error):
+            raise errors.NotFound(f"there is no ticket {ticket} in the line")
+        return json_response({"ticket": ticket, "state": "cancelled"})
 
     @app.get("/healthz", provide_automatic_options=False)
     def healthz() -> Response:

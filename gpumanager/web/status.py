@@ -38,8 +38,12 @@ class StatusView:
                 self._consumer(name, consumers[name], states[name]) for name in sorted(consumers)
             ],
             "scheduler": self._stats(),
-            "line": [self._entry(entry) for entry in self._scheduler.line()],
+            "line": self.line(),
         }
+
+    def line(self) -> list[dict[str, Any]]:
+        """Who runs, then who waits, in their order."""
+        return [self._entry(entry) for entry in self._scheduler.line()]
 
     def _gpu(self, held: dict[str, int]) -> dict[str, Any]:
         gpu = self._registry.gpu
@@ -109,6 +113,9 @@ class StatusView:
             "request_id": entry.job.request_id,
             "state": entry.state,
             "since": self._time(entry.since),
+            "age_ms": round((self._clock.monotonic() - entry.since) * 1000),
+            "position": entry.position,
+            "estimate_ms": round(entry.estimate_s * 1000),
         }
 
     def _time(self, instant: float) -> str:

@@ -442,6 +442,22 @@ def test_retry_after_follows_what_jobs_really_take() -> None:
     assert refused.value.retry_after == pytest.approx(16, rel=0.01)
 
 
+def test_the_line_tells_positions_and_when_each_turn_is_expected() -> None:
+    clock = FakeClock()
+    scheduler = build(locked, clock=clock)
+    for name, seconds in (("mvoice", 2), ("comfyui", 30)):
+        ticket = scheduler.enqueue(job(name))
+        clock.advance(seconds)
+        ticket.close()
+    for name in ("comfyui", "mvoice", "comfyui", "mvoice"):
+        scheduler.enqueue(job(name))
+    clock.advance(10)
+    line = scheduler.line()
+    assert [entry.position for entry in line] == [0, 1, 2, 3]
+    # 20 s of the running job are left; then 2 s, then 30 s
+    assert [entry.estimate_s for entry in line] == [0, 20, 22, 52]
+
+
 class Refuses:
     evictions = 0
 

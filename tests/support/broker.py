@@ -37,6 +37,9 @@ class LiveBroker:
     def get(self, path: str, **more: Any) -> requests.Response:
         return self._session.get(self.url + path, timeout=PATIENCE_S, **more)
 
+    def delete(self, path: str) -> requests.Response:
+        return self._session.delete(self.url + path, timeout=PATIENCE_S)
+
     def raw(self) -> RawClient:
         return RawClient(self.port)
 
