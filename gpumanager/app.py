@@ -7,6 +7,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from gpumanager import __version__, logs
+from gpumanager.admission import Admission
+from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.lifecycle import Lifecycle
@@ -49,17 +51,29 @@ class Broker:
         self.watcher = Watcher()
         self.memory = GpuMemory(open_card(config.gpu.device) if card is None else card, clock)
         calls = ControlCalls(config, self.watcher, clock)
-        room = RoomMaker(config, self.registry, calls, self.memory.measure, clock)
+        self.breakers = Breakers(clock)
+        admission = Admission(self.registry, self.breakers, retry_s=config.health_interval)
+        room = RoomMaker(config, self.registry, calls, self.memory.measure, admission.check, clock)
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         draining = threading.Event()
         proxy = Proxy(config, self.watcher, clock)
         self.flask = create_app(
             Services(
                 config=config,
-                registry=self.registry,
+                admission=admission,
                 proxy=proxy,
-                jobs=JobRunner(self.scheduler, self.registry, proxy, self.watcher, clock),
-                status=StatusView(config, self.registry, self.scheduler, clock, __version__),
+                jobs=JobRunner(
+                    self.scheduler,
+                    self.registry,
+                    admission,
+                    self.breakers,
+                    proxy,
+                    self.watcher,
+                    clock,
+                ),
+                status=StatusView(
+                    config, self.registry, self.scheduler, self.breakers, clock, __version__
+                ),
                 watcher=self.watcher,
                 draining=draining.is_set,
                 cancel=self.scheduler.cancel,

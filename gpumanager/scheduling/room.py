@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.errors import BrokerError, ConsumerUnhealthy, InsufficientVram
+from gpumanager.errors import BrokerError, InsufficientVram
 from gpumanager.ledger import Balance, balance
 from gpumanager.model import ConsumerState, MemoryReading
 from gpumanager.registry import Registry
@@ -47,7 +47,8 @@ class Controls(Protocol):
 class RoomMaker:
     """Evicts until the next job's consumer fits, then has it loaded.
 
-    `measure` returns a fresh reading of the card, or None where it cannot be measured.
+    `measure` returns a fresh reading of the card, or None where it cannot be measured; `admit`
+    raises if the consumer is known to be broken.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class RoomMaker:
         registry: Registry,
         controls: Controls,
         measure: Callable[[], MemoryReading | None],
+        admit: Callable[[str], None],
         clock: Clock,
     ) -> None:
         self._config = config
         self._registry = registry
         self._controls = controls
         self._measure = measure
+        self._admit = admit
         self._clock = clock
         self._lock = threading.Lock()
         self._evictions = 0
@@ -74,15 +77,12 @@ class RoomMaker:
         """Have the ticket's consumer fit and be loaded.
 
         Raises InsufficientVram (before anything is unloaded, if unloading all that may go would
-        not suffice), ConsumerUnhealthy, ConsumerUnreachable, ConsumerTimeout, or the error the
+        not suffice), ConsumerUnreachable, ConsumerTimeout, what `admit` raises, or the error the
         ticket was cancelled with.
         """
         target = ticket.job.consumer
-        if self._registry.get(target).healthy is False:
-            # It died while the job was in line: unloading somebody for it would be in vain.
-            raise ConsumerUnhealthy(
-                f"{target} failed its last probe while the request was in line", consumer=target
-            )
+        # It may have died while the job was in line: unloading somebody for it would be in vain.
+        self._admit(target)
         tried: set[str] = set()
         while True:
             plan = self._plan(target, tried)

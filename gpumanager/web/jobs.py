@@ -8,9 +8,17 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from gpumanager.admission import Admission
+from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock
 from gpumanager.config import ConsumerConfig
-from gpumanager.errors import BrokerError, ClientGone, SchedulerError
+from gpumanager.errors import (
+    BrokerError,
+    ClientGone,
+    ConsumerTimeout,
+    ConsumerUnreachable,
+    SchedulerError,
+)
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler, Ticket
@@ -90,10 +98,14 @@ class JobRunner:
         self,
         scheduler: Scheduler,
         registry: Registry,
+        admission: Admission,
+        breakers: Breakers,
         proxy: Proxy,
         watcher: Watcher,
         clock: Clock,
     ) -> None:
+        self._admission = admission
+        self._breakers = breakers
         self._scheduler = scheduler
         self._registry = registry
         self._proxy = proxy
@@ -107,9 +119,11 @@ class JobRunner:
         name: str,
         consumer: ConsumerConfig,
         exchange: Exchange,
+        max_wait: float | None = None,
     ) -> RelayedResponse:
         """Wait for the GPU, send, and return as soon as the answer's head is there.
 
+        `max_wait` is the longest the client itself will wait in line, in seconds.
         Raises a BrokerError if it does not come to that; the GPU is given back by then. After
         that the response, and behind it the guard, see to it.
         """
@@ -118,15 +132,21 @@ class JobRunner:
         record.stack.callback(client.stop)
         try:
             ticket = self._scheduler.enqueue(
-                Job(name, kind, client=record.client, request_id=record.request_id)
+                Job(name, kind, record.client, record.request_id, max_wait)
             )
             record.stack.callback(ticket.close)
             self._wait(ticket, client, record)
-        except BrokerError:
+        except BrokerError as error:
+            self._judge(name, error)
             raise
         except Exception as error:
             log.exception("scheduler failed", extra={"request_id": record.request_id})
             raise SchedulerError("the scheduler failed", consumer=name) from error
+        try:
+            self._admission.begin(name)
+        except BrokerError:
+            ticket.close()
+            raise
         hold = _Hold(ticket, self._registry, record, self._clock)
         record.stack.callback(hold.give_back)
         try:
@@ -136,13 +156,27 @@ class JobRunner:
             client.when_gone((lambda: exchange.abort(_gone(name))) if native else None)
             ticket.when_cancelled(exchange.abort if native else exchange.discard)
             self._proxy.send(exchange)
-        except BaseException:
+        except BaseException as error:
             hold.give_back()
+            self._judge(name, error)
             raise
         finally:
             record.upstream_s = self._clock.monotonic() - hold.began
+        self._breakers.succeeded(name)
         record.stack.callback(exchange.close)
-        return RelayedResponse(exchange, hold.give_back, finish_answer=not native)
+        return RelayedResponse(
+            exchange,
+            hold.give_back,
+            on_break=lambda error: self._judge(name, error),
+            finish_answer=not native,
+        )
+
+    def _judge(self, name: str, error: BaseException) -> None:
+        """Tell the breaker what a job's failure says of its consumer."""
+        if isinstance(error, ConsumerUnreachable | ConsumerTimeout):
+            self._breakers.failed(name)
+        else:
+            self._breakers.abandoned(name)
 
     def _wait(self, ticket: Ticket, client: ClientWatch, record: RequestRecord) -> None:
         client.when_gone(lambda: ticket.cancel(_gone(ticket.job.consumer)))

@@ -34,16 +34,23 @@ class RelayedResponse(Response):
     """The answer of an exchange whose head has arrived, for Flask to return from a view.
 
     Werkzeug's own header handling is by-passed, so that the consumer's go through unchanged.
-    `on_end` is called once, as soon as the consumer is done or its answer broke off;
+    `on_end` is called once, as soon as the consumer is done or its answer broke off, and
+    `on_break` with the reason if it did;
     `finish_answer`: if the client leaves, the answer is read to its end and dropped first.
     """
 
     def __init__(
-        self, exchange: Exchange, on_end: Callable[[], None], *, finish_answer: bool = False
+        self,
+        exchange: Exchange,
+        on_end: Callable[[], None],
+        *,
+        on_break: Callable[[BrokerError], None] = lambda error: None,  # noqa: ARG005
+        finish_answer: bool = False,
     ) -> None:
         super().__init__(status=exchange.status)
         self._exchange = exchange
         self._on_end = on_end
+        self._on_break = on_break
         self._finish_answer = finish_answer
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -53,7 +60,11 @@ class RelayedResponse(Response):
             # The head goes out now: servers send it with the first bytes of the body only.
             write(b"")
         return RelayedBody(
-            exchange, self._on_end, environ=environ, finish_answer=self._finish_answer
+            exchange,
+            self._on_end,
+            self._on_break,
+            environ=environ,
+            finish_answer=self._finish_answer,
         )
 
 
@@ -64,12 +75,14 @@ class RelayedBody:
         self,
         exchange: Exchange,
         on_end: Callable[[], None],
+        on_break: Callable[[BrokerError], None],
         *,
         environ: WSGIEnvironment,
         finish_answer: bool,
     ) -> None:
         self._exchange = exchange
         self._on_end = on_end
+        self._on_break = on_break
         self._environ = environ
         self._finish_answer = finish_answer
         self._pending = pending_output(environ)
@@ -117,6 +130,7 @@ class RelayedBody:
                     "answer truncated",
                     extra={"consumer": error.consumer, "reason": error.message},
                 )
+            self._on_break(error)
             reset_when_closed(self._environ)
             raise TruncatedAnswer(error) from error
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from urllib.parse import quote, unquote, urlsplit
 from flask import Flask, Response, request
 
 from gpumanager import errors
+from gpumanager.admission import Admission
 from gpumanager.config import KINDS, Config, Kind
-from gpumanager.registry import Registry
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary
@@ -35,7 +36,7 @@ class Services:
     """What the routes need."""
 
     config: Config
-    registry: Registry
+    admission: Admission
     proxy: Proxy
     jobs: JobRunner
     status: StatusView
@@ -75,15 +76,10 @@ def _job_view(services: Services, kind: Kind) -> Callable[[], Response]:
         route = consumer.paths.get(kind)
         if route is None:
             raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
-        state = services.registry.get(name)
-        if state.healthy is False:
-            raise errors.ConsumerUnhealthy(
-                f"consumer {name} last probe failed: {state.last_error}",
-                consumer=name,
-                retry_after=config.health_interval,
-            )
+        services.admission.check(name)
         exchange = services.proxy.prepare(name, _inbound(), route.path, route.method)
-        return services.jobs.run(request.environ, kind, name, consumer, exchange)
+        max_wait = preferred_wait(request.headers.getlist("Prefer"))
+        return services.jobs.run(request.environ, kind, name, consumer, exchange, max_wait)
 
     return job
 
@@ -144,6 +140,17 @@ def _audio_routes(app: Flask, services: Services) -> None:
         methods=["GET"],
         provide_automatic_options=False,
     )
+
+
+def preferred_wait(headers: list[str]) -> float | None:
+    """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
+    there is none, or it is malformed, which that RFC says to ignore."""
+    for preference in ",".join(headers).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        seconds = value.strip().strip('"')
+        if name.strip().lower() == "wait":
+            return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else None
+    return None
 
 
 def _inbound() -> Inbound:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.ledger import balance
@@ -16,11 +17,18 @@ class StatusView:
     """Draws up the snapshot. Times are RFC 3339; those not known yet are left out."""
 
     def __init__(
-        self, config: Config, registry: Registry, scheduler: Scheduler, clock: Clock, version: str
+        self,
+        config: Config,
+        registry: Registry,
+        scheduler: Scheduler,
+        breakers: Breakers,
+        clock: Clock,
+        version: str,
     ) -> None:
         self._config = config
         self._registry = registry
         self._scheduler = scheduler
+        self._breakers = breakers
         self._clock = clock
         self._version = version
 
@@ -73,6 +81,7 @@ class StatusView:
             "url": consumer.url,
             "healthy": state.healthy is True,
             "probed": state.healthy is not None,
+            "breaker": self._breakers.state(name),
             "loaded": state.loaded,
             "gpu_resident_mib": _held(consumer, state),
             "resident_source": "declared" if state.resident_mib is None else "reported",

@@ -422,3 +422,91 @@ def test_a_full_line_refuses_at_once_with_retry_after(consumer: ScriptedConsumer
         assert int(timed_out.headers["Retry-After"]) >= 1
         release.set()
         assert first.result().status_code == 200
+
+
+# -- the breaker ---------------------------------------------------------------------------------
+
+
+def test_repeated_failures_are_refused_fast_until_a_trial_succeeds(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    consumer.script = close_at_once
+    for _ in range(3):
+        assert broker.post("/v1/tts").status_code == 502
+    refused = broker.post("/v1/tts")
+    envelope(503, refused, "consumer_unreachable", retryable=True)
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert len(consumer.requests) == 3
+    assert broker.get("/v1/status").json()["consumers"][0]["breaker"] == "open"
+
+    consumer.script = ok
+    eventually(lambda: broker.post("/v1/tts").status_code == 200)
+    assert broker.get("/v1/status").json()["consumers"][0]["breaker"] == "closed"
+
+
+@pytest.mark.parametrize("status", ["400 Bad", "429 Slow down", "500 Oops"])
+def test_a_consumers_own_errors_open_nothing(
+    broker: LiveBroker, consumer: ScriptedConsumer, status: str
+) -> None:
+    consumer.script = lambda connection, _: connection.send(answer(b"", status))
+    assert {broker.post("/v1/tts").status_code for _ in range(5)} == {int(status[:3])}
+
+
+def arrived(consumer: ScriptedConsumer, count: int) -> bool:
+    return len(consumer.requests) >= count
+
+
+def test_clients_that_leave_open_nothing(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
+    consumer.script = silence
+    for _ in range(4):
+        with broker.raw() as leaver:
+            seen = len(consumer.requests)
+            leaver.request("POST", "/v1/tts", b"{}")
+            eventually(partial(arrived, consumer, seen + 1))
+        broker.await_idle()
+    consumer.script = ok
+    assert broker.post("/v1/tts").status_code == 200
+
+
+def test_a_failing_load_is_not_retried_in_a_storm() -> None:
+    def script(connection: Connection, received: Received) -> None:
+        health = b'{"loaded": false, "gpu_resident_mib": 0}'
+        if received.line.startswith(b"GET /health"):
+            connection.send(answer(health))
+        else:
+            connection.send(answer(b"", "500 Oops"))
+
+    changes = {"health": "/health", "load": "/load", "unload": "/unload"}
+    with (
+        ScriptedConsumer(script) as consumer,
+        live_broker(config_for(consumer.url, consumer=changes, health_interval=0.05)) as broker,
+    ):
+        eventually(lambda: broker.broker.registry.get("mvoice").healthy)
+        statuses = [broker.post("/v1/tts").status_code for _ in range(10)]
+        assert statuses == [502] * 3 + [503] * 7
+        loads = [r for r in consumer.requests if r.line.startswith(b"POST /load")]
+        assert len(loads) == 3
+
+
+# -- a client's own patience ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["wait=0", 'respond-async, wait="0"', "Wait=0; x=y"])
+def test_a_client_may_say_how_long_it_will_wait(
+    broker: LiveBroker, consumer: ScriptedConsumer, value: str
+) -> None:
+    release = threading.Event()
+
+    def slow(connection: Connection, _: Received) -> None:
+        release.wait(PATIENCE_S)
+        connection.send(answer())
+
+    consumer.script = slow
+    with live_broker(config_for(consumer.url)) as patient:
+        first = Outcome(lambda: patient.post("/v1/tts"))
+        eventually(lambda: patient.stats.in_flight == 1)
+        refused = patient.post("/v1/tts", headers={"Prefer": value})
+        envelope(503, refused, "queue_timeout", retryable=True)
+        release.set()
+        assert first.result().status_code == 200
+        assert patient.post("/v1/tts", headers={"Prefer": value}).status_code == 200

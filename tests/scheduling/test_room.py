@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from gpumanager.admission import Admission
+from gpumanager.breaker import Breakers
 from gpumanager.config import parse_config
 from gpumanager.errors import (
     BrokerError,
@@ -55,7 +57,10 @@ class Bench:
         }
         self.config = parse_config(yaml.safe_dump(config))
         self.registry = Registry(dict.fromkeys(consumers, False), self.clock)
-        self.room = RoomMaker(self.config, self.registry, self, self.measure, self.clock)
+        admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
+        self.room = RoomMaker(
+            self.config, self.registry, self, self.measure, admission.check, self.clock
+        )
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
 
     # -- the card and the consumers -----------------------------------------------------------
