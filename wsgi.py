@@ -12,13 +12,13 @@ import sys
 
 from gpumanager.app import prepare
 from gpumanager.config import ConfigError, config_path_from_env, load_config
+from gpumanager.keys import KeysError
 
 try:
-    _config = load_config(config_path_from_env(os.environ))
-except ConfigError as error:
+    _broker = prepare(load_config(config_path_from_env(os.environ)))
+except (ConfigError, KeysError) as error:
     print(error, file=sys.stderr)
     raise SystemExit(2) from None
 
-_broker = prepare(_config)
 atexit.register(_broker.stop)
 app = _broker.flask

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from gpumanager import __version__, logs
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConsumerConfig
+from gpumanager.keys import ApiKey, KeysError, load_keys
 from gpumanager.lifecycle import Lifecycle
 from gpumanager.monitoring.memory import Card, GpuMemory, open_card
 from gpumanager.monitoring.prober import Prober
@@ -26,10 +28,8 @@ from gpumanager.web import server
 from gpumanager.web.guard import Guard
 from gpumanager.web.jobs import JobRunner
 from gpumanager.web.routes import Services, create_app
+from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,17 @@ log = logging.getLogger(__name__)
 class Broker:
     """Everything that makes one broker. Building it opens nothing and starts nothing.
 
-    `card` and `clock` replace the configured card and the system's clocks, for tests.
+    `keys` are what clients have to show, if there are any; `card` and `clock` replace the
+    configured card and the system's clocks, for tests.
     """
 
     def __init__(
-        self, config: Config, *, card: Card | None = None, clock: Clock | None = None
+        self,
+        config: Config,
+        *,
+        keys: Iterable[ApiKey] = (),
+        card: Card | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
         clock = SystemClock() if clock is None else clock
@@ -75,6 +81,7 @@ class Broker:
                     config, self.registry, self.scheduler, self.breakers, clock, __version__
                 ),
                 watcher=self.watcher,
+                keyring=Keyring(keys),
                 draining=draining.is_set,
                 cancel=self.scheduler.cancel,
             )
@@ -129,7 +136,11 @@ def serve(config: Config) -> int:
 
     To be called from the main thread.
     """
-    broker = prepare(config)
+    try:
+        broker = prepare(config)
+    except KeysError as error:
+        log.error("bad keys", extra={"reason": str(error)})
+        return 2
     try:
         server.run(broker.flask)
     except OSError as error:
@@ -141,10 +152,13 @@ def serve(config: Config) -> int:
 
 
 def prepare(config: Config) -> Broker:
-    """A started broker, with logs, signals and the server's defaults set for this process."""
+    """A started broker, with logs, signals and the server's defaults set for this process.
+
+    Raises KeysError if the API keys cannot be read.
+    """
     logs.configure(config.log)
     server.set_defaults(config)
-    broker = Broker(config)
+    broker = Broker(config, keys=load_keys(os.environ, config.auth.keys_file))
     broker.lifecycle.install_signal_handlers()
     broker.start()
     return broker

@@ -61,6 +61,21 @@ class BadRequest(BrokerError):
     status, code, retryable = 400, "bad_request", False
 
 
+class Unauthorized(BrokerError):
+    """Keys are configured, and the request shows none of them."""
+
+    status, code, retryable = 401, "unauthorized", False
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [*super().headers(), ("WWW-Authenticate", 'Bearer realm="gpumanager"')]
+
+
+class Forbidden(BrokerError):
+    """The request comes from a page of another site, or for a Host that is not served."""
+
+    status, code, retryable = 403, "forbidden", False
+
+
 class NotFound(BrokerError):
     """No such route."""
 

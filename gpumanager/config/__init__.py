@@ -10,6 +10,7 @@ from gpumanager.config.loading import (
 )
 from gpumanager.config.schema import (
     KINDS,
+    AuthConfig,
     Call,
     Config,
     ConsumerConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "CONFIG_ENV",
     "DEFAULT_CONFIG_PATH",
     "KINDS",
+    "AuthConfig",
     "Call",
     "Config",
     "ConfigError",

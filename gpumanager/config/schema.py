@@ -92,6 +92,12 @@ def _listen(value: str) -> str:
     return value
 
 
+def _host(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", value):
+        raise ValueError("must be a host name without a port, such as gpu.example.org")
+    return value.lower()
+
+
 def _device(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -308,6 +314,13 @@ class SchedulerConfig(_Model):
     max_wait: Seconds = 600.0
 
 
+class AuthConfig(_Model):
+    """Where API keys are read from, beside the environment's GPUMANAGER_API_KEYS. The keys
+    themselves never stand in the config."""
+
+    keys_file: StrictStr | None = None
+
+
 class LogConfig(_Model):
     """Logs on stderr."""
 
@@ -316,7 +329,8 @@ class LogConfig(_Model):
 
 
 class Config(_Model):
-    """The broker. Intervals and `drain_timeout` (for a running job at shutdown) in seconds."""
+    """The broker. Intervals and `drain_timeout` (for a running job at shutdown) in seconds;
+    `allowed_hosts` are names beside the loopback ones that clients on this machine may use."""
 
     listen: Annotated[StrictStr, AfterValidator(_listen)] = "127.0.0.1:8770"
     audio_proxy: StrictStr | None = None
@@ -330,6 +344,8 @@ class Config(_Model):
     consumers: dict[Annotated[StrictStr, AfterValidator(_consumer_name)], ConsumerConfig] = Field(
         default_factory=dict
     )
+    auth: AuthConfig = AuthConfig()
+    allowed_hosts: tuple[Annotated[StrictStr, AfterValidator(_host)], ...] = ()
     log: LogConfig = LogConfig()
 
     @property

@@ -98,17 +98,15 @@ class Guard:
             "client": record.client,
             "request_id": record.request_id,
         }
-        if record.consumer is not None:
-            fields["consumer"] = record.consumer
-        for name, seconds in (
-            ("wait_ms", record.waited_s),
-            ("evict_ms", record.prepared_s),
-            ("run_ms", record.run_s),
-        ):
-            if seconds is not None:
-                fields[name] = _ms(seconds)
-        if record.failure is not None:
-            fields["failure"] = record.failure
+        optional = {
+            "key": record.key,
+            "consumer": record.consumer,
+            "wait_ms": _ms(record.waited_s),
+            "evict_ms": _ms(record.prepared_s),
+            "run_ms": _ms(record.run_s),
+            "failure": record.failure,
+        }
+        fields.update((name, value) for name, value in optional.items() if value is not None)
         access_log.info("request", extra=fields)
 
 
@@ -140,5 +138,5 @@ class _GuardedBody:
             finish()
 
 
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 1)
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

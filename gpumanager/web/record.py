@@ -27,6 +27,7 @@ class RequestRecord:
     started: float
     stack: ExitStack = field(default_factory=ExitStack)
     status: int = 0
+    key: str | None = None
     consumer: str | None = None
     waited_s: float | None = None
     prepared_s: float | None = None

@@ -15,11 +15,12 @@ from gpumanager.admission import Admission
 from gpumanager.config import KINDS, Config, Kind
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
-from gpumanager.web import boundary
+from gpumanager.web import boundary, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
 from gpumanager.web.status import StatusView
 
@@ -41,6 +42,7 @@ class Services:
     jobs: JobRunner
     status: StatusView
     watcher: Watcher
+    keyring: Keyring
     draining: Callable[[], bool]
     cancel: Callable[[int, errors.BrokerError], bool]
 
@@ -51,6 +53,7 @@ def create_app(services: Services) -> Flask:
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = True
     boundary.install(app)
+    security.install(app, services.keyring, services.config.allowed_hosts)
     for kind in KINDS:
         app.add_url_rule(
             f"/v1/{kind}",
@@ -72,10 +75,14 @@ def _job_view(services: Services, kind: Kind) -> Callable[[], Response]:
         if name is None:
             raise errors.NoConsumer(f"no consumer routes {kind}")
         consumer = config.consumers[name]
-        record_of(request.environ).consumer = name
+        record = record_of(request.environ)
+        record.consumer = name
         route = consumer.paths.get(kind)
         if route is None:
             raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
+        if (key := record.key) is not None:
+            services.keyring.enter(key)
+            record.stack.callback(services.keyring.leave, key)
         services.admission.check(name)
         exchange = services.proxy.prepare(name, _inbound(), route.path, route.method)
         max_wait = preferred_wait(request.headers.getlist("Prefer"))

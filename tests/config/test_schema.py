@@ -46,6 +46,8 @@ def test_the_examples_comments_show_the_defaults() -> None:
                 "# health_i",
                 "# drain",
                 "# max_body",
+                "# auth:",
+                "# allowed_hosts",
                 "# log:",
                 "# audio_path",
                 "# vram_managed",

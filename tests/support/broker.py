@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from waitress.wasyncore import close_all
 
 from gpumanager.app import Broker
 from gpumanager.config import parse_config
+from gpumanager.keys import ApiKey
 from gpumanager.monitoring.memory import Card
 from gpumanager.web import server
 from tests.support.sockets import RawClient
@@ -64,12 +65,14 @@ class LiveBroker:
 
 
 @contextmanager
-def live_broker(config: str, *, card: Card | None = None) -> Iterator[LiveBroker]:
+def live_broker(
+    config: str, *, card: Card | None = None, keys: Iterable[ApiKey] = ()
+) -> Iterator[LiveBroker]:
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
     error_task = HTTPChannel.error_task_class
-    broker = Broker(parsed, card=card)
+    broker = Broker(parsed, card=card, keys=keys)
     try:
         server.set_defaults(parsed)
         sockets: dict[int, Any] = {}

@@ -190,7 +190,7 @@ class RawClient:
         headers: tuple[str, ...] = (),
         version: str = "1.1",
     ) -> RawClient:
-        lines = [f"{method} {target} HTTP/{version}", "Host: broker", *headers]
+        lines = [f"{method} {target} HTTP/{version}", "Host: localhost", *headers]
         if body is not None:
             lines.append(f"Content-Length: {len(body)}")
         return self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b""))

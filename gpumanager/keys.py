@@ -1,0 +1,69 @@
+"""API keys: read from the environment and from a file, never from the config itself, which
+people paste into chats."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+KEYS_ENV = "GPUMANAGER_API_KEYS"
+SHORTEST_SECRET = 16
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LIMIT = re.compile(r"max_queued=([1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key by the name it has in logs. `max_queued` bounds its jobs in the line, running ones
+    included; None leaves them to the line's own bound."""
+
+    name: str
+    secret: str
+    max_queued: int | None = None
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r}, ***)"
+
+
+class KeysError(Exception):
+    """The keys cannot be read; the text names the place, never a key."""
+
+
+def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...]:
+    """The keys of GPUMANAGER_API_KEYS (separated by `;` or newlines) and of `file` (a line each;
+    `#` begins a comment): `NAME KEY [max_queued=N]`. Raises KeysError.
+    """
+    keys = list(_parse(re.split(r"[;\n]", environ.get(KEYS_ENV, "")), KEYS_ENV))
+    if file is not None:
+        try:
+            with open(file, encoding="utf-8") as lines:
+                keys += _parse(lines, os.path.basename(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+            raise KeysError(f"{file}: {reason}") from None
+        if not keys:
+            raise KeysError(f"{file}: holds no key; everybody would be let in")
+    names = [key.name for key in keys]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise KeysError(f"the name '{twice}' is given to two keys")
+    return tuple(keys)
+
+
+def _parse(lines: Iterable[str], source: str) -> Iterator[ApiKey]:
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        where = f"{source}, entry {number}"
+        if len(words) not in (2, 3) or not _NAME.fullmatch(words[0]):
+            raise KeysError(f"{where}: must be NAME KEY [max_queued=N]")
+        if len(words[1]) < SHORTEST_SECRET:
+            raise KeysError(f"{where}: the key must have at least {SHORTEST_SECRET} characters")
+        limit = _LIMIT.fullmatch(words[2]) if len(words) == 3 else None
+        if len(words) == 3 and limit is None:
+            raise KeysError(f"{where}: the third word must be max_queued=N")
+        yield ApiKey(words[0], words[1], int(limit[1]) if limit else None)

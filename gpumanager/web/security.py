@@ -1,0 +1,162 @@
+"""Who may talk to the broker: keys, hosts and origins.
+
+A browser on the operator's box can be made to send requests to loopback by any page it shows.
+Two things tell those apart: a page of another origin says so in `Origin` or `Sec-Fetch-Site`, and
+one that had its own name resolve to loopback (DNS rebinding) still sends its name as `Host`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from flask import Flask, request
+
+from gpumanager.errors import Forbidden, QueueFull, Unauthorized
+from gpumanager.keys import ApiKey
+from gpumanager.web.record import record_of
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_LOCAL_NAMES = frozenset({"localhost", "localhost.localdomain"})
+CREDENTIAL_HEADERS = frozenset({"HTTP_AUTHORIZATION", "HTTP_X_API_KEY"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    name: str
+    digest: bytes
+    max_queued: int | None
+
+
+class Keyring:
+    """The keys clients may show. Without any, everybody may do everything.
+
+    `identify` compares digests in constant time, and all of them, so that its duration tells
+    neither a key nor which one was nearly right.
+    """
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._keys = tuple(_Known(k.name, _digest(k.secret), k.max_queued) for k in keys)
+        self._lock = threading.Lock()
+        self._queued: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def identify(self, environ: WSGIEnvironment) -> str:
+        """The name of the key in `Authorization: Bearer …` or `X-Api-Key: …`, and takes those
+        headers out of `environ`, so that no consumer ever sees the key.
+
+        Raises Unauthorized.
+        """
+        shown = _credentials(environ)
+        found: _Known | None = None
+        for key in self._keys:
+            for secret in shown:
+                if hmac.compare_digest(key.digest, _digest(secret)):
+                    found = key
+        if found is None:
+            message = "the key is not known" if shown else "a key is required"
+            raise Unauthorized(f"{message}: Authorization: Bearer KEY, or X-Api-Key: KEY")
+        for header in CREDENTIAL_HEADERS:
+            environ.pop(header, None)
+        return found.name
+
+    def enter(self, name: str) -> None:
+        """Count a job of the key's in the line. Raises QueueFull over its `max_queued`."""
+        limit = next((key.max_queued for key in self._keys if key.name == name), None)
+        with self._lock:
+            queued = self._queued.get(name, 0)
+            if limit is not None and queued >= limit:
+                raise QueueFull(f"{queued} jobs of key '{name}' are in line", retry_after=1)
+            self._queued[name] = queued + 1
+
+    def leave(self, name: str) -> None:
+        """The counterpart of `enter`."""
+        with self._lock:
+            self._queued[name] -= 1
+
+
+def install(app: Flask, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
+    """Check every request to `app` before its route is looked at. `/healthz` needs no key."""
+    allowed = frozenset(allowed_hosts)
+
+    @app.before_request
+    def check() -> None:
+        environ = request.environ
+        check_host(environ, allowed)
+        check_origin(environ)
+        if keyring and request.path != "/healthz":
+            record_of(environ).key = keyring.identify(environ)
+
+
+def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:
+    """Refuse a client on this machine whose `Host` is neither a loopback name nor `allowed`
+    (host names without ports, lower case). Raises Forbidden."""
+    if not _is_loopback(environ.get("REMOTE_ADDR", "")):
+        return
+    host = environ.get("HTTP_HOST")
+    if host is None:
+        return  # HTTP/1.0; a browser always sends one
+    name = _host_name(host)
+    if name not in _LOCAL_NAMES and name not in allowed and not _is_loopback(name):
+        raise Forbidden(
+            "this Host is not served on loopback; add it to allowed_hosts if it should be"
+        )
+
+
+def check_origin(environ: WSGIEnvironment) -> None:
+    """Refuse what a page of another site has a browser send. Raises Forbidden."""
+    if environ["REQUEST_METHOD"] in _SAFE_METHODS:
+        return
+    site = environ.get("HTTP_SEC_FETCH_SITE", "none")
+    origin = environ.get("HTTP_ORIGIN")
+    if site not in ("none", "same-origin"):
+        raise Forbidden("requests from pages of other sites are refused")
+    if origin is not None and not _same_origin(origin, environ.get("HTTP_HOST", "")):
+        raise Forbidden("requests from pages of other origins are refused")
+
+
+def _credentials(environ: Mapping[str, str]) -> list[str]:
+    shown = []
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        shown.append(token.strip())
+    if key := environ.get("HTTP_X_API_KEY", "").strip():
+        shown.append(key)
+    return shown
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets, lower case."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].rstrip(".").lower()
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,190 @@
+"""Keys, hosts and origins over real sockets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from gpumanager.keys import ApiKey
+from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import PATIENCE_S, Outcome
+
+ALICE = "alice-has-a-long-key"
+BOB = "bob-has-a-long-key-too"
+KEYS = [ApiKey("alice", ALICE, max_queued=2), ApiKey("bob", BOB)]
+
+
+@pytest.fixture
+def consumer() -> Iterator[ScriptedConsumer]:
+    with ScriptedConsumer(lambda connection, _: connection.send(answer())) as running:
+        yield running
+
+
+@pytest.fixture
+def guarded(consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
+    with live_broker(config_for(consumer.url), keys=KEYS) as running:
+        yield running
+
+
+@pytest.fixture
+def open_broker(consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
+    with live_broker(config_for(consumer.url, allowed_hosts=["GPU.example.org"])) as running:
+        yield running
+
+
+ROUTES = [
+    ("POST", "/v1/tts"),
+    ("GET", "/v1/status"),
+    ("GET", "/v1/queue"),
+    ("DELETE", "/v1/queue/1"),
+    ("GET", "/audio/a.wav"),
+    ("GET", "/"),
+    ("GET", "/nowhere"),
+    ("PATCH", "/v1/tts"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        ("Authorization: Bearer wrong-key-of-some-length",),
+        ("Authorization: Bearer",),
+        (f"Authorization: Basic {ALICE}",),
+        (f"Authorization: {ALICE}",),
+        (f"X-Api-Key: {ALICE}x",),
+        (f"X-Api-Key: {ALICE[:-1]}",),
+        (f"Cookie: key={ALICE}",),
+    ],
+)
+def test_without_a_good_key_everything_is_a_401(
+    guarded: LiveBroker,
+    consumer: ScriptedConsumer,
+    method: str,
+    path: str,
+    headers: tuple[str, ...],
+) -> None:
+    with guarded.raw() as client:
+        got = client.request(method, path, b"", headers=headers).answer()
+    assert got.status == 401
+    assert b'"unauthorized"' in got.body
+    assert (got.header("Www-Authenticate") or "").startswith("Bearer")
+    assert ALICE.encode() not in got.raw
+    assert consumer.requests == []
+
+
+def test_healthz_needs_no_key(guarded: LiveBroker) -> None:
+    assert guarded.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header", [f"Authorization: Bearer {BOB}", f"authorization: bearer {BOB}", f"X-Api-Key: {BOB}"]
+)
+def test_a_good_key_opens_and_is_never_forwarded(
+    guarded: LiveBroker, consumer: ScriptedConsumer, header: str
+) -> None:
+    with guarded.raw() as client:
+        assert client.request("POST", "/v1/tts", b"{}", headers=(header,)).answer().status == 200
+    assert BOB.encode() not in consumer.requests[0].head
+
+
+def test_without_keys_the_clients_own_authorization_goes_through(
+    open_broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    open_broker.post("/v1/tts", headers={"Authorization": "Bearer for-the-consumer"})
+    assert consumer.requests[0].header("authorization") == "Bearer for-the-consumer"
+
+
+def test_a_keys_limit_is_its_own(guarded: LiveBroker, consumer: ScriptedConsumer) -> None:
+    release = threading.Event()
+
+    def slow(connection: Connection, _: Received) -> None:
+        release.wait(PATIENCE_S)
+        connection.send(answer())
+
+    consumer.script = slow
+    alice, bob = {"X-Api-Key": ALICE}, {"X-Api-Key": BOB}
+    clients = []
+    for count in (1, 2):
+        clients.append(Outcome(lambda: guarded.post("/v1/tts", headers=alice)))
+        guarded.await_line(count)
+    refused = guarded.post("/v1/tts", headers=alice)
+    assert (refused.status_code, refused.json()["error"]) == (503, "queue_full")
+    clients.append(Outcome(lambda: guarded.post("/v1/tts", headers=bob)))
+    guarded.await_line(3)
+    release.set()
+    assert [client.result().status_code for client in clients] == [200] * 3
+    assert guarded.post("/v1/tts", headers=alice).status_code == 200
+
+
+# -- browsers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8770", "127.0.0.1:1", "127.0.0.9", "[::1]:80", "gpu.example.org"],
+)
+def test_hosts_that_are_served(open_broker: LiveBroker, host: str) -> None:
+    with open_broker.raw() as client:
+        client.send(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert client.answer().status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "10.0.0.1", "169.254.169.254", "[::2]", "x:1"],
+)
+@pytest.mark.parametrize("line", ["GET /v1/status", "POST /v1/tts", "GET /healthz"])
+def test_a_name_that_was_made_to_resolve_to_loopback_is_refused(
+    open_broker: LiveBroker, consumer: ScriptedConsumer, host: str, line: str
+) -> None:
+    with open_broker.raw() as client:
+        client.send(f"{line} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        got = client.answer()
+    assert got.status == 403
+    assert b'"forbidden"' in got.body
+    assert consumer.requests == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Origin: https://evil.example",),
+        ("Origin: null",),
+        ("Origin: http://localhost:1",),
+        ("Origin: http://[",),
+        ("Sec-Fetch-Site: cross-site",),
+        ("Sec-Fetch-Site: same-site",),
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/tts"), ("DELETE", "/v1/queue/1")])
+def test_what_a_page_of_another_site_sends_is_refused(
+    open_broker: LiveBroker,
+    consumer: ScriptedConsumer,
+    headers: tuple[str, ...],
+    method: str,
+    path: str,
+) -> None:
+    with open_broker.raw() as client:
+        got = client.request(method, path, b"{}", headers=headers).answer()
+    assert got.status == 403
+    assert consumer.requests == []
+
+
+@pytest.mark.parametrize(
+    "headers", [("Origin: http://localhost",), ("Sec-Fetch-Site: same-origin",), ()]
+)
+def test_what_the_brokers_own_page_or_a_script_sends_is_not(
+    open_broker: LiveBroker, headers: tuple[str, ...]
+) -> None:
+    with open_broker.raw() as client:
+        assert client.request("POST", "/v1/tts", b"{}", headers=headers).answer().status == 200
+
+
+def test_no_answer_invites_other_origins(open_broker: LiveBroker) -> None:
+    reply = open_broker.get("/v1/status", headers={"Origin": "https://evil.example"})
+    assert not [name for name in reply.headers if name.lower().startswith("access-control")]

@@ -1,0 +1,62 @@
+"""Keys: where they are read from, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpumanager.keys import ApiKey, KeysError, load_keys
+
+LONG = "0123456789abcdef"
+
+
+def test_keys_from_the_environment_and_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# the household\nalice {LONG}a max_queued=2  # phone\n\nbob {LONG}b\n")
+    environ = {"GPUMANAGER_API_KEYS": f"ci {LONG}c; cron {LONG}d max_queued=1"}
+    assert load_keys(environ, str(file)) == (
+        ApiKey("ci", f"{LONG}c"),
+        ApiKey("cron", f"{LONG}d", 1),
+        ApiKey("alice", f"{LONG}a", 2),
+        ApiKey("bob", f"{LONG}b"),
+    )
+
+
+def test_without_any_there_are_none() -> None:
+    assert load_keys({}, None) == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("alice", "NAME KEY"),
+        (f"alice {LONG} max_queued=2 more", "NAME KEY"),
+        (f"al/ice {LONG}", "NAME KEY"),
+        ("alice short", "at least 16"),
+        (f"alice {LONG} max_queued=0", "max_queued=N"),
+        (f"alice {LONG} fast", "max_queued=N"),
+        (f"alice {LONG};alice {LONG}x", "two keys"),
+    ],
+)
+def test_a_bad_entry_is_named_by_its_place_and_never_shown(line: str, words: str) -> None:
+    with pytest.raises(KeysError, match=words) as refused:
+        load_keys({"GPUMANAGER_API_KEYS": line}, None)
+    assert LONG not in str(refused.value)
+    assert "short" not in str(refused.value)
+
+
+def test_a_file_that_is_missing_empty_or_binary_lets_nobody_in(tmp_path: Path) -> None:
+    with pytest.raises(KeysError, match="No such file"):
+        load_keys({}, str(tmp_path / "none"))
+    empty = tmp_path / "empty"
+    empty.write_text("# later\n")
+    with pytest.raises(KeysError, match="holds no key"):
+        load_keys({}, str(empty))
+    empty.write_bytes(b"\xff\xfe")
+    with pytest.raises(KeysError, match="UTF-8"):
+        load_keys({}, str(empty))
+
+
+def test_a_key_does_not_show_itself() -> None:
+    assert LONG not in repr(ApiKey("alice", LONG))
