@@ -82,6 +82,7 @@ class Broker:
                 ),
                 watcher=self.watcher,
                 keyring=Keyring(keys),
+                version=__version__,
                 draining=draining.is_set,
                 cancel=self.scheduler.cancel,
             )

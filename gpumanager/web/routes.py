@@ -18,6 +18,7 @@ from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.jobs import ClientWatch, JobRunner
+from gpumanager.web.openapi import describe
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
@@ -43,6 +44,7 @@ class Services:
     status: StatusView
     watcher: Watcher
     keyring: Keyring
+    version: str
     draining: Callable[[], bool]
     cancel: Callable[[int, errors.BrokerError], bool]
 
@@ -95,6 +97,12 @@ def _control_routes(app: Flask, services: Services) -> None:
     @app.get("/v1/status", provide_automatic_options=False)
     def status() -> Response:
         return json_response(services.status.snapshot())
+
+    description = describe(services.config, services.version, keys=bool(services.keyring))
+
+    @app.get("/openapi.json", provide_automatic_options=False)
+    def openapi() -> Response:
+        return json_response(description)
 
     @app.get("/v1/queue", provide_automatic_options=False)
     def queue() -> Response:

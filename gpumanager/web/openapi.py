@@ -1,0 +1,274 @@
+"""The OpenAPI 3.1 description of the broker, made from the config and the error classes, so that
+it cannot fall behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gpumanager import errors
+from gpumanager.config import KINDS, Config
+
+_KIND_WORDS = {
+    "tts": "text to speech",
+    "stt": "speech to text",
+    "llm": "a language model",
+    "image": "images",
+}
+
+_EVERYWHERE: tuple[type[errors.BrokerError], ...] = (
+    errors.BadRequest,
+    errors.Unauthorized,
+    errors.Forbidden,
+    errors.InternalError,
+)
+_FORWARDING: tuple[type[errors.BrokerError], ...] = (
+    errors.PayloadTooLarge,
+    errors.ConsumerUnreachable,
+    errors.ConsumerTimeout,
+    errors.QueueFull,
+)
+_JOB: tuple[type[errors.BrokerError], ...] = (
+    *_FORWARDING,
+    errors.NoConsumer,
+    errors.ConsumerUnhealthy,
+    errors.QueueTimeout,
+    errors.InsufficientVram,
+    errors.ShuttingDown,
+    errors.Cancelled,
+    errors.SchedulerError,
+)
+
+_JSON = "application/json"
+_TIME = {"type": "string", "format": "date-time"}
+_COUNT = {"type": "integer", "minimum": 0}
+
+
+def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
+    """The description. `keys`: whether clients have to show one."""
+    paths: dict[str, Any] = {f"/v1/{kind}": {"post": _job(kind)} for kind in KINDS}
+    paths["/v1/status"] = {"get": _read("The live state", "Status")}
+    paths["/v1/queue"] = {"get": _read("The line: who runs, then who waits", "Queue")}
+    paths["/v1/queue/{ticket}"] = {"delete": _cancel()}
+    paths[config.audio_path_prefix + "{file}"] = {"get": _audio()}
+    paths["/healthz"] = {"get": _health()}
+    paths["/openapi.json"] = {
+        "get": {
+            "summary": "This description",
+            "responses": {"200": _json("OpenAPI 3.1", {"type": "object"}), **_errors([])},
+        }
+    }
+    paths["/"] = {
+        "get": {
+            "summary": "One line of text",
+            "responses": {
+                "200": {
+                    "description": "What there is",
+                    "content": {"text/plain": {"schema": {"type": "string"}}},
+                },
+                **_errors([]),
+            },
+        }
+    }
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "gpumanager",
+            "version": version,
+            "summary": "One URL, one queue and one lock in front of the services of a GPU",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas()},
+    }
+    if keys:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+        }
+        document["security"] = [{"bearer": []}, {"header": []}]
+        paths["/healthz"]["get"]["security"] = []
+    return document
+
+
+def _job(kind: str) -> dict[str, Any]:
+    return {
+        "summary": f"Run a job of {_KIND_WORDS[kind]}",
+        "description": "Forwarded to the routed consumer under the GPU's lock; query, headers and "
+        "body go through unchanged, and so does its answer, whatever its status.",
+        "parameters": [
+            {
+                "name": "Prefer",
+                "in": "header",
+                "description": "`wait=N`: the longest wait in line, in seconds (RFC 7240)",
+                "schema": {"type": "string"},
+            }
+        ],
+        "requestBody": {"content": {"*/*": {"schema": {}}}},
+        "responses": {"default": _any("The consumer's own answer"), **_errors(_JOB)},
+    }
+
+
+def _audio() -> dict[str, Any]:
+    return {
+        "summary": "Rendered audio, from the consumer that rendered it",
+        "parameters": [
+            {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}}
+        ],
+        "responses": {
+            "default": _any("The consumer's own answer"),
+            **_errors([*_FORWARDING, errors.NotFound, errors.NoAudioProxy]),
+        },
+    }
+
+
+def _read(summary: str, schema: str) -> dict[str, Any]:
+    return {"summary": summary, "responses": {"200": _json(summary, _ref(schema)), **_errors([])}}
+
+
+def _cancel() -> dict[str, Any]:
+    done = {
+        "type": "object",
+        "properties": {"ticket": _COUNT, "state": {"const": "cancelled"}},
+        "required": ["ticket", "state"],
+    }
+    ticket = {"type": "integer", "minimum": 0}
+    return {
+        "summary": "Take a waiting or running job out of the line",
+        "parameters": [{"name": "ticket", "in": "path", "required": True, "schema": ticket}],
+        "responses": {"200": _json("It is cancelled", done), **_errors([errors.NotFound])},
+    }
+
+
+def _health() -> dict[str, Any]:
+    def state(word: str) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {"status": {"const": word}},
+            "required": ["status"],
+        }
+
+    return {
+        "summary": "Whether the process is up",
+        "responses": {
+            **_errors([]),
+            "200": _json("It is up", state("ok")),
+            "503": _json("It drains", state("draining")),
+        },
+    }
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {_JSON: {"schema": schema}}}
+
+
+def _any(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"*/*": {"schema": {}}}}
+
+
+def _errors(more: Iterable[type[errors.BrokerError]]) -> dict[str, Any]:
+    """The broker's own answers by status. A consumer may use any of them for its own ends."""
+    codes: dict[int, list[str]] = {}
+    for error in (*_EVERYWHERE, *more):
+        codes.setdefault(error.status, []).append(error.code)
+    forwarding = errors.ConsumerUnreachable in more
+    answers: dict[str, Any] = {}
+    for status in sorted(codes):
+        words = ", ".join(f"`{code}`" for code in dict.fromkeys(codes[status]))
+        if forwarding:
+            answer = _json(f"The broker's {words}, or the consumer's own", _ANYTHING_OR_ERROR)
+            answer["content"]["*/*"] = {"schema": {}}
+        else:
+            answer = _json(f"The broker's {words}", _ref("Error"))
+        answers[str(status)] = answer
+    return answers
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_ANYTHING_OR_ERROR = {"anyOf": [_ref("Error"), {"description": "The consumer's own"}]}
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": sorted(required),
+    }
+
+
+def _schemas() -> dict[str, Any]:
+    text, flag = {"type": "string"}, {"type": "boolean"}
+    error_codes = sorted({error.code for error in (*_EVERYWHERE, *_JOB)} | {"not_found"})
+    return {
+        "Error": _object(
+            {"error": {"type": "string", "examples": error_codes}, "message": text},
+            {"consumer": text, "retryable": flag},
+        ),
+        "Queue": _object({"line": {"type": "array", "items": _ref("Entry")}}),
+        "Entry": _object(
+            {
+                "ticket": _COUNT,
+                "consumer": text,
+                "kind": {"enum": list(KINDS)},
+                "client": text,
+                "request_id": text,
+                "state": {"enum": ["running", "waiting"]},
+                "since": _TIME,
+                "age_ms": _COUNT,
+                "position": _COUNT,
+                "estimate_ms": _COUNT,
+            }
+        ),
+        "Status": _object(
+            {
+                "listen": text,
+                "time": _TIME,
+                "version": text,
+                "gpu": _ref("Gpu"),
+                "routing": {"type": "object", "additionalProperties": text},
+                "consumers": {"type": "array", "items": _ref("Consumer")},
+                "scheduler": _ref("Scheduler"),
+                "line": {"type": "array", "items": _ref("Entry")},
+            }
+        ),
+        "Gpu": _object(
+            {
+                "total_mib": _COUNT,
+                "used_mib": _COUNT,
+                "free_mib": _COUNT,
+                "reserved_mib": _COUNT,
+                "source": {"enum": ["measured", "ledger", "unknown"]},
+            },
+            {"last_sample": _TIME, "name": text, "utilization_percent": _COUNT, "err": text},
+        ),
+        "Consumer": _object(
+            {
+                "name": text,
+                "url": text,
+                "healthy": flag,
+                "probed": flag,
+                "breaker": {"enum": ["closed", "open", "trial"]},
+                "loaded": flag,
+                "gpu_resident_mib": _COUNT,
+                "resident_source": {"enum": ["declared", "reported"]},
+                "vram_budget_mib": _COUNT,
+                "active": _COUNT,
+                "total_requests": _COUNT,
+                "priority": {"type": "integer"},
+                "can_coexist_with": {"type": "array", "items": text},
+            },
+            {"last_used": _TIME, "last_probe": _TIME, "last_error": text},
+        ),
+        "Scheduler": _object(
+            {
+                "kind": {"enum": ["locked", "passthrough"]},
+                **dict.fromkeys(("queue_depth", "in_flight", "total_jobs", "evictions"), _COUNT),
+                "last_wait_ms": _COUNT,
+                "last_run_ms": _COUNT,
+                "oldest_queued": {"anyOf": [_TIME, {"type": "null"}]},
+            }
+        ),
+    }
