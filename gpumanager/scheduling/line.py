@@ -213,6 +213,8 @@ class LineTicket:
                 self._turn.wait(self._place.deadline - now)
             if self._error is not None:
                 raise self._error
+            if number not in line._running:
+                raise RuntimeError(f"ticket {number} was closed already")
 
     def pause(self, seconds: float) -> None:
         with self._line._lock:

@@ -29,6 +29,9 @@ ROOT_TEXT = (
     "gpumanager: GET /v1/status shows the live state, POST /v1/{tts,stt,llm,image} runs a job\n"
 )
 
+_SENDABLE = re.compile(r"[!-~]*")
+"""What may stand in a request line."""
+
 _DECODINGS = 3
 """How often a path may be percent-encoded over before it is refused unread."""
 
@@ -171,9 +174,12 @@ def preferred_wait(headers: list[str]) -> float | None:
 def _inbound() -> Inbound:
     environ = request.environ
     length = environ.get("CONTENT_LENGTH")
+    query = environ.get("QUERY_STRING", "")
+    if not _SENDABLE.fullmatch(query):
+        raise errors.BadRequest("the query holds characters that must be percent-encoded")
     return Inbound(
         method=environ["REQUEST_METHOD"],
-        query=environ.get("QUERY_STRING", ""),
+        query=query,
         headers=inbound_headers(environ),
         body=environ["wsgi.input"] if length else None,
         length=int(length) if length else None,

@@ -46,6 +46,21 @@ def test_the_query_arrives_to_the_letter(
     assert consumer.requests[0].line == f"POST /api/tts?{query} HTTP/1.1".encode()
 
 
+@pytest.mark.parametrize("query", ["a=\x0f", "a=\x7f", "a=\x01&b"])
+@pytest.mark.parametrize("path", ["/v1/tts", "/audio/a.wav"])
+def test_a_query_that_cannot_be_sent_is_the_clients_fault(
+    broker: LiveBroker, consumer: ScriptedConsumer, path: str, query: str
+) -> None:
+    method = "GET" if "audio" in path else "POST"
+    for _ in range(4):  # and opens no breaker
+        with broker.raw() as client:
+            got = client.request(method, f"{path}?{query}").answer()
+        assert got.status == 400
+        assert b'"bad_request"' in got.body
+    assert consumer.requests == []
+    assert broker.stats.total_jobs == 0
+
+
 def test_a_path_with_a_query_of_its_own_keeps_it() -> None:
     with ScriptedConsumer(echo) as consumer:
         changes = {"paths": {"tts": "/sleep?level=1"}}

@@ -1,0 +1,439 @@
+"""What the line withstands: a crowd, a soak with random faults, hostile bytes.
+
+    python -m benchmarks.reliability crowd [--clients 1000]
+    python -m benchmarks.reliability soak [--jobs 10000] [--seed N]
+    python -m benchmarks.reliability fuzz [--requests 30000] [--seed N]
+
+Each starts `waitress-serve wsgi:app` on loopback, with a consumer in this process, prints its
+figures as JSON, and exits with 1 if a promise was broken. Loops are bounded in count and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import requests
+
+from tests.support.broker import config_for
+from tests.support.sockets import Connection, RawClient, Received, ScriptedConsumer, answer
+from tests.support.threads import eventually
+
+ROOT = Path(__file__).parent.parent
+LONGEST_S = 600.0
+
+
+class Broker:
+    """A broker in a process of its own."""
+
+    def __init__(self, pid: int, port: int) -> None:
+        self.pid, self.port = pid, port
+        self.session = requests.Session()
+        self.session.trust_env = False
+
+    def get(self, path: str) -> requests.Response:
+        return self.session.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
+
+    def stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = self.get("/v1/status").json()["scheduler"]
+        return stats
+
+    def rss_mib(self) -> float:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+)", status)
+        return int(found[1]) / 1024 if found else 0.0
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def await_waiting(self, count: int) -> None:
+        eventually(lambda: self.stats()["queue_depth"] == count, timeout=30)
+
+    def await_idle(self) -> None:
+        eventually(
+            lambda: (s := self.stats())["queue_depth"] == 0 and s["in_flight"] == 0, timeout=60
+        )
+
+
+@contextmanager
+def broker(consumer_url: str, **changes: Any) -> Iterator[Broker]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "broker.yaml"
+        file.write_text(config_for(consumer_url, listen=f"127.0.0.1:{port}", **changes))
+        log = (Path(folder) / "log").open("w")
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "waitress-serve"), "wsgi:app"],
+            cwd=ROOT,
+            env={**os.environ, "GPUMANAGER_CONFIG": str(file)},
+            stdout=log,
+            stderr=log,
+        )
+        running = Broker(process.pid, port)
+
+        def up() -> bool:
+            try:
+                return running.get("/healthz").ok
+            except requests.ConnectionError:
+                return False
+
+        try:
+            eventually(up, timeout=20)
+            yield running
+            if process.poll() is not None:
+                raise RuntimeError("the broker died")
+        finally:
+            process.terminate()
+            process.wait(30)
+            log.close()
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum in milliseconds."""
+    cuts = quantiles(seconds, n=100)
+    return {
+        "p50_ms": round(median(seconds) * 1000, 2),
+        "p99_ms": round(cuts[98] * 1000, 2),
+        "max_ms": round(max(seconds) * 1000, 2),
+    }
+
+
+def timed(call: Any) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+# -- a crowd -------------------------------------------------------------------------------------
+
+
+def crowd(clients: int) -> tuple[dict[str, Any], bool]:
+    """`clients` requests wait at once; one more is refused; all are served in order."""
+    release = threading.Event()
+
+    def script(connection: Connection, _: Received) -> None:
+        release.wait(LONGEST_S)
+        connection.send(answer())
+
+    scheduler = {"kind": "locked", "max_queue": clients, "max_wait": LONGEST_S}
+    timeouts = {"timeouts": {"connect": 5, "first_byte": LONGEST_S, "idle": 60, "total": LONGEST_S}}
+    with (
+        ScriptedConsumer(script) as consumer,
+        broker(consumer.url, scheduler=scheduler, consumer=timeouts) as running,
+    ):
+        rss_before = running.rss_mib()
+        waiting: list[RawClient] = []
+        for index in range(clients + 1):  # one runs
+            named = (f"X-Request-Id: {index}",)
+            waiting.append(RawClient(running.port).request("POST", "/v1/tts", b"{}", named))
+            if index % 50 == 0 or index == clients:
+                running.await_waiting(index)
+        line = [entry["request_id"] for entry in running.get("/v1/queue").json()["line"]]
+        cpu_before = cpu_seconds(running.pid)
+        time.sleep(5)
+        cpu_at_rest = (cpu_seconds(running.pid) - cpu_before) / 5
+        healthz = [timed(lambda: running.get("/healthz")) for _ in range(300)]
+        status = [timed(lambda: running.get("/v1/status")) for _ in range(100)]
+        refusals = []
+        for _ in range(20):
+            with RawClient(running.port) as one_more:
+                one_more.request("POST", "/v1/tts", b"{}")
+                refusals.append(timed(one_more.answer))
+        rss_full = running.rss_mib()
+        began = time.perf_counter()
+        release.set()
+        statuses = Counter(client.answer().status for client in waiting)
+        drained = time.perf_counter() - began
+        for client in waiting:
+            client.sock.close()
+        order = [received.header("x-request-id") for received in consumer.requests]
+        figures = {
+            "waiting": clients,
+            "served": dict(statuses),
+            "in the order of the line": order == line,
+            "healthz while they wait": spread(healthz),
+            "status while they wait": spread(status),
+            "refusal of the next one": spread(refusals),
+            "CPU while they wait, % of a core": round(100 * cpu_at_rest, 2),
+            "RSS MiB, idle and full": [round(rss_before, 1), round(rss_full, 1)],
+            "all served in s": round(drained, 2),
+        }
+        kept = (
+            statuses == {200: clients + 1}
+            and order == line
+            and max(spread(healthz)["p99_ms"], spread(status)["p99_ms"]) < 100
+            and spread(refusals)["max_ms"] < 100
+        )
+        return figures, kept
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- a soak --------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """The consumer's own view: is it ever given two jobs at once? A job whose connection the
+    broker has closed is over, which its thread may take a moment to see."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.lock = threading.Lock()
+        self.free = threading.Condition(self.lock)
+        self.running = 0
+        self.collisions = 0
+        self.behaviours: Counter[str] = Counter()
+
+    def __call__(self, connection: Connection, _: Received) -> None:
+        with self.lock:
+            if not self.free.wait_for(lambda: self.running == 0, timeout=0.25):
+                self.collisions += 1
+            self.running += 1
+            behaviour = self.rng.choices(
+                ["good", "chunked", "own 500", "reset", "half a head", "truncated", "stall"],
+                [60, 20, 5, 4, 4, 5, 2],
+            )[0]
+            self.behaviours[behaviour] += 1
+        try:
+            self.behave(connection, behaviour)
+        finally:
+            with self.lock:
+                self.running -= 1
+                self.free.notify()
+
+    def behave(self, connection: Connection, behaviour: str) -> None:
+        if behaviour == "good":
+            connection.send(answer(b"x" * 2000))
+        elif behaviour == "own 500":
+            connection.send(answer(b"", "500 Oops"))
+        elif behaviour == "reset":
+            connection.reset()
+        elif behaviour == "half a head":
+            connection.send(b"HTTP/1.1 200 OK\r\nX-Ha")
+        elif behaviour == "truncated":
+            connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
+        elif behaviour == "stall":
+            connection.wait_closed(5)
+        else:
+            connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(5):
+                connection.send(b"5\r\nhello\r\n")
+            connection.send(b"0\r\n\r\n")
+
+
+def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
+    """Short jobs from eight clients, with faults on both sides."""
+    rng = random.Random(seed)
+    oracle = Oracle(random.Random(seed + 1))
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+    left = iter(range(jobs))
+    samples: list[tuple[int, int, float]] = []
+    began = time.monotonic()
+
+    def client(number: int) -> None:
+        mine = random.Random(seed * 31 + number)
+        while time.monotonic() - began < LONGEST_S:
+            with lock:
+                if next(left, None) is None:
+                    return
+            outcome = one_job(mine)
+            while outcome == "refused by the breaker":
+                time.sleep(0.2)
+                outcome = one_job(mine)
+            with lock:
+                outcomes[outcome] += 1
+
+    def one_job(mine: random.Random) -> str:
+        with RawClient(running.port) as raw:
+            raw.request("POST", "/v1/tts", b"{}")
+            if mine.random() < 0.05:
+                time.sleep(mine.random() * 0.01)
+                return "client left"
+            try:
+                got = raw.answer()
+            except (EOFError, OSError):
+                return "closed without an answer"
+            if got.status == 503 and b"several times" in got.body:
+                return "refused by the breaker"
+            return f"{got.status}" if got.complete else f"{got.status}, cut short"
+
+    timeouts = {"timeouts": {"connect": 1, "first_byte": 0.5, "idle": 0.5, "total": 2}}
+    with ScriptedConsumer(oracle) as consumer, broker(consumer.url, consumer=timeouts) as running:
+        for _ in range(20):
+            one_job(rng)
+        with ThreadPoolExecutor(8) as clients:
+            work = [clients.submit(client, number) for number in range(8)]
+            while not all(w.done() for w in work):
+                time.sleep(1)
+                samples.append((running.threads(), running.descriptors(), running.rss_mib()))
+            for w in work:
+                w.result()
+        running.await_idle()
+        stats = running.stats()
+        threads, descriptors, rss = running.threads(), running.descriptors(), running.rss_mib()
+        early = samples[len(samples) // 4]
+        figures = {
+            "seed": seed,
+            "jobs": sum(outcomes.values()),
+            "seconds": round(time.monotonic() - began, 1),
+            "outcomes": dict(outcomes.most_common()),
+            "the consumer's behaviour": dict(oracle.behaviours.most_common()),
+            "two at once": oracle.collisions,
+            "at the end": {k: stats[k] for k in ("queue_depth", "in_flight", "total_jobs")},
+            "threads, a quarter in and at the end": [early[0], threads],
+            "descriptors, likewise": [early[1], descriptors],
+            "RSS MiB, likewise": [round(early[2], 1), round(rss, 1)],
+        }
+        kept = (
+            oracle.collisions == 0
+            and sum(outcomes.values()) == jobs
+            and not any(o.startswith("500,") or o == "closed without an answer" for o in outcomes)
+            and threads <= early[0]
+            and descriptors <= early[1] + 8
+            and rss < early[2] * 1.1 + 5
+        )
+        return figures, kept
+
+
+# -- hostile bytes -------------------------------------------------------------------------------
+
+TEMPLATES = [
+    b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: abc\r\n\r\n",
+    b"GET /audio/a%2e%2e/b.wav?x=1 HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-1\r\n\r\n",
+    b"DELETE /v1/queue/1 HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n",
+    b"POST http://localhost/v1/llm HTTP/1.0\r\nPrefer: wait=1\r\nContent-Length: 0\r\n\r\n",
+]
+PIECES = [
+    *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00", b"%0d%0a", b".."),
+    *(b"/", b"\\", b"\xff", b"\xc3\xbc", b"A" * 3000, b"Content-Length: 5\r\n", b"-1", b"1e9"),
+    *(b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: x, chunked\r\n", b"Host: evil\r\n"),
+    *(
+        b"Connection: close, X-Request-Id\r\n",
+        b"Expect: 100-continue\r\n",
+        b"HTTP/9.9",
+        b"ffffffff",
+    ),
+]
+
+
+def hostile(rng: random.Random) -> bytes:
+    data = bytearray(rng.choice(TEMPLATES))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(4):
+            case 0:
+                data[at:at] = rng.choice(PIECES)
+            case 1:
+                del data[at : at + rng.randint(1, 8)]
+            case 2:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            case _:
+                data[at:at] = data[at : at + rng.randint(1, 30)]
+    return bytes(data)
+
+
+def first_bytes(sock: socket.socket) -> bytes:
+    """What comes first, the end of the connection included. A request that waits for more of
+    itself is told that there is none."""
+    sock.settimeout(0.2)
+    try:
+        return sock.recv(65536)
+    except TimeoutError:
+        sock.settimeout(10)
+        sock.shutdown(socket.SHUT_WR)
+        return sock.recv(65536)
+
+
+def fuzz(count: int, seed: int) -> tuple[dict[str, Any], bool]:
+    """Mutated requests over raw sockets: each is answered or closed, none with a 500."""
+    statuses: Counter[str] = Counter()
+    lock = threading.Lock()
+    bad: list[str] = []
+    consumer = ScriptedConsumer(lambda connection, _: connection.send(answer()))
+    with consumer, broker(consumer.url) as running:
+        before = running.threads()
+
+        def shoot(number: int) -> None:
+            data = hostile(random.Random(seed * 1_000_003 + number))
+            with socket.create_connection(("127.0.0.1", running.port), 10) as sock:
+                try:
+                    sock.sendall(data)
+                    first = first_bytes(sock)
+                except TimeoutError:
+                    status = "hang"
+                except OSError:
+                    status = "reset"
+                else:
+                    found = re.match(rb"HTTP/1\.[01] (\d{3}) ", first)
+                    status = found[1].decode() if found else "closed" if not first else "no HTTP"
+            with lock:
+                statuses[status] += 1
+                if status in ("500", "502", "hang", "no HTTP"):
+                    bad.append(repr(data[:300]))
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(shoot, range(count)))
+        running.await_idle()
+        after = running.threads()
+        served = requests.post(f"http://127.0.0.1:{running.port}/v1/tts", b"{}", timeout=10)
+        figures = {
+            "seed": seed,
+            "requests": count,
+            "answers": dict(statuses.most_common()),
+            "threads, before and after": [before, after],
+            "an innocent job after that": served.status_code,
+            "bad": bad[:5],
+        }
+        return figures, not bad and after <= before and served.status_code == 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("crowd").add_argument("--clients", type=int, default=1000)
+    for name, option, default in (("soak", "--jobs", 10_000), ("fuzz", "--requests", 30_000)):
+        command = commands.add_parser(name)
+        command.add_argument(option, type=int, default=default)
+        command.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    options = parser.parse_args()
+    if options.command == "crowd":
+        figures, kept = crowd(options.clients)
+    elif options.command == "soak":
+        figures, kept = soak(options.jobs, options.seed)
+    else:
+        figures, kept = fuzz(options.requests, options.seed)
+    print(json.dumps(figures, indent=2))
+    sys.exit(not kept)
+
+
+if __name__ == "__main__":
+    main()
