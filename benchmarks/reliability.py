@@ -324,7 +324,8 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
 
 TEMPLATES = [
     b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
-    b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"2\r\n{}\r\n0\r\n\r\n",
     b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: abc\r\n\r\n",
     b"GET /audio/a%2e%2e/b.wav?x=1 HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-1\r\n\r\n",
     b"DELETE /v1/queue/1 HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n",
