@@ -74,6 +74,7 @@ class Broker:
                     admission,
                     self.breakers,
                     proxy,
+                    calls,
                     self.watcher,
                     clock,
                 ),

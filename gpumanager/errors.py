@@ -107,6 +107,12 @@ class PayloadTooLarge(BrokerError):
     status, code, retryable = 413, "payload_too_large", False
 
 
+class HeadersTooLarge(BrokerError):
+    """The request's head is larger than `max_header_kib`."""
+
+    status, code, retryable = 431, "headers_too_large", False
+
+
 class NoConsumer(BrokerError):
     """Nothing is routed for the kind, or the routed consumer has no path for it."""
 

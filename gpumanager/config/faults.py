@@ -77,7 +77,9 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def in_words(error: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str, str]:
     """The path, message and found text for one of pydantic's errors."""
-    kind, path = error["type"], tuple(error["loc"])
+    kind = error["type"]
+    # The schema marks the members of a union so: they are no keys of the config.
+    path = tuple(key for key in error["loc"] if not str(key).startswith("<"))
     context: dict[str, Any] = error.get("ctx", {})
     found = shown(error["input"])
     if kind == "extra_forbidden":

@@ -16,10 +16,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
 )
 
 Kind = Literal["tts", "stt", "llm", "image"]
@@ -166,7 +168,8 @@ class Call(_Model):
 
 
 class LoadCall(Call):
-    """A call that has the consumer load its model; POST unless it says otherwise."""
+    """A call that has the consumer do something, as load its model; POST unless it says
+    otherwise."""
 
     method: Method = "POST"
 
@@ -195,12 +198,13 @@ class Probe(Call):
     """A call whose JSON answer tells what is resident, by JMESPath expressions.
 
     `loaded` gives a boolean, `resident` a number in `unit`, `items` a list of names for an
-    unload made for each.
+    unload made for each, `busy` a boolean: whether it works on something.
     """
 
     loaded: Expression | None = None
     resident: Expression | None = None
     items: Expression | None = None
+    busy: Expression | None = None
     unit: Literal["B", "KiB", "MiB", "GiB"] = "MiB"
 
     def find_loaded(self, answer: Any) -> Any:
@@ -210,6 +214,10 @@ class Probe(Call):
     def find_resident(self, answer: Any) -> Any:
         """What `resident` gives for `answer`, in `unit`; None as above."""
         return _search(self.resident, answer)
+
+    def find_busy(self, answer: Any) -> Any:
+        """What `busy` gives for `answer`; None as above."""
+        return _search(self.busy, answer)
 
     def find_items(self, answer: Any) -> Any:
         """What `items` gives for `answer`; None as above."""
@@ -259,13 +267,17 @@ _Health = Annotated[Call | None, BeforeValidator(lambda v: v if v is None else _
 _Load = Annotated[LoadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
 _Unload = Annotated[UnloadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
 _Probe = Annotated[Probe | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
+_OnDisconnect = Annotated[
+    Annotated[Literal["native", "none"], Tag("<word>")] | Annotated[LoadCall, Tag("<call>")],
+    Discriminator(lambda value: "<call>" if isinstance(value, Mapping | Call) else "<word>"),
+]
 _Route = Annotated[Route, BeforeValidator(_bare_path)]
 
 
 class ConsumerConfig(_Model):
     """One service that shares the GPU. `vram_resident_mib` is what it needs to be resident;
     `vram_managed` says that it runs its own LRU and is never evicted; `on_disconnect` whether it
-    aborts when its client goes (`native`) or works on (`none`)."""
+    aborts when its client goes (`native`), works on (`none`), or has to be told by a call."""
 
     url: Annotated[StrictStr, AfterValidator(_url)]
     preset: StrictStr | None = None
@@ -279,7 +291,7 @@ class ConsumerConfig(_Model):
     load: _Load = None
     unload: _Unload = None
     timeouts: Timeouts = Timeouts()
-    on_disconnect: Literal["native", "none"] = "native"
+    on_disconnect: _OnDisconnect = "native"
 
     @cached_property
     def base_url(self) -> str:
@@ -340,6 +352,7 @@ class Config(_Model):
     health_interval: Seconds = 5.0
     drain_timeout: Duration = 30.0
     max_body_mib: Annotated[StrictInt, Field(ge=1)] = 1024
+    max_header_kib: Annotated[StrictInt, Field(ge=1, le=1024)] = 64
     routing: dict[Kind, StrictStr] = Field(default_factory=dict)
     consumers: dict[Annotated[StrictStr, AfterValidator(_consumer_name)], ConsumerConfig] = Field(
         default_factory=dict

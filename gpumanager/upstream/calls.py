@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 3.0
 UNLOAD_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 120.0
+CANCEL_TIMEOUT_S = 10.0
 LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
 _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
@@ -71,6 +72,21 @@ class ControlCalls:
             return
         for item in self._items(name, consumer):
             self._ok(name, call.for_item(item), UNLOAD_TIMEOUT_S)
+
+    def cancel(self, name: str) -> None:
+        """Make the call of `on_disconnect`. Raises if there is none or it answers badly."""
+        call = self._config.consumers[name].on_disconnect
+        if not isinstance(call, Call):
+            raise ConsumerUnreachable(f"{name} has no call to cancel a job", consumer=name)
+        self._ok(name, call, CANCEL_TIMEOUT_S)
+
+    def busy(self, name: str) -> bool | None:
+        """Whether the consumer says that it works on something; None if it does not tell."""
+        probe = self._config.consumers[name].probe
+        if probe is None:
+            return None
+        busy = probe.find_busy(self._json(name, probe, PROBE_TIMEOUT_S))
+        return busy if isinstance(busy, bool) else None
 
     def _items(self, name: str, consumer: ConsumerConfig) -> list[str]:
         probe = consumer.probe

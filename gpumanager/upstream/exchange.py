@@ -117,6 +117,11 @@ class Exchange:
         """True once the answer was read to its end, broke off, or was closed."""
         return self._ended
 
+    @property
+    def aborted(self) -> bool:
+        """True if it was ended by `abort`."""
+        return self._failure is not None
+
     def send(self, adapter: OneShotAdapter) -> None:
         """Send the request and return when the answer's head is there.
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import http
 import http.client
+import select
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +93,13 @@ class _Announced:
         if _current.dial is not None:
             _current.dial.connected(self.sock)
 
+    def send(self, data: Any) -> None:
+        """Send, unless the consumer has answered already: it will not read the rest, and might
+        neither close. urllib3 takes a broken pipe for that, and reads the answer."""
+        if self.sock is not None and _answered_early(self.sock):
+            raise BrokenPipeError("the consumer answered before it had read the request")
+        super().send(data)  # type: ignore[misc]
+
     def putrequest(
         self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
     ) -> None:
@@ -98,6 +108,19 @@ class _Announced:
         super().putrequest(  # type: ignore[misc]
             method, url, skip_host=skip_host, skip_accept_encoding=skip_accept_encoding
         )
+
+
+def _answered_early(sock: socket.socket) -> bool:
+    """True if there is something to read while the request is still being sent; waits, within the
+    socket's time-out, until it can be sent on or there is. TLS has messages of its own to read,
+    so there it is not known."""
+    if isinstance(sock, ssl.SSLSocket):
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLOUT)
+    timeout = sock.gettimeout()
+    events = dict(poll.poll(None if timeout is None else timeout * 1000))
+    return bool(events.get(sock.fileno(), 0) & select.POLLIN)
 
 
 class _HTTPConnection(_Announced, urllib3.connection.HTTPConnection):

@@ -25,6 +25,7 @@ from gpumanager.scheduling.interface import Scheduler, Ticket
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
+from gpumanager.web.departure import Departure, StopsJobs
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
 
@@ -101,9 +102,11 @@ class JobRunner:
         admission: Admission,
         breakers: Breakers,
         proxy: Proxy,
+        calls: StopsJobs,
         watcher: Watcher,
         clock: Clock,
     ) -> None:
+        self._calls = calls
         self._admission = admission
         self._breakers = breakers
         self._scheduler = scheduler
@@ -148,15 +151,14 @@ class JobRunner:
             ticket.close()
             raise
         hold = _Hold(ticket, self._registry, record, self._clock)
+        departure = Departure(name, consumer, exchange, self._calls, self._clock)
         record.stack.callback(hold.give_back)
         try:
-            native = consumer.on_disconnect == "native"
-            # Where the consumer works on regardless, closing its connection would only let the
-            # next job collide with it.
-            client.when_gone((lambda: exchange.abort(_gone(name))) if native else None)
-            ticket.when_cancelled(exchange.abort if native else exchange.discard)
+            client.when_gone(departure.client_left)
+            ticket.when_cancelled(departure.cancelled)
             self._proxy.send(exchange)
         except BaseException as error:
+            departure.settle()
             hold.give_back()
             self._judge(name, error)
             raise
@@ -164,11 +166,16 @@ class JobRunner:
             record.upstream_s = self._clock.monotonic() - hold.began
         self._breakers.succeeded(name)
         record.stack.callback(exchange.close)
+
+        def give_back() -> None:
+            departure.settle()
+            hold.give_back()
+
         return RelayedResponse(
             exchange,
-            hold.give_back,
+            give_back,
             on_break=lambda error: self._judge(name, error),
-            finish_answer=not native,
+            finish_answer=departure.finish_answer,
         )
 
     def _judge(self, name: str, error: BaseException) -> None:

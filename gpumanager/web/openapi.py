@@ -20,6 +20,7 @@ _EVERYWHERE: tuple[type[errors.BrokerError], ...] = (
     errors.BadRequest,
     errors.Unauthorized,
     errors.Forbidden,
+    errors.HeadersTooLarge,
     errors.InternalError,
 )
 _FORWARDING: tuple[type[errors.BrokerError], ...] = (

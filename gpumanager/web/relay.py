@@ -100,6 +100,8 @@ class RelayedBody:
         if not self._exchange.ended:
             if self._finish_answer:
                 self._exchange.drain()
+            else:
+                self._exchange.abort(ClientGone("the client left"))
             self._exchange.close()
             self._on_end()
 

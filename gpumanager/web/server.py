@@ -40,7 +40,6 @@ SPARE_CONNECTIONS = 512
 """Connections beyond one for each thread: idle kept-alive ones, and clients to be refused."""
 
 SPARE_DESCRIPTORS = 256
-HEADER_BYTES = 64 * 1024
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
 
 
@@ -86,7 +85,7 @@ def set_defaults(config: Config) -> None:
     Adjustments.asyncore_use_poll = True
     Adjustments.channel_request_lookahead = 1
     Adjustments.max_request_body_size = config.max_body_mib * 1024 * 1024
-    Adjustments.max_request_header_size = HEADER_BYTES
+    Adjustments.max_request_header_size = config.max_header_kib * 1024
     Adjustments.clear_untrusted_proxy_headers = False  # end-to-end headers go through
     Adjustments.ident = "gpumanager"
     Adjustments.log_socket_errors = False
@@ -120,6 +119,8 @@ def _channel(environ: WSGIEnvironment) -> Any:
 def _as_broker_error(refused: Any) -> errors.BrokerError:
     if refused.code == 413:
         return errors.PayloadTooLarge("the body is too large")
+    if refused.code == 431:
+        return errors.HeadersTooLarge("the head is too large")
     if refused.code >= 500 and refused.code != 501:
         return errors.InternalError("the broker failed; its log has the details")
     return errors.BadRequest(str(refused.body))

@@ -13,6 +13,7 @@ from gpumanager.config import (
     Config,
     ConfigError,
     ConsumerConfig,
+    LoadCall,
     config_path_from_env,
     load_config,
     parse_config,
@@ -46,6 +47,7 @@ def test_the_examples_comments_show_the_defaults() -> None:
                 "# health_i",
                 "# drain",
                 "# max_body",
+                "# max_header",
                 "# auth:",
                 "# allowed_hosts",
                 "# log:",
@@ -107,6 +109,20 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (timeouts.connect, timeouts.first_byte) == (3, 120)
     assert (timeouts.idle, timeouts.total) == (60, 600)
     assert consumer().on_disconnect == "native"
+
+
+def test_a_consumer_may_have_to_be_told_that_its_client_left() -> None:
+    told = consumer(on_disconnect={"path": "/interrupt"}).on_disconnect
+    assert isinstance(told, LoadCall)
+    assert (told.method, told.path) == ("POST", "/interrupt")
+    with pytest.raises(ConfigError) as refused:
+        consumer(on_disconnect={"path": "interrupt", "metod": "PUT"})
+    faults = {fault.path: fault.message for fault in refused.value.faults}
+    assert set(faults) == {
+        "consumers.mvoice.on_disconnect.path",
+        "consumers.mvoice.on_disconnect.metod",
+    }
+    assert "did you mean 'method'?" in faults["consumers.mvoice.on_disconnect.metod"]
 
 
 def test_a_bare_string_is_a_path() -> None:
@@ -193,6 +209,7 @@ def test_an_unload_for_each_item_is_filled_in() -> None:
         ("consumers.mvoice.priority", "high", "whole number"),
         ("consumers.mvoice.can_coexist_with", "ollama", "must be a list"),
         ("consumers.mvoice.on_disconnect", "abort", "must be one of native, none"),
+        ("consumers.mvoice.on_disconnect", 5, "must be one of native, none"),
         ("consumers.mvoice.timeouts.connect", 0, "greater than 0"),
         ("consumers.mvoice.timeouts", 5, "must be a mapping"),
         ("consumers.mvoice", "http://h", "must be a mapping"),

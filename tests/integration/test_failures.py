@@ -377,6 +377,63 @@ def test_where_the_consumer_works_on_the_gpu_stays_held_until_it_is_done(
         assert next_one.result().status_code == 200
 
 
+@pytest.mark.parametrize("how", ["the client leaves", "the operator cancels"])
+def test_a_consumer_that_has_to_be_told_is_told(consumer: ScriptedConsumer, how: str) -> None:
+    told = threading.Event()
+
+    def script(connection: Connection, received: Received) -> None:
+        if received.line.startswith(b"POST /interrupt"):
+            connection.send(answer())
+            told.set()
+        else:
+            told.wait(PATIENCE_S)
+            connection.send(answer(b"interrupted"))
+
+    consumer.script = script
+    changes = {"on_disconnect": {"path": "/interrupt"}}
+    with live_broker(config_for(consumer.url, consumer=changes)) as broker:
+        with broker.raw() as client:
+            client.request("POST", "/v1/llm", b"{}")
+            eventually(lambda: consumer.requests)
+            if how == "the operator cancels":
+                broker.delete(f"/v1/queue/{broker.get('/v1/queue').json()['line'][0]['ticket']}")
+                assert client.answer().status == 503
+        assert told.wait(2)
+        broker.await_idle()
+
+
+def test_a_consumer_that_can_tell_is_asked_until_it_is_at_rest(
+    consumer: ScriptedConsumer,
+) -> None:
+    """Its connection is closed, and the GPU held for as long as it says that it is busy."""
+    working, asked = threading.Event(), threading.Event()
+    working.set()
+
+    def script(connection: Connection, received: Received) -> None:
+        if received.line.startswith(b"GET /state"):
+            asked.set()
+            connection.send(answer(b'{"busy": true}' if working.is_set() else b'{"busy": false}'))
+        else:
+            connection.wait_closed()
+
+    consumer.script = script
+    changes = {
+        "on_disconnect": "none",
+        "probe": {"path": "/state", "busy": "busy"},
+        "health": "/state",
+    }
+    with live_broker(config_for(consumer.url, consumer=changes, health_interval=60)) as broker:
+        eventually(lambda: broker.broker.registry.get("mvoice").healthy)
+        with broker.raw() as leaver:
+            leaver.request("POST", "/v1/llm", b"{}")
+            eventually(lambda: any(r.line.startswith(b"POST") for r in consumer.requests))
+            asked.clear()
+        assert asked.wait(2)
+        assert broker.stats.in_flight == 1
+        working.clear()
+        broker.await_idle(2)
+
+
 def test_the_line_runs_in_the_order_of_arrival(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -352,3 +353,42 @@ def test_a_well_formed_request_id_is_kept(broker: LiveBroker, given: str, kept: 
     (value,) = got.all("X-Request-Id")
     assert (value == given) is kept
     assert value
+
+
+# -- large uploads -------------------------------------------------------------------------------
+
+
+class NoBody(Connection):
+    """Reads only the head of a request."""
+
+    def receive(self) -> Received | None:
+        while b"\r\n\r\n" not in self._buffer:
+            data = self.sock.recv(1024)
+            if not data:
+                return None
+            self._buffer += data
+        return Received(self._buffer.partition(b"\r\n\r\n")[0], b"")
+
+
+@pytest.mark.parametrize("then", ["closes", "stays open", "resets"])
+def test_an_answer_before_the_body_was_read_is_relayed(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    monkeypatch.setattr("tests.support.sockets.Connection.receive", NoBody.receive)
+
+    def early(connection: Connection, _: Received) -> None:
+        connection.send(answer(b"too much", "413 Content Too Large"))
+        if then == "stays open":
+            # Reads nothing, so the broker cannot finish sending.
+            threading.Event().wait(1)
+        elif then == "resets":
+            connection.reset()
+
+    with ScriptedConsumer(early) as consumer, live_broker(config_for(consumer.url)) as broker:
+        began = time.monotonic()
+        reply = broker.post("/v1/stt", data=bytes(24 * 1024 * 1024))
+        # A reset may overtake the answer: then there is none, and that is what is told.
+        assert reply.status_code in ((413, 502) if then == "resets" else (413,))
+        assert time.monotonic() - began < 3
+        broker.await_idle()
+        assert len(consumer.requests) == 1
