@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from gpumanager import __version__
 from gpumanager.cli import main
+from gpumanager.config import Config
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "consumers.yaml"
 
@@ -36,8 +37,7 @@ def test_check_of_a_bad_file_names_every_fault(tmp_path: Path) -> None:
         "  line 1: listen: must be HOST:PORT or [IPV6]:PORT, with a port of 0 to 65535 "
         "(found 'nowhere')",
         "  line 2: rooting: unknown key 'rooting'; did you mean 'routing'? known: "
-        "audio_path_prefix, audio_proxy, consumers, drain_timeout, gpu, health_interval, listen, "
-        "log, max_body_mib, routing, scheduler",
+        + ", ".join(sorted(Config.model_fields)),
     ]
 
 
