@@ -198,12 +198,15 @@ def _raw_path(prefix: str) -> str:
         target = urlsplit(target).path
     path = target.partition("?")[0].partition("#")[0]
     decoded = path
-    for _ in range(_DECODINGS):
-        decoded, before = unquote(decoded), decoded
-        if decoded == before:
-            break
-    else:
-        raise errors.BadRequest("the path is percent-encoded too often")
+    try:
+        for _ in range(_DECODINGS):
+            decoded, before = unquote(decoded, errors="strict"), decoded
+            if decoded == before:
+                break
+        else:
+            raise errors.BadRequest("the path is percent-encoded too often")
+    except UnicodeDecodeError:
+        raise errors.BadRequest("the path is not UTF-8") from None
     segments = decoded.replace("\\", "/").split("/")
     if not path.startswith(prefix) or not {".", ".."}.isdisjoint(segments):
         raise errors.BadRequest("the path leads out of the audio directory")

@@ -156,6 +156,9 @@ def test_audio_is_fetched_outside_the_line(
         "/audio/a%00.wav",
         "/audio/a%0d%0aX:y",
         "/audio/./a.wav",
+        "/audio/%ff.wav",
+        "/audio/%c0%ae%c0%ae/etc/passwd",
+        "/audio/%25c0%25ae/etc/passwd",
     ],
 )
 def test_a_path_that_could_lead_out_never_reaches_the_consumer(
