@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from gpumanager.demo import speech
+from gpumanager.demo import speech, studio
 from gpumanager.simulation.card import SimulatedCard
 
 CARD_MIB = 8192
@@ -54,9 +54,9 @@ def run_demo(
     from gpumanager.app import serve  # not needed to say what is missing
     from gpumanager.config import ConfigError, parse_config
 
-    if speech_command is SPEECH_COMMAND and (missing := speech.missing_packages()):
+    if speech_command is SPEECH_COMMAND and (missing := studio.missing_packages()):
         _say(f"The demo speaks with piper; not installed: {', '.join(missing)}")
-        _say(f"Try: {speech.INSTALL}")
+        _say(f"Try: {studio.INSTALL}")
         return speech.EXIT_MISSING
     with (
         _sigterm_raises(),

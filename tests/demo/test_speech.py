@@ -23,8 +23,9 @@ import requests
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from gpumanager.demo import speech
-from gpumanager.demo.speech import Studio, create_app, pieces
+from gpumanager.demo import speech, studio
+from gpumanager.demo.speech import create_app
+from gpumanager.demo.studio import Studio, pieces
 from gpumanager.simulation.card import Holder, SimulatedCard
 from tests.demo.fakes import RATE, WAIT_S, FakeVoice, environment, put_away
 
@@ -258,7 +259,7 @@ def test_unknown_recordings(client: FlaskClient, audio_dir: Path, name: str) -> 
 def test_only_the_newest_recordings_stay_and_other_files_do(
     client: FlaskClient, audio_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speech, "MAX_FILES", 3)
+    monkeypatch.setattr(studio, "MAX_FILES", 3)
     (audio_dir / "mine.wav").write_bytes(b"a recording of somebody else's")
     os.utime(audio_dir / "mine.wav", (1, 1))
     urls = []
@@ -393,19 +394,19 @@ def test_waiting_requests_never_take_every_thread(
     voice = factory.voice
     render = Call(client, "/api/tts", {"text": "SLOW"})
     assert voice.rendering.wait(WAIT_S)
-    monkeypatch.setattr(speech, "TURN_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(studio, "TURN_TIMEOUT_S", 0.01)
     late = say(client)
     assert (late.status_code, late.json) == (503, {"error": "the model stays busy"})
     assert late.headers["Retry-After"] == "1"
-    monkeypatch.setattr(speech, "TURN_TIMEOUT_S", WAIT_S)
+    monkeypatch.setattr(studio, "TURN_TIMEOUT_S", WAIT_S)
     answered: queue.SimpleQueue[int] = queue.SimpleQueue()
-    calls = [Call(client, "/api/tts", {"text": "Hi"}, answered) for _ in range(speech.MAX_WAITING)]
+    calls = [Call(client, "/api/tts", {"text": "Hi"}, answered) for _ in range(studio.MAX_WAITING)]
     # One place is the render's, so one of these is too many, and it alone is answered already.
     assert answered.get(timeout=WAIT_S) == 503
     assert health(client)["loaded"] is True
     voice.go.set()
     statuses = sorted(call.result().status_code for call in calls)
-    assert statuses == [200] * (speech.MAX_WAITING - 1) + [503]
+    assert statuses == [200] * (studio.MAX_WAITING - 1) + [503]
     assert render.result().status_code == 200
 
 
@@ -416,7 +417,7 @@ def test_long_sentences_are_rendered_in_parts() -> None:
     text = "Short one. Another!\nA line " + "word " * 100 + "end. " + "x" * 450
     parts = list(pieces(text))
     assert parts[:2] == ["Short one.", "Another!"]
-    assert all(0 < len(part) <= speech.PIECE for part in parts)
+    assert all(0 < len(part) <= studio.PIECE for part in parts)
     assert "".join(parts).replace(" ", "") == "".join(text.split())
 
 
@@ -554,7 +555,7 @@ def test_a_taken_port() -> None:
 def test_missing_packages_are_named_with_their_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speech, "find_spec", lambda _name: None)
+    monkeypatch.setattr(studio, "find_spec", lambda _name: None)
     assert speech.main([]) == 3
     said = capsys.readouterr()
     assert said.out == ""
@@ -576,9 +577,9 @@ def test_a_model_of_no_size_is_a_usage_error(capsys: pytest.CaptureFixture[str])
 @pytest.mark.speech
 @pytest.mark.filterwarnings("default")  # what its libraries warn of is not ours to mend
 def test_the_real_voice_speaks(audio_dir: Path) -> None:
-    if missing := speech.missing_packages():
+    if missing := studio.missing_packages():
         pytest.skip(f"not installed: {', '.join(missing)} (the demo extra)")
-    client = create_app(Studio(speech.PiperVoice, audio_dir)).test_client()
+    client = create_app(Studio(studio.PiperVoice, audio_dir)).test_client()
     durations = []
     for speed in (1.0, 2.0):
         answer = say(client, "One card, one queue, and nobody in the way.", speed=speed)
