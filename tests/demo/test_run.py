@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from gpumanager.config import Config
-from gpumanager.demo import run, speech
+from gpumanager.demo import run, studio
 from gpumanager.demo.run import banner, run_demo
 from gpumanager.simulation.card import CardMemory, SimulatedCard
 from tests.demo.fakes import WAIT_S, environment, put_away
