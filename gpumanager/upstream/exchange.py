@@ -19,7 +19,7 @@ from urllib3.util import SKIP_HEADER, wait_for_read
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.upstream.headers import end_to_end
+from gpumanager.upstream.headers import relayable
 from gpumanager.upstream.transport import OneShotAdapter, dialling
 from gpumanager.watcher import Watch, Watcher
 
@@ -158,7 +158,7 @@ class Exchange:
         self._drop_if_discarded()
         self.status = response.status_code
         self.reason = response.reason or ""
-        self.headers = end_to_end(self._raw.headers.items())
+        self.headers = relayable(self._raw.headers.items())
 
     def read(self) -> bytes:
         """The next bytes of the body as they come, undecoded; b"" at the end.

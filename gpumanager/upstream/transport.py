@@ -75,10 +75,17 @@ class _Response(http.client.HTTPResponse):
         reader: Any = self.fp
         self.fp: Any = _EndOfHeadChecked(reader)
         super().begin()
-        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+        while 100 <= self.status < 200:
+            if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                raise http.client.BadStatusLine("101 without having been asked to upgrade")
             self.headers: Any = None
             super().begin()
-        self.fp = reader
+        if not self.headers.is_multipart() and self.headers.get_payload():
+            # The parser gave up at a line that is no header: what came after it, the framing
+            # perhaps, is lost.
+            raise http.client.HTTPException("malformed header")
+        if self.fp is not None:
+            self.fp = reader
 
 
 class _Announced:

@@ -78,7 +78,7 @@ def set_defaults(config: Config) -> None:
     threads = config.scheduler.max_queue + 1 + AUDIO_THREADS + CONTROL_THREADS
     connections = threads + SPARE_CONNECTIONS
     # Private marker types tell waitress a default from an explicit flag: keep them.
-    Adjustments.host = type(Adjustments.host)(config.host)
+    Adjustments.host = type(Adjustments.host)(config.listen.rpartition(":")[0])
     Adjustments.listen = [config.listen]
     Adjustments.threads = threads
     Adjustments.connection_limit = connections

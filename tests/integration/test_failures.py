@@ -189,12 +189,34 @@ def end_within_the_head(connection: Connection, _: Received) -> None:
     connection.send(b"HTTP/1.1 200 OK\r\nX-Half: ")
 
 
+def upgrade_unasked(connection: Connection, _: Received) -> None:
+    connection.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
+
+
+def a_line_that_is_no_header(connection: Connection, _: Received) -> None:
+    connection.send(b"HTTP/1.1 200 OK\r\nBad Name: x\r\nContent-Length: 2\r\n\r\nab")
+
+
+def lengths_that_differ(connection: Connection, _: Received) -> None:
+    connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
+
+
 def endless_header(connection: Connection, _: Received) -> None:
     connection.send(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
-    "script", [close_at_once, reset, speak_nonsense, end_within_the_head, endless_header]
+    "script",
+    [
+        close_at_once,
+        reset,
+        speak_nonsense,
+        end_within_the_head,
+        endless_header,
+        upgrade_unasked,
+        lengths_that_differ,
+        a_line_that_is_no_header,
+    ],
 )
 def test_one_that_breaks_before_it_answers_is_a_502(
     broker: LiveBroker, consumer: ScriptedConsumer, script: Any

@@ -201,6 +201,57 @@ def test_the_consumers_own_errors_pass_verbatim(
     assert got.body == b'{"mine": 1}'
 
 
+@pytest.mark.parametrize(
+    ("sent", "body", "expected"),
+    [
+        ("X-A: one\r\n  two", b"ok", {"X-A": "one two"}),
+        ("X-A: nul\0", b"ok", {"X-A": "nul"}),
+        ("X(A): x\r\nX-B: y", b"ok", {"X-B": "y", "X(A)": None}),
+        ("X-A: gr\xfc\xdfe", b"ok", {"X-A": "gr\xfc\xdfe"}),
+        ("Content-Length: 2\r\nContent-Length: 2", b"ok", {"Content-Length": "2"}),
+        ("Content-Length: -2", b"ok", {"Content-Length": None}),
+        ("Content-Length: two", b"ok", {"Content-Length": None}),
+        (
+            "Content-Length: 99\r\nTransfer-Encoding: chunked",
+            b"2\r\nok\r\n0\r\nX-Trailer: t\r\n\r\n",
+            {"Content-Length": None, "X-Trailer": None},
+        ),
+        ("Via: 1.0 old", b"ok", {"X-A": None}),
+    ],
+)
+def test_odd_headers_of_a_consumer(
+    broker: LiveBroker,
+    consumer: ScriptedConsumer,
+    sent: str,
+    body: bytes,
+    expected: dict[str, str | None],
+) -> None:
+    head = f"HTTP/1.1 200 OK\r\n{sent}\r\n\r\n".encode("latin-1")
+    consumer.script = lambda connection, _: connection.send(head + body)
+    with broker.raw() as client:
+        got = client.request("POST", "/v1/tts", b"{}").answer()
+    assert (got.status, got.body, got.complete) == (200, b"ok", True)
+    for name, value in expected.items():
+        assert got.header(name) == value
+    assert len(got.all("Content-Length")) <= 1
+
+
+@pytest.mark.parametrize("path", ["/audio/a.wav", "/audio/b.wav?x"])
+def test_head_of_audio_tells_the_length_without_the_body(
+    broker: LiveBroker, consumer: ScriptedConsumer, path: str
+) -> None:
+    consumer.script = lambda connection, _: connection.send(
+        b"HTTP/1.1 200 OK\r\nContent-Type: audio/wav\r\nContent-Length: 48172\r\n\r\n"
+    )
+    with broker.raw() as client:
+        got = client.request("HEAD", path).answer(head_only=True)
+        assert (got.status, got.header("Content-Length")) == (200, "48172")
+        # The connection stays usable: nothing of a body was sent.
+        client.buffer = b""
+        assert client.request("HEAD", path).answer(head_only=True).status == 200
+    assert consumer.requests[0].line == f"HEAD {path} HTTP/1.1".encode()
+
+
 def test_interim_answers_are_skipped(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
     interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
     consumer.script = lambda connection, _: connection.send(interim + answer(b"real"))
