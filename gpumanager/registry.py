@@ -7,7 +7,7 @@ one, since a published mapping is never changed again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -52,50 +52,46 @@ class Registry:
 
     def job_started(self, name: str) -> None:
         """A real job begins: it counts as use, and from here on the model takes memory."""
-        with self._lock:
-            state = self._consumers[name]
-            self._publish_locked(
-                name,
-                replace(
-                    state,
-                    active=state.active + 1,
-                    total_requests=state.total_requests + 1,
-                    last_used=self._clock.monotonic(),
-                    loaded=True,
-                    resident_mib=state.resident_mib if state.loaded else None,
-                    residency_version=state.residency_version + 1,
-                ),
-            )
+        now = self._clock.monotonic()
+        self._change(
+            name,
+            lambda state: replace(
+                state,
+                active=state.active + 1,
+                total_requests=state.total_requests + 1,
+                last_used=now,
+                loaded=True,
+                resident_mib=state.resident_mib if state.loaded else None,
+                residency_version=state.residency_version + 1,
+            ),
+        )
 
     def job_finished(self, name: str) -> None:
         """The counterpart of `job_started`."""
-        with self._lock:
-            state = self._consumers[name]
-            self._publish_locked(
-                name,
-                replace(
-                    state,
-                    active=state.active - 1,
-                    last_used=self._clock.monotonic(),
-                    residency_version=state.residency_version + 1,
-                ),
-            )
+        now = self._clock.monotonic()
+        self._change(
+            name,
+            lambda state: replace(
+                state,
+                active=state.active - 1,
+                last_used=now,
+                residency_version=state.residency_version + 1,
+            ),
+        )
 
     # -- residency -------------------------------------------------------------------------
 
     def set_loaded(self, name: str, loaded: bool) -> None:
         """The broker itself loaded or unloaded the consumer."""
-        with self._lock:
-            state = self._consumers[name]
-            self._publish_locked(
-                name,
-                replace(
-                    state,
-                    loaded=loaded,
-                    resident_mib=None if loaded else 0,
-                    residency_version=state.residency_version + 1,
-                ),
-            )
+        self._change(
+            name,
+            lambda state: replace(
+                state,
+                loaded=loaded,
+                resident_mib=None if loaded else 0,
+                residency_version=state.residency_version + 1,
+            ),
+        )
 
     # -- probes ----------------------------------------------------------------------------
 
@@ -106,27 +102,19 @@ class Registry:
         changed meanwhile, or a job runs, the answer's word on the residency may be out of date:
         it could have been given just before the job loaded the model.
         """
-        with self._lock:
-            state = self._consumers[name]
-            changes: dict[str, object] = {}
-            if seen_version == state.residency_version and not state.active:
-                loaded = state.loaded if report.loaded is None else report.loaded
-                changes["loaded"] = loaded
-                if report.resident_mib is not None:
-                    changes["resident_mib"] = report.resident_mib
-                elif loaded != state.loaded:
-                    changes["resident_mib"] = None
-            self._publish_locked(
-                name,
-                replace(
-                    state,
-                    healthy=True,
-                    last_error="",
-                    last_probe=self._clock.monotonic(),
-                    **changes,  # type: ignore[arg-type]  # replace() takes no typed mapping
-                ),
-            )
-            return state.healthy is not True
+        now = self._clock.monotonic()
+
+        def change(state: ConsumerState) -> ConsumerState:
+            state = replace(state, healthy=True, last_error="", last_probe=now)
+            if seen_version != state.residency_version or state.active:
+                return state
+            loaded = state.loaded if report.loaded is None else report.loaded
+            resident = state.resident_mib if loaded == state.loaded else None
+            if report.resident_mib is not None:
+                resident = report.resident_mib
+            return replace(state, loaded=loaded, resident_mib=resident)
+
+        return self._change(name, change).healthy is not True
 
     def probe_failed(self, name: str, error: str, *, process_gone: bool = False) -> bool:
         """Take in a failed probe; True if it changed `healthy`.
@@ -134,28 +122,25 @@ class Registry:
         `process_gone`: nothing listens there any more, so its memory is free; what will be
         loaded when it comes back is what was assumed at the start.
         """
-        with self._lock:
-            state = self._consumers[name]
-            changed = replace(
-                state, healthy=False, last_error=error, last_probe=self._clock.monotonic()
-            )
-            if process_gone and state.active == 0:
-                changed = replace(
-                    changed,
-                    loaded=False,
-                    resident_mib=0,
-                    residency_version=state.residency_version + 1,
-                )
-            self._publish_locked(name, changed)
-            return state.healthy is not False
+        now = self._clock.monotonic()
+
+        def change(state: ConsumerState) -> ConsumerState:
+            state = replace(state, healthy=False, last_error=error, last_probe=now)
+            if not process_gone or state.active:
+                return state
+            version = state.residency_version + 1
+            return replace(state, loaded=False, resident_mib=0, residency_version=version)
+
+        return self._change(name, change).healthy is not False
 
     def process_returned(self, name: str) -> None:
         """A consumer that was gone answers again: a fresh process, so back to the assumption."""
-        with self._lock:
-            state = self._consumers[name]
-            self._publish_locked(
-                name, replace(state, loaded=self._assumed_loaded[name], resident_mib=None)
-            )
+        loaded = self._assumed_loaded[name]
+        self._change(name, lambda state: replace(state, loaded=loaded, resident_mib=None))
 
-    def _publish_locked(self, name: str, state: ConsumerState) -> None:
-        self._consumers = MappingProxyType({**self._consumers, name: state})
+    def _change(self, name: str, change: Callable[[ConsumerState], ConsumerState]) -> ConsumerState:
+        """Publish one consumer's changed state; returns the one before."""
+        with self._lock:
+            before = self._consumers[name]
+            self._consumers = MappingProxyType({**self._consumers, name: change(before)})
+        return before

@@ -105,7 +105,7 @@ consumers:
 """
     )
     # The preset's unload is made for each item, which this probe does not list.
-    assert [(line, path) for line, path, _ in found] == [(2, "consumers.ollama.unload.for_each")]
+    assert [(line, path) for line, path, _ in found] == [(4, "consumers.ollama.unload.for_each")]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,22 @@ consumers:
         ("log: &x {level: *x}", 1, "alias contains itself"),
         ("log: *nowhere", 1, "not valid YAML"),
         ("log: {<<: 5}", 1, "must merge a mapping"),
-        ("a: !!python/object/apply:os.system [x]", 1, "is not allowed"),
-        ("a: !!python/name:os.system x", 1, "not valid YAML"),
+        ("listen: !!python/object/apply:os.system [x]", 1, "is not allowed"),
+        ("listen: !!set {a, b}", 1, "is not allowed"),
+        ("listen: !secret x", 1, "is not allowed"),
+        ("!!set {listen}", 1, "must be a mapping at the top"),
+        ("listen: !!python/name:os.system x", 1, "is not allowed"),
         ("a: 1\n---\nb: 2", 2, "not valid YAML"),
-        ("listen: 2026-13-45", 1, "month must be in"),
+        ("listen: 2026-13-45", 1, "no valid timestamp"),
+        ("listen: !!timestamp x", 1, "no valid timestamp"),
+        ("listen: !!bool x", 1, "no valid bool"),
+        ("listen: !!int ''", 1, "no valid int"),
+        ("max_body_mib: 0b_", 1, "no valid int"),
+        ("max_body_mib: 1" + "0" * 5000, 1, "no valid int"),
+        ("max_body_mib: 0x" + "f" * 9000, 1, "a number of at most"),
+        ("health_interval: 1" + "0" * 400, 1, "a number of at most"),
+        ("log: &x {<<: {<<: *x}}", 1, "alias contains itself"),
+        ("<x: 1", 1, "unknown key '<x'"),
         (b"listen: \xff\xfe", 1, "not UTF-8"),
         ("listen: \0", None, "not valid YAML"),
         ("a: " + "[" * 200 + "]" * 200, 1, "too deep"),
@@ -143,6 +155,81 @@ def test_texts_that_are_no_config(text: str | bytes, line: int | None, words: st
 def test_an_alias_bomb_is_defused() -> None:
     levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
     assert "too large" in faults(f"l0: &l0 [x]\n{levels}")[0][2]
+
+
+@pytest.mark.parametrize("bottom", ["{x: 1}", "{}"])
+def test_a_bomb_of_merges_is_defused(bottom: str) -> None:
+    levels = "\n".join(
+        f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 1}'] * 9)}]}}" for i in range(1, 12)
+    )
+    assert "too large" in faults(f"l0: &l0 {bottom}\n{levels}")[0][2]
+
+
+def test_faults_of_the_text_do_not_hide_those_of_the_keys() -> None:
+    found = faults(
+        """\
+listen: nowhere
+listen: 127.0.0.1:1
+1: x
+health_interval: 2026-13-45
+max_body_mib: 0
+audio_proxy: nobody
+"""
+    )
+    assert [(line, path) for line, path, _ in found] == [
+        (1, "listen"),
+        (2, "listen"),
+        (3, ""),
+        (4, "health_interval"),
+        (5, "max_body_mib"),
+        (6, "audio_proxy"),
+    ]
+
+
+def test_where_consumers_are_no_mapping_references_are_not_blamed() -> None:
+    found = faults("consumers: [mvoice]\nrouting: {tts: mvoice}\naudio_proxy: mvoice")
+    assert [path for _, path, _ in found] == ["consumers"]
+
+
+def test_keys_that_look_like_the_schemas_own_marks_are_told_of() -> None:
+    found = faults(
+        """\
+consumers:
+  mvoice:
+    url: http://h
+    <call>: 1
+    on_disconnect: {path: /x, <word>: 1}
+"""
+    )
+    assert [(line, path) for line, path, _ in found] == [
+        (4, "consumers.mvoice.<call>"),
+        (5, "consumers.mvoice.on_disconnect.<word>"),
+    ]
+
+
+def test_secrets_are_not_repeated() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config(
+            """\
+consumers:
+  mvoice:
+    url: http://user:hunter/2@host
+    load: {path: /x, headers: {Authorization: "hunter2\\n"}}
+"""
+        )
+    assert [fault.path for fault in refused.value.faults] == [
+        "consumers.mvoice.url",
+        "consumers.mvoice.load.headers.Authorization",
+    ]
+    assert "hunter" not in str(refused.value)
+    assert "host" in refused.value.faults[0].found
+
+
+def test_a_fault_is_one_line_whatever_the_key() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config('"a\\nb\\e[31m": 1')
+    assert len(str(refused.value).splitlines()) == 2
+    assert "\x1b" not in str(refused.value)
 
 
 def test_anchors_and_merges_work() -> None:
@@ -170,12 +257,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     assert refused.value.source == str(path)
 
 
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: embedded null byte"):
+        load_config("a\0b")
+
+
 KEYS = st.sampled_from(
     [
         *("listen", "gpu", "scheduler", "routing", "consumers", "log", "audio_proxy", "mvoice"),
         *("url", "health", "probe", "paths", "tts", "path", "method", "json", "ok", "timeouts"),
         *("unload", "load", "for_each", "items", "preset", "can_coexist_with", "total_mib"),
         *("vram_resident_mib", "loaded", "resident", "unit", "headers", "max_queue", "", "x"),
+        *("on_disconnect", "<call>", "[key]", "<<", "=", "a\nb"),
     ]
 )
 VALUES = st.recursive(
@@ -183,9 +276,12 @@ VALUES = st.recursive(
         st.none(),
         st.booleans(),
         st.integers(-5, 9000),
+        st.integers(),
+        st.integers(250, 2000).map(lambda bits: 2**bits),
         st.floats(),
         st.text(max_size=8),
         st.dates(),
+        st.binary(max_size=4),
         st.sampled_from(["ollama", "mvoice", "http://127.0.0.1:1", "/x", "items", "a[", "GPU-1"]),
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)),
@@ -210,3 +306,16 @@ def test_whatever_the_text_it_loads_or_is_faulted(text: str | bytes) -> None:
         parse_config(text)
     except ConfigError as error:
         assert error.faults  # noqa: PT017  # as above
+
+
+TAGS = ["int", "float", "bool", "null", "timestamp", "binary", "map", "seq", "set", "omap", "merge"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(TAGS), st.text(max_size=8))
+def test_whatever_the_tag_it_loads_or_is_faulted(tag: str, text: str) -> None:
+    scalar = yaml.safe_dump(text, default_style='"').strip()
+    try:
+        parse_config(f"max_body_mib: !!{tag} {scalar}")
+    except ConfigError as error:
+        assert [fault.line for fault in error.faults] == [1]  # noqa: PT017  # as above

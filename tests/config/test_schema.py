@@ -165,6 +165,8 @@ def test_an_unload_for_each_item_is_filled_in() -> None:
         ("listen", "8770", "HOST:PORT"),
         ("listen", "127.0.0.1:70000", "port of 0 to 65535"),
         ("listen", "127.0.0.1", "HOST:PORT"),
+        ("listen", "[::::]:80", "[IPV6]:PORT"),
+        ("listen", "host:٣٣", "HOST:PORT"),
         ("audio_path_prefix", "audio", "must start with '/'"),
         ("audio_path_prefix", "/", "such as /audio/"),
         ("audio_path_prefix", "/v1/audio/", "the broker's own"),
@@ -199,6 +201,10 @@ def test_an_unload_for_each_item_is_filled_in() -> None:
         ("consumers.mvoice.url", "http://h:99999", "must be http://HOST"),
         ("consumers.mvoice.url", "http://[::1", "must be http://HOST"),
         ("consumers.mvoice.url", "http://h/a b", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://{host}", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://h\\x", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://[::1]x:80", "must be http://HOST"),
+        ("consumers.mvoice.url", "http://h:", "must be http://HOST"),
         ("consumers.mvoice.url", 8766, "must be a string"),
         ("consumers.mvoice.health", ["/h"], "a path, or a mapping"),
         ("consumers.mvoice.health", 5, "a path, or a mapping"),
@@ -248,6 +254,9 @@ def test_what_is_not_allowed(where: str, value: Any, words: str) -> None:
         ({"path": "/x", "ok": [99]}, "ok[0]", "at least 100"),
         ({"path": "/x", "ok": 200}, "ok", "must be a list"),
         ({"path": "/x", "headers": {"X-A": 1}}, "headers.X-A", "must be a string"),
+        ({"path": "/x", "headers": {"X-A": "a\r\nX-B: b"}}, "headers.X-A", "one line"),
+        ({"path": "/x", "headers": {"X A": "a"}}, "headers.X A", "a header's name"),
+        ({"path": "/x", "json": float("nan")}, "json", "JSON can express"),
         ({"method": "POST"}, "path", "is required"),
         ({"path": "/x", "jsn": {}}, "jsn", "did you mean 'json'?"),
     ],
@@ -265,6 +274,10 @@ def test_what_a_call_may_not_be(call: dict[str, Any], path: str, words: str) -> 
     [
         ({"path": "/p", "loaded": "a["}, "loaded", "JMESPath expression"),
         ({"path": "/p", "resident": ""}, "resident", "JMESPath expression"),
+        ({"path": "/p", "loaded": "(" * 5000}, "loaded", "nested too deeply"),
+        ({"path": "/p", "loaded": "!" * 60 + "a"}, "loaded", "nested too deeply"),
+        ({"path": "/p", "loaded": "a[" + "9" * 5000 + "]"}, "loaded", "JMESPath expression"),
+        ({"path": "/p", "loaded": "a && lenght(b[0:2])"}, "loaded", "did you mean 'length'?"),
         ({"path": "/p", "items": 5}, "items", "must be a string"),
         ({"path": "/p", "unit": "TB"}, "unit", "must be one of B, KiB, MiB, GiB"),
         ({"path": "/p", "json": {"when": "2026-01-01"}}, "json", "JSON can express"),
@@ -277,6 +290,16 @@ def test_what_a_probe_may_not_be(probe: dict[str, Any], path: str, words: str) -
     (fault,) = refused.value.faults
     assert fault.path == f"consumers.m.probe.{path}"
     assert words in fault.message
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [("length(@)", None), ("sum(@)", ["a"]), ("ceil(@)", float("inf")), ("@[::0]", [1])],
+)
+def test_an_answer_that_does_not_fit_gives_nothing(expression: str, answer: Any) -> None:
+    probe = consumer(probe={"path": "/p", "resident": expression}).probe
+    assert probe is not None
+    assert probe.find_resident(answer) is None
 
 
 def test_where_the_config_is_looked_for() -> None:

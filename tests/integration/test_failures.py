@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
@@ -173,49 +174,17 @@ def test_a_broken_scheduler_is_a_500_of_its_own(
 # -- consumers that misbehave --------------------------------------------------------------------
 
 
-def close_at_once(connection: Connection, _: Received) -> None:
-    connection.sock.close()
-
-
-def reset(connection: Connection, _: Received) -> None:
-    connection.reset()
-
-
-def speak_nonsense(connection: Connection, _: Received) -> None:
-    connection.send(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
-
-
-def end_within_the_head(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 200 OK\r\nX-Half: ")
-
-
-def upgrade_unasked(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
-
-
-def a_line_that_is_no_header(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 200 OK\r\nBad Name: x\r\nContent-Length: 2\r\n\r\nab")
-
-
-def lengths_that_differ(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
-
-
-def endless_header(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n")
-
-
 @pytest.mark.parametrize(
     "script",
     [
-        close_at_once,
-        reset,
-        speak_nonsense,
-        end_within_the_head,
-        endless_header,
-        upgrade_unasked,
-        lengths_that_differ,
-        a_line_that_is_no_header,
+        faults.refuses,
+        faults.resets,
+        faults.speaks_nonsense,
+        faults.half_a_head,
+        faults.oversized_head,
+        faults.upgrades_unasked,
+        faults.gives_two_lengths,
+        faults.sends_no_header_line,
     ],
 )
 def test_one_that_breaks_before_it_answers_is_a_502(
@@ -228,18 +197,7 @@ def test_one_that_breaks_before_it_answers_is_a_502(
     assert broker.post("/v1/tts").status_code == 200
 
 
-def silence(connection: Connection, _: Received) -> None:
-    connection.wait_closed()
-
-
-def headers_byte_by_byte(connection: Connection, _: Received) -> None:
-    pause = threading.Event()
-    for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 1000:
-        connection.send(bytes([byte]))
-        pause.wait(0.05)
-
-
-@pytest.mark.parametrize("script", [silence, headers_byte_by_byte])
+@pytest.mark.parametrize("script", [faults.says_nothing, faults.drips_its_head])
 def test_one_that_does_not_answer_in_time_is_a_504(
     broker: LiveBroker, consumer: ScriptedConsumer, script: Any
 ) -> None:
@@ -251,44 +209,13 @@ def test_one_that_does_not_answer_in_time_is_a_504(
     assert broker.post("/v1/tts").status_code == 200
 
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
-
-
-def promise_more(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Content-Length: 100\r\n\r\nonly this")
-
-
-def break_a_chunk(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nonly this\r\n40\r\nand")
-
-
-def no_last_chunk(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nonly this\r\n")
-
-
-def nonsense_chunk(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nonly this\r\nzz\r\n")
-
-
-def reset_in_mid_body(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"\r\nonly this")
-    connection.sock.settimeout(0.2)
-    connection.wait_closed(0.2)
-    connection.reset()
-
-
-def stall_in_mid_body(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Content-Length: 100\r\n\r\nonly this")
-    connection.wait_closed()
-
-
 TRUNCATING = [
-    promise_more,
-    break_a_chunk,
-    no_last_chunk,
-    nonsense_chunk,
-    reset_in_mid_body,
-    stall_in_mid_body,
+    faults.promises_more,
+    faults.breaks_a_chunk,
+    faults.omits_the_last_chunk,
+    faults.sends_a_nonsense_chunk,
+    faults.resets_in_its_body,
+    faults.stalls_in_its_body,
 ]
 
 
@@ -314,12 +241,7 @@ def test_a_truncated_answer_never_looks_complete(
 def test_a_stream_that_goes_on_for_ever_ends_at_the_total(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:
-    def for_ever(connection: Connection, _: Received) -> None:
-        connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-        while not connection.wait_closed(0.1):
-            connection.send(b"1\r\nx\r\n")
-
-    consumer.script = for_ever
+    consumer.script = faults.goes_on_for_ever
     with broker.raw() as client:
         assert not client.request("POST", "/v1/llm", b"{}").answer().complete
     broker.await_idle()
@@ -329,16 +251,9 @@ def test_a_stream_that_goes_on_for_ever_ends_at_the_total(
 
 
 def test_a_client_that_leaves_the_line_frees_its_place(
-    broker: LiveBroker, consumer: ScriptedConsumer
+    broker: LiveBroker, held_consumer: ScriptedConsumer, release: threading.Event
 ) -> None:
-    release = threading.Event()
-
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer())
-
-    consumer.script = slow
-    with live_broker(config_for(consumer.url)) as patient:
+    with live_broker(config_for(held_consumer.url)) as patient:
         first = Outcome(lambda: patient.post("/v1/tts"))
         eventually(lambda: patient.stats.in_flight == 1)
         with patient.raw() as leaver:
@@ -349,7 +264,7 @@ def test_a_client_that_leaves_the_line_frees_its_place(
         patient.await_waiting(1)
         release.set()
         assert first.result().status_code == last.result().status_code == 200
-        assert len(consumer.requests) == 2
+        assert len(held_consumer.requests) == 2
         assert patient.stats.total_jobs == 2
 
 
@@ -361,7 +276,7 @@ def test_a_client_that_leaves_while_its_job_runs_has_the_consumer_closed(
 
     def endless(connection: Connection, _: Received) -> None:
         if phase == "mid-stream":
-            connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+            connection.send(faults.HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
         if connection.wait_closed():
             closed.set()
 
@@ -382,7 +297,7 @@ def test_where_the_consumer_works_on_the_gpu_stays_held_until_it_is_done(
     finish = threading.Event()
 
     def works_on(connection: Connection, _: Received) -> None:
-        connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        connection.send(faults.HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
         finish.wait(PATIENCE_S)
         connection.send(b"4\r\nlast\r\n0\r\n\r\n")
 
@@ -457,38 +372,26 @@ def test_a_consumer_that_can_tell_is_asked_until_it_is_at_rest(
 
 
 def test_the_line_runs_in_the_order_of_arrival(
-    broker: LiveBroker, consumer: ScriptedConsumer
+    broker: LiveBroker, held_consumer: ScriptedConsumer, release: threading.Event
 ) -> None:
-    release = threading.Event()
-
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer())
-
-    consumer.script = slow
     clients = []
-    with live_broker(config_for(consumer.url)) as patient:
+    with live_broker(config_for(held_consumer.url)) as patient:
         for index in range(5):
             path = f"/v1/tts?n={index}"
             clients.append(Outcome(partial(patient.post, path)))
             patient.await_line(index + 1)
         release.set()
         assert [client.result().status_code for client in clients] == [200] * 5
-    assert [r.line for r in consumer.requests] == [
+    assert [r.line for r in held_consumer.requests] == [
         f"POST /api/tts?n={index} HTTP/1.1".encode() for index in range(5)
     ]
 
 
-def test_a_full_line_refuses_at_once_with_retry_after(consumer: ScriptedConsumer) -> None:
-    release = threading.Event()
-
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer())
-
-    consumer.script = slow
+def test_a_full_line_refuses_at_once_with_retry_after(
+    held_consumer: ScriptedConsumer, release: threading.Event
+) -> None:
     scheduler = {"kind": "locked", "max_queue": 1, "max_wait": 0.3}
-    with live_broker(config_for(consumer.url, scheduler=scheduler)) as broker:
+    with live_broker(config_for(held_consumer.url, scheduler=scheduler)) as broker:
         first = Outcome(lambda: broker.post("/v1/tts"))
         eventually(lambda: broker.stats.in_flight == 1)
         second = Outcome(lambda: broker.post("/v1/tts"))
@@ -509,7 +412,7 @@ def test_a_full_line_refuses_at_once_with_retry_after(consumer: ScriptedConsumer
 def test_repeated_failures_are_refused_fast_until_a_trial_succeeds(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:
-    consumer.script = close_at_once
+    consumer.script = faults.refuses
     for _ in range(3):
         assert broker.post("/v1/tts").status_code == 502
     refused = broker.post("/v1/tts")
@@ -536,7 +439,7 @@ def arrived(consumer: ScriptedConsumer, count: int) -> bool:
 
 
 def test_clients_that_leave_open_nothing(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
-    consumer.script = silence
+    consumer.script = faults.says_nothing
     for _ in range(4):
         with broker.raw() as leaver:
             seen = len(consumer.requests)
@@ -572,16 +475,9 @@ def test_a_failing_load_is_not_retried_in_a_storm() -> None:
 
 @pytest.mark.parametrize("value", ["wait=0", 'respond-async, wait="0"', "Wait=0; x=y"])
 def test_a_client_may_say_how_long_it_will_wait(
-    broker: LiveBroker, consumer: ScriptedConsumer, value: str
+    broker: LiveBroker, held_consumer: ScriptedConsumer, release: threading.Event, value: str
 ) -> None:
-    release = threading.Event()
-
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer())
-
-    consumer.script = slow
-    with live_broker(config_for(consumer.url)) as patient:
+    with live_broker(config_for(held_consumer.url)) as patient:
         first = Outcome(lambda: patient.post("/v1/tts"))
         eventually(lambda: patient.stats.in_flight == 1)
         refused = patient.post("/v1/tts", headers={"Prefer": value})

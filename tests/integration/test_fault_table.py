@@ -11,80 +11,30 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
+from tests.support import faults
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.sockets import Answer, Connection, RawClient, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, eventually
 
 QUICK = {"connect": 0.4, "first_byte": 0.4, "idle": 0.4, "total": 1.0}
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 LOADED = b'{"loaded": %s, "gpu_resident_mib": %d}'
 
 
 # -- what may go wrong with an answer --------------------------------------------------------------
 
 
-def refuses(connection: Connection, _: Received) -> None:
-    connection.sock.close()
-
-
-def says_nothing(connection: Connection, _: Received) -> None:
-    connection.wait_closed(3)
-
-
-def resets(connection: Connection, _: Received) -> None:
-    connection.reset()
-
-
-def half_a_head(connection: Connection, _: Received) -> None:
-    connection.send(b"HTTP/1.1 200 OK\r\nX-Half: ")
-
-
-def drips_its_head(connection: Connection, _: Received) -> None:
-    pause = threading.Event()
-    for byte in HEAD * 3:
-        connection.send(bytes([byte]))
-        pause.wait(0.05)
-
-
-def speaks_nonsense(connection: Connection, _: Received) -> None:
-    connection.send(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
-
-
-def oversized_head(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"X-Long: " + b"x" * 100_000 + b"\r\n\r\n")
-
-
-def promises_more(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Content-Length: 100\r\n\r\nshort")
-
-
-def breaks_a_chunk(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nshort\r\nzz\r\n")
-
-
-def stalls_in_its_body(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Content-Length: 100\r\n\r\nshort")
-    connection.wait_closed(3)
-
-
-def goes_on_for_ever(connection: Connection, _: Received) -> None:
-    connection.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-    while not connection.wait_closed(0.1):
-        connection.send(b"1\r\nx\r\n")
-
-
 CONSUMER_FAULTS = [
-    refuses,
-    says_nothing,
-    resets,
-    half_a_head,
-    drips_its_head,
-    speaks_nonsense,
-    oversized_head,
-    promises_more,
-    breaks_a_chunk,
-    stalls_in_its_body,
-    goes_on_for_ever,
+    faults.refuses,
+    faults.says_nothing,
+    faults.resets,
+    faults.half_a_head,
+    faults.drips_its_head,
+    faults.speaks_nonsense,
+    faults.oversized_head,
+    faults.promises_more,
+    faults.breaks_a_chunk,
+    faults.stalls_in_its_body,
+    faults.goes_on_for_ever,
 ]
 CALLS = ["job", "load", "unload", "health"]
 
@@ -97,10 +47,10 @@ Script = Callable[[Connection, Received], None]
 @dataclass
 class Stage:
     """Three consumers. `target` fits only once `victim` is unloaded, and has to be loaded;
-    `innocent` needs nothing. `faults` replaces a call's good answer."""
+    `innocent` needs nothing. `broken` replaces a call's good answer."""
 
     broker: LiveBroker
-    faults: dict[str, Script]
+    broken: dict[str, Script]
     reached: dict[str, threading.Event] = field(
         default_factory=lambda: {call: threading.Event() for call in (*CALLS, "innocent")}
     )
@@ -116,15 +66,15 @@ class Stage:
 
 @contextmanager
 def stage(on_disconnect: str = "native") -> Iterator[Stage]:
-    faults: dict[str, Script] = {}
+    broken: dict[str, Script] = {}
     holder: list[Stage] = []
 
     def serve(call: str, good: bytes) -> Script:
         def script(connection: Connection, received: Received) -> None:
             if holder:
                 holder[0].reached[call].set()
-            if call in faults:
-                faults[call](connection, received)
+            if call in broken:
+                broken[call](connection, received)
             else:
                 connection.send(good)
 
@@ -171,7 +121,7 @@ def stage(on_disconnect: str = "native") -> Iterator[Stage]:
         with live_broker(yaml.safe_dump(config)) as broker:
             registry = broker.broker.registry
             eventually(lambda: registry.get("victim").healthy and registry.get("target").healthy)
-            holder.append(Stage(broker, faults))
+            holder.append(Stage(broker, broken))
             yield holder[0]
 
 
@@ -191,7 +141,7 @@ def attempt(broker: LiveBroker) -> Answer | None:
 @pytest.mark.parametrize("fault", CONSUMER_FAULTS)
 def test_a_consumer_that_breaks(fault: Script, call: str) -> None:
     with stage() as on:
-        on.faults[call] = fault
+        on.broken[call] = fault
         if call == "health":
             eventually(lambda: on.broker.broker.registry.get("target").healthy is False)
         got = attempt(on.broker)
@@ -204,7 +154,7 @@ def test_a_consumer_that_breaks(fault: Script, call: str) -> None:
             assert call == "job"
             assert got is None or not got.complete
         on.innocent_is_served()
-        on.faults.clear()
+        on.broken.clear()
         eventually(lambda: (a := attempt(on.broker)) is not None and a.status == 200)
 
 
@@ -223,14 +173,14 @@ def standing_at(on: Stage, phase: str, finish: threading.Event) -> Iterator[RawC
 
     def hold_answer(connection: Connection, received: Received) -> None:
         if phase == "mid-body":
-            connection.send(HEAD + b"Content-Length: 9\r\n\r\nfirst")
+            connection.send(faults.HEAD + b"Content-Length: 9\r\n\r\nfirst")
             finish.wait(0.3)
             connection.send(b"last")
         else:
             hold(connection, received)
 
     call = {"first byte": "job", "mid-body": "job", "waiting": "innocent"}.get(phase, phase)
-    on.faults[call] = hold_answer if call == "job" else hold
+    on.broken[call] = hold_answer if call == "job" else hold
     with on.broker.raw() as before, on.broker.raw() as client:
         if phase == "waiting":
             before.request("POST", "/v1/stt", b"{}")
@@ -257,7 +207,7 @@ def test_a_client_that_leaves(phase: str, on_disconnect: str) -> None:
             client.sock.close()
             if phase == "waiting":
                 on.broker.await_waiting(0)
-        on.faults.clear()
+        on.broken.clear()
         on.innocent_is_served()
         assert attempt(on.broker) is not None
 
@@ -275,5 +225,5 @@ def test_an_operator_who_cancels(phase: str, on_disconnect: str) -> None:
                 assert not got.complete
             else:
                 assert (got.status, b'"cancelled"' in got.body) == (503, True)
-        on.faults.clear()
+        on.broken.clear()
         on.innocent_is_served()

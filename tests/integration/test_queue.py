@@ -8,29 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.broker import LiveBroker, config_for, live_broker
-from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.sockets import Connection, Received, ScriptedConsumer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 
 @pytest.fixture
-def release() -> threading.Event:
-    return threading.Event()
-
-
-@pytest.fixture
-def consumer(release: threading.Event) -> Iterator[ScriptedConsumer]:
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer(b'{"done": true}'))
-
-    with ScriptedConsumer(slow) as running:
-        yield running
-        release.set()
-
-
-@pytest.fixture
-def broker(consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
-    with live_broker(config_for(consumer.url)) as running:
+def broker(held_consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
+    with live_broker(config_for(held_consumer.url)) as running:
         yield running
 
 
@@ -72,7 +56,7 @@ def test_cancelling_a_waiting_job(broker: LiveBroker, release: threading.Event) 
 
 
 def test_cancelling_a_running_job_closes_the_consumers_connection(
-    broker: LiveBroker, consumer: ScriptedConsumer
+    broker: LiveBroker, held_consumer: ScriptedConsumer
 ) -> None:
     closed = threading.Event()
 
@@ -80,9 +64,9 @@ def test_cancelling_a_running_job_closes_the_consumers_connection(
         if connection.wait_closed():
             closed.set()
 
-    consumer.script = endless
+    held_consumer.script = endless
     running = Outcome(lambda: broker.post("/v1/tts"))
-    eventually(lambda: consumer.requests)
+    eventually(lambda: held_consumer.requests)
     ticket = broker.get("/v1/queue").json()["line"][0]["ticket"]
     assert broker.delete(f"/v1/queue/{ticket}").status_code == 200
     assert running.result().json()["error"] == "cancelled"
@@ -92,7 +76,7 @@ def test_cancelling_a_running_job_closes_the_consumers_connection(
 
 @pytest.mark.parametrize("where", ["before the head", "in mid-answer"])
 def test_a_running_job_of_a_consumer_that_works_on_holds_the_gpu_until_it_is_done(
-    consumer: ScriptedConsumer, release: threading.Event, where: str
+    held_consumer: ScriptedConsumer, release: threading.Event, where: str
 ) -> None:
     def works_on(connection: Connection, _: Received) -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
@@ -104,11 +88,11 @@ def test_a_running_job_of_a_consumer_that_works_on_holds_the_gpu_until_it_is_don
             release.wait(PATIENCE_S)
             connection.send(head + b"firstlast")
 
-    consumer.script = works_on
-    with live_broker(config_for(consumer.url, consumer={"on_disconnect": "none"})) as broker:
+    held_consumer.script = works_on
+    with live_broker(config_for(held_consumer.url, consumer={"on_disconnect": "none"})) as broker:
         with broker.raw() as client:
             client.request("POST", "/v1/tts", b"{}")
-            eventually(lambda: consumer.requests)
+            eventually(lambda: held_consumer.requests)
             if where == "in mid-answer":
                 client.until(b"first")
             ticket = broker.get("/v1/queue").json()["line"][0]["ticket"]
@@ -116,7 +100,7 @@ def test_a_running_job_of_a_consumer_that_works_on_holds_the_gpu_until_it_is_don
             next_one = Outcome(lambda: broker.post("/v1/tts"))
             broker.await_waiting(1)
             assert broker.stats.in_flight == 1
-            assert len(consumer.requests) == 1
+            assert len(held_consumer.requests) == 1
             release.set()
             got = client.answer()
             if where == "in mid-answer":

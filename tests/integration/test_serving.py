@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from tests.support.broker import config_for
-from tests.support.sockets import Connection, RawClient, Received, ScriptedConsumer, answer
+from tests.support.sockets import RawClient, ScriptedConsumer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,33 +85,17 @@ def serving(tmp_path: Path, how: str, config: str, port: int) -> Iterator[Proces
             popen.wait(10)
 
 
-@pytest.fixture
-def release() -> threading.Event:
-    return threading.Event()
-
-
-@pytest.fixture
-def consumer(release: threading.Event) -> Iterator[ScriptedConsumer]:
-    def slow(connection: Connection, _: Received) -> None:
-        release.wait(PATIENCE_S)
-        connection.send(answer(b'{"done": true}'))
-
-    with ScriptedConsumer(slow) as running:
-        yield running
-        release.set()
-
-
 WAYS = ["waitress-serve", "gpumanager serve"]
 
 
 @pytest.mark.parametrize("how", [*WAYS, "waitress-serve, flags"])
 def test_it_serves_its_listen_address_unless_flags_say_otherwise(
-    tmp_path: Path, consumer: ScriptedConsumer, release: threading.Event, how: str
+    tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event, how: str
 ) -> None:
     port = free_port()
     listen = "127.0.0.1:1" if "flags" in how else f"127.0.0.1:{port}"
     release.set()
-    with serving(tmp_path, how, config_for(consumer.url, listen=listen), port) as process:
+    with serving(tmp_path, how, config_for(held_consumer.url, listen=listen), port) as process:
         assert process.post("/v1/tts").json() == {"done": True}
         status = process.get("/v1/status").json()
         assert status["scheduler"]["total_jobs"] == 1
@@ -121,11 +105,11 @@ def test_it_serves_its_listen_address_unless_flags_say_otherwise(
 
 @pytest.mark.parametrize("how", WAYS)
 def test_the_control_plane_answers_while_the_line_is_full(
-    tmp_path: Path, consumer: ScriptedConsumer, release: threading.Event, how: str
+    tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event, how: str
 ) -> None:
     port = free_port()
     config = config_for(
-        consumer.url,
+        held_consumer.url,
         listen=f"127.0.0.1:{port}",
         scheduler={"kind": "locked", "max_queue": 40, "max_wait": 60},
     )
@@ -141,17 +125,17 @@ def test_the_control_plane_answers_while_the_line_is_full(
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_client_that_leaves_is_noticed_within_a_second(
-    tmp_path: Path, consumer: ScriptedConsumer, how: str
+    tmp_path: Path, held_consumer: ScriptedConsumer, how: str
 ) -> None:
     port = free_port()
-    config = config_for(consumer.url, listen=f"127.0.0.1:{port}")
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}")
     with (
         serving(tmp_path, how, config, port) as process,
         RawClient(port) as running,
         RawClient(port) as waiting,
     ):
         running.request("POST", "/v1/tts", b"{}")
-        eventually(lambda: consumer.requests)
+        eventually(lambda: held_consumer.requests)
         waiting.request("POST", "/v1/tts", b"{}")
         eventually(lambda: process.waiting() == 1)
         waiting.sock.close()
@@ -164,16 +148,16 @@ def test_a_client_that_leaves_is_noticed_within_a_second(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(
     tmp_path: Path,
-    consumer: ScriptedConsumer,
+    held_consumer: ScriptedConsumer,
     release: threading.Event,
     how: str,
     number: signal.Signals,
 ) -> None:
     port = free_port()
-    config = config_for(consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=10)
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=10)
     with serving(tmp_path, how, config, port) as process:
         running = Outcome(lambda: process.post("/v1/tts"))
-        eventually(lambda: consumer.requests)
+        eventually(lambda: held_consumer.requests)
         waiting = Outcome(lambda: process.post("/v1/tts"))
         eventually(lambda: process.waiting() == 1)
 
@@ -187,25 +171,27 @@ def test_a_signal_drains(
         release.set()
         assert running.result().json() == {"done": True}
         assert process.popen.wait(10) == 0
-        assert len(consumer.requests) == 1
+        assert len(held_consumer.requests) == 1
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_an_idle_broker_ends_at_once(tmp_path: Path, consumer: ScriptedConsumer, how: str) -> None:
+def test_an_idle_broker_ends_at_once(
+    tmp_path: Path, held_consumer: ScriptedConsumer, how: str
+) -> None:
     port = free_port()
     with serving(
-        tmp_path, how, config_for(consumer.url, listen=f"127.0.0.1:{port}"), port
+        tmp_path, how, config_for(held_consumer.url, listen=f"127.0.0.1:{port}"), port
     ) as process:
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(5) == 0
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path, consumer: ScriptedConsumer) -> None:
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, held_consumer: ScriptedConsumer) -> None:
     port = free_port()
-    config = config_for(consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=60)
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=60)
     with serving(tmp_path, "gpumanager serve", config, port) as process:
         client = RawClient(port).request("POST", "/v1/tts", b"{}")
-        eventually(lambda: consumer.requests)
+        eventually(lambda: held_consumer.requests)
         process.popen.send_signal(signal.SIGTERM)
         eventually(lambda: process.get("/healthz").status_code == 503)
         process.popen.send_signal(signal.SIGTERM)
@@ -214,14 +200,14 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, consumer: ScriptedConsu
 
 
 def test_a_job_that_outlasts_the_drain_is_cut_off(
-    tmp_path: Path, consumer: ScriptedConsumer
+    tmp_path: Path, held_consumer: ScriptedConsumer
 ) -> None:
     port = free_port()
-    config = config_for(consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=0.2)
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=0.2)
     with serving(tmp_path, "gpumanager serve", config, port) as process:
         with RawClient(port) as client:
             client.request("POST", "/v1/tts", b"{}")
-            eventually(lambda: consumer.requests)
+            eventually(lambda: held_consumer.requests)
             process.popen.send_signal(signal.SIGTERM)
             assert process.popen.wait(15) == 0
         assert "finished=false" in process.log.read_text()
@@ -240,10 +226,10 @@ def test_a_bad_config_starts_nothing(tmp_path: Path, how: str) -> None:
     assert "Traceback" not in str(ended.value)
 
 
-def test_an_address_that_is_taken_is_told(tmp_path: Path, consumer: ScriptedConsumer) -> None:
+def test_an_address_that_is_taken_is_told(tmp_path: Path, held_consumer: ScriptedConsumer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         file = tmp_path / "broker.yaml"
-        file.write_text(config_for(consumer.url, listen=f"127.0.0.1:{taken.getsockname()[1]}"))
+        file.write_text(config_for(held_consumer.url, listen=f"127.0.0.1:{taken.getsockname()[1]}"))
         ended = subprocess.run(
             [str(BIN / "gpumanager"), "serve", "--config", str(file)],
             capture_output=True,
@@ -258,11 +244,11 @@ def test_an_address_that_is_taken_is_told(tmp_path: Path, consumer: ScriptedCons
 
 @pytest.mark.parametrize("shape", ["logfmt", "json"])
 def test_one_structured_line_a_request(
-    tmp_path: Path, consumer: ScriptedConsumer, release: threading.Event, shape: str
+    tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event, shape: str
 ) -> None:
     port = free_port()
     release.set()
-    config = config_for(consumer.url, listen=f"127.0.0.1:{port}", log={"format": shape})
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", log={"format": shape})
     with serving(tmp_path, "gpumanager serve", config, port) as process:
         requests.post(
             f"http://127.0.0.1:{port}/v1/tts",

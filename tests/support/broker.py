@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import requests
@@ -87,8 +87,10 @@ def live_broker(
             live.close()
             broker.stop()
             serving.task_dispatcher.shutdown(timeout=PATIENCE_S)
-            # On the loop's own thread, which would otherwise look up only once a second.
-            serving.trigger.pull_trigger(lambda: close_all(sockets))
+            # On the loop's own thread, which would otherwise look up only once a second. It may
+            # be awake already, and have closed the trigger before it is pulled.
+            with suppress(OSError):
+                serving.trigger.pull_trigger(lambda: close_all(sockets))
             loop.join(PATIENCE_S)
             assert not loop.is_alive()
     finally:
