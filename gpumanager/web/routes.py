@@ -15,7 +15,7 @@ from gpumanager.admission import Admission
 from gpumanager.config import KINDS, Config, Kind
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
-from gpumanager.web import boundary, security
+from gpumanager.web import boundary, dashboard, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.openapi import describe
@@ -126,6 +126,8 @@ def _control_routes(app: Flask, services: Services) -> None:
 
     @app.get("/", provide_automatic_options=False)
     def root() -> Response:
+        if dashboard.wanted():
+            return dashboard.response()
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
 

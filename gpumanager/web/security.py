@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from flask import Flask, request
+from flask import Flask, Response, request
 
 from gpumanager.errors import Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey
+from gpumanager.web import dashboard
 from gpumanager.web.record import record_of
 
 if TYPE_CHECKING:
@@ -91,12 +92,18 @@ def install(app: Flask, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
     allowed = frozenset(allowed_hosts)
 
     @app.before_request
-    def check() -> None:
+    def check() -> Response | None:
         environ = request.environ
         check_host(environ, allowed)
         check_origin(environ)
         if keyring and request.path != "/healthz":
-            record_of(environ).key = keyring.identify(environ)
+            try:
+                record_of(environ).key = keyring.identify(environ)
+            except Unauthorized:
+                if request.path == "/" and dashboard.wanted():
+                    return dashboard.response(401)  # the page asks for the key
+                raise
+        return None
 
 
 def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:

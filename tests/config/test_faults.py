@@ -137,6 +137,7 @@ consumers:
         ("max_body_mib: 1" + "0" * 5000, 1, "no valid int"),
         ("max_body_mib: 0x" + "f" * 9000, 1, "a number of at most"),
         ("health_interval: 1" + "0" * 400, 1, "a number of at most"),
+        ("health_interval: 1" + ":1" * 300 + ".5", 1, "no valid float"),
         ("log: &x {<<: {<<: *x}}", 1, "alias contains itself"),
         ("<x: 1", 1, "unknown key '<x'"),
         (b"listen: \xff\xfe", 1, "not UTF-8"),

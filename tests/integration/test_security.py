@@ -77,6 +77,13 @@ def test_without_a_good_key_everything_is_a_401(
     assert consumer.requests == []
 
 
+def test_a_browser_without_a_key_gets_the_page_that_asks_for_it(guarded: LiveBroker) -> None:
+    reply = guarded.get("/", headers={"Accept": "text/html"})
+    assert reply.status_code == 401
+    assert "This broker wants a key" in reply.text
+    assert guarded.get("/v1/status", headers={"Accept": "text/html"}).json()["error"]
+
+
 def test_healthz_needs_no_key(guarded: LiveBroker) -> None:
     assert guarded.get("/healthz").status_code == 200
 

@@ -129,6 +129,23 @@ def test_the_root_is_one_line_for_curl(client: FlaskClient) -> None:
     assert reply.text.count("\n") == 1
 
 
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+def test_a_browser_gets_the_dashboard(client: FlaskClient) -> None:
+    reply = client.get("/", headers={"Accept": BROWSER})
+    assert reply.status_code == 200
+    assert reply.content_type == "text/html; charset=utf-8"
+    policy = reply.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    # No outside requests: nothing on the page has an address of its own.
+    assert not re.search(r"(src|href)=\"(?!data:)", reply.text)
+    assert not re.search(r"\son\w+=|style=", reply.text)
+    for accept in ("*/*", "text/plain", "application/json", ""):
+        assert client.get("/", headers={"Accept": accept}).content_type.startswith("text/plain")
+
+
 def test_audio_is_fetched_outside_the_line(
     client: FlaskClient, mocked: responses.RequestsMock
 ) -> None:
