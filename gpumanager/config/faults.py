@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -30,7 +31,9 @@ class Fault:
         where = [f"line {self.line}"] if self.line else []
         where += [self.path] if self.path else []
         found = f" (found {self.found})" if self.found else ""
-        return ": ".join([*where, self.message]) + found
+        text = ": ".join([*where, self.message]) + found
+        # One line, whatever a key holds: faults end up on terminals and in logs.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(Exception):
@@ -56,14 +59,18 @@ def dotted(path: Path) -> str:
 
 
 def shown(value: object) -> str:
-    """What was found, in short."""
+    """What was found, in short, and without the password of a URL."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
     if value is None:
         return "nothing"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, bool | date):
+        return str(value).lower()
+    text = repr(value)
+    if "://" in text and "@" in text:
+        text = f"{text.partition('://')[0]}://…@{text.rpartition('@')[2]}"
     return text if len(text) <= _LONGEST_FOUND else text[:_LONGEST_FOUND] + "…"
 
 
@@ -78,10 +85,10 @@ def nearest(name: object, known: Iterable[str]) -> str:
 def in_words(error: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str, str]:
     """The path, message and found text for one of pydantic's errors."""
     kind = error["type"]
-    # The schema marks the members of a union so: they are no keys of the config.
-    path = tuple(key for key in error["loc"] if not str(key).startswith("<"))
+    path = _without_tag(error["loc"])
     context: dict[str, Any] = error.get("ctx", {})
-    found = shown(error["input"])
+    # consumers.NAME.CALL.headers.HEADER: what stands there may be a secret
+    found = "" if path[3:4] == ("headers",) else shown(error["input"])
     if kind == "extra_forbidden":
         known = _names_at(model, path[:-1])
         return path, f"unknown key '{path[-1]}'{nearest(path[-1], known)}", ""
@@ -93,6 +100,14 @@ def in_words(error: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str, st
     if kind == "missing":
         return path, "is required", ""
     return path, _plain(error, context), found
+
+
+def _without_tag(path: Path) -> Path:
+    """`path` without the mark of a union's member, which is no key of the config."""
+    before, after = path[:3], path[3:]
+    if before[2:] == ("on_disconnect",) and after[:1] in (("<word>",), ("<call>",)):
+        after = after[1:]
+    return before + after
 
 
 _MESSAGES = {

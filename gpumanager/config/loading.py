@@ -28,8 +28,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     try:
         with open(source, "rb") as file:
             text = file.read()
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(source, [Fault("", None, reason)]) from None
     return parse_config(text, source)
 
@@ -37,20 +37,21 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 def parse_config(text: str | bytes, source: str = "<config>") -> Config:
     """The config in `text` (YAML). Raises ConfigError with every fault at once."""
     try:
-        data, lines = read(text)
+        document = read(text)
     except SourceError as error:
-        raise ConfigError(source, error.faults) from None
-    faults = [
-        Fault(dotted(path), lines[path], message, found)
-        for path, message, found in _cross_faults(data)
-    ]
+        raise ConfigError(source, [error.fault]) from None
+    data, found = document.data, list(_cross_faults(document.data))
     config = None
     try:
         config = Config.model_validate(_with_presets(data))
     except ValidationError as invalid:
-        for detail in invalid.errors(include_url=False):
-            path, message, found = in_words(detail, Config)
-            faults.append(Fault(dotted(path), _line_of(path, data, lines), message, found))
+        details = invalid.errors(include_url=False)
+        found += [in_words(detail, Config) for detail in details]
+    faults = document.faults + [
+        Fault(dotted(path), _line_of(path, data, document.lines), message, value)
+        for path, message, value in found
+        if path not in document.unread
+    ]
     if config is None or faults:
         raise ConfigError(source, dict.fromkeys(faults))
     return config
@@ -87,11 +88,13 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
     """What no key shows by itself. Looks at the raw data, so that it is told of together with
     the faults in single keys, which are passed over here."""
     consumers = _mapping(data.get("consumers"))
+    yield from _memory_faults(_mapping(data.get("gpu")), consumers)
+    if not isinstance(data.get("consumers", {}), dict):
+        return  # that is the fault; that no reference then leads anywhere tells nothing more
     for kind, name in _mapping(data.get("routing")).items():
         yield from _reference(("routing", kind), name, consumers)
     if (name := data.get("audio_proxy")) is not None:
         yield from _reference(("audio_proxy",), name, consumers)
-    yield from _memory_faults(_mapping(data.get("gpu")), consumers)
     for name, raw in consumers.items():
         here, consumer = ("consumers", name), _mapping(raw)
         preset = consumer.get("preset")

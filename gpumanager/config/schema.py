@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Mapping
@@ -9,8 +10,6 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote, urlsplit
 
-import jmespath
-import jmespath.exceptions
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +22,8 @@ from pydantic import (
     StrictStr,
     Tag,
 )
+
+from gpumanager.config import expressions
 
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,12 +59,15 @@ def _method(value: str) -> str:
     return value.upper()
 
 
-def _expression(value: str) -> str:
-    try:
-        jmespath.compile(value)
-    except jmespath.exceptions.JMESPathError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"must be a JMESPath expression: {reason}") from None
+def _header_name(value: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", value):
+        raise ValueError("a header's name must be letters, digits and '-', such as X-Api-Key")
+    return value
+
+
+def _header_value(value: str) -> str:
+    if not re.fullmatch(r"[\t -~\xa0-\xff]*", value) or value != value.strip():
+        raise ValueError("must be one line of Latin-1 text, without spaces around it")
     return value
 
 
@@ -77,9 +81,8 @@ def _url(value: str) -> str:
     if (
         not re.fullmatch(r"[!-~]+", value)
         or parts.scheme not in ("http", "https")
-        or not parts.hostname
+        or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", parts.netloc)
         or port == 0
-        or parts.username is not None
         or "?" in value
         or "#" in value
     ):
@@ -88,10 +91,18 @@ def _url(value: str) -> str:
 
 
 def _listen(value: str) -> str:
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})", value)
-    if found is None or int(found[2]) > 65535:
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9.-]+):([0-9]{1,5})", value)
+    if found is None or int(found[2]) > 65535 or (found[1] and not _is_ipv6(found[1])):
         raise ValueError("must be HOST:PORT or [IPV6]:PORT, with a port of 0 to 65535")
     return value
+
+
+def _is_ipv6(value: str) -> bool:
+    try:
+        ipaddress.IPv6Address(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _host(value: str) -> str:
@@ -148,7 +159,7 @@ Duration = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 Mib = Annotated[StrictInt, Field(ge=0)]
 Path = Annotated[StrictStr, AfterValidator(_path)]
 Method = Annotated[StrictStr, AfterValidator(_method)]
-Expression = Annotated[StrictStr, AfterValidator(_expression)]
+Expression = Annotated[StrictStr, AfterValidator(expressions.checked)]
 Status = Annotated[StrictInt, Field(ge=100, le=599)]
 
 
@@ -162,7 +173,10 @@ class Call(_Model):
     path: Path
     method: Method = "GET"
     json_body: Annotated[Any, AfterValidator(_is_json)] = Field(default=None, alias="json")
-    headers: dict[StrictStr, StrictStr] = Field(default_factory=dict)
+    headers: dict[
+        Annotated[StrictStr, AfterValidator(_header_name)],
+        Annotated[StrictStr, AfterValidator(_header_value)],
+    ] = Field(default_factory=dict)
     timeout: Seconds | None = None
     ok: tuple[Status, ...] = ()
 
@@ -209,19 +223,19 @@ class Probe(Call):
 
     def find_loaded(self, answer: Any) -> Any:
         """What `loaded` gives for `answer`; None if it gives nothing, or does not fit."""
-        return _search(self.loaded, answer)
+        return expressions.search(self.loaded, answer)
 
     def find_resident(self, answer: Any) -> Any:
         """What `resident` gives for `answer`, in `unit`; None as above."""
-        return _search(self.resident, answer)
+        return expressions.search(self.resident, answer)
 
     def find_busy(self, answer: Any) -> Any:
         """What `busy` gives for `answer`; None as above."""
-        return _search(self.busy, answer)
+        return expressions.search(self.busy, answer)
 
     def find_items(self, answer: Any) -> Any:
         """What `items` gives for `answer`; None as above."""
-        return _search(self.items, answer)
+        return expressions.search(self.items, answer)
 
 
 class Route(_Model):
@@ -229,15 +243,6 @@ class Route(_Model):
 
     path: Path
     method: Method | None = None
-
-
-def _search(expression: str | None, answer: Any) -> Any:
-    if expression is None:
-        return None
-    try:
-        return jmespath.search(expression, answer)
-    except jmespath.exceptions.JMESPathError:
-        return None  # an answer of another shape, as `length` of what is not there
 
 
 def _filled(value: Any, item: str) -> Any:

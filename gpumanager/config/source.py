@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from gpumanager.config.faults import Fault, Path, dotted
+from gpumanager.config.faults import Fault, Path, dotted, shown
 
 MOST_NODES = 100_000
 """Values in a document, aliases expanded: far beyond any config, far below an alias bomb."""
 
 DEEPEST = 50
 
-_PLAIN = frozenset({"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"})
+LARGEST_INT = 2**63 - 1
+
+_YAML = "tag:yaml.org,2002:"
+_SCALARS = frozenset(_YAML + kind for kind in ("null", "bool", "int", "float", "str", "timestamp"))
+
+
+_Inside = tuple[int, ...]
+"""The ids of the nodes around a node."""
 
 
 class SourceError(Exception):
     """The text is not one well-formed YAML mapping."""
 
-    def __init__(self, *faults: Fault) -> None:
-        super().__init__(*faults)
-        self.faults = faults
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault = fault
 
 
 class Lines:
@@ -40,8 +48,19 @@ class Lines:
         self._lines[path] = line
 
 
-def read(text: str | bytes) -> tuple[dict[str, Any], Lines]:
-    """The document as plain data, and its lines. Raises SourceError."""
+@dataclass
+class Document:
+    """A text that was read. Faults in single keys do not keep the rest from being checked: a
+    value that could not be read is None in `data`, and its path is in `unread`."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: Lines = field(default_factory=Lines)
+    faults: list[Fault] = field(default_factory=list)
+    unread: set[Path] = field(default_factory=set)
+
+
+def read(text: str | bytes) -> Document:
+    """The document as plain data. Raises SourceError if there is none."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
@@ -50,11 +69,11 @@ def read(text: str | bytes) -> tuple[dict[str, Any], Lines]:
             node = loader.get_single_node()
             if node is None:
                 raise SourceError(Fault("", None, "the file is empty"))
-            if not isinstance(node, yaml.MappingNode):
+            if not isinstance(node, yaml.MappingNode) or node.tag != f"{_YAML}map":
                 raise SourceError(Fault("", _line(node), "must be a mapping at the top"))
-            lines, faults = Lines(), list[Fault]()
-            reader = _Reader(loader, lines, faults)
-            data = reader.value(node, ())
+            document = Document()
+            document.data = _Reader(loader, document).mapping(node, ())
+            return document
         finally:
             loader.dispose()
     except UnicodeDecodeError as error:
@@ -62,102 +81,114 @@ def read(text: str | bytes) -> tuple[dict[str, Any], Lines]:
         raise SourceError(Fault("", line, "is not UTF-8 text")) from None
     except yaml.MarkedYAMLError as error:
         raise SourceError(_syntax_fault(error)) from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise SourceError(Fault("", None, "is not valid YAML: nested too deeply")) from None
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise SourceError(Fault("", None, f"is not valid YAML: {reason}")) from None
-    if faults:
-        raise SourceError(*faults)
-    return data, lines
 
 
 class _Reader:
     """Builds plain data from nodes, noting lines and faults on the way."""
 
-    def __init__(self, loader: yaml.SafeLoader, lines: Lines, faults: list[Fault]) -> None:
+    def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
         self._loader = loader
-        self._lines = lines
-        self._faults = faults
+        self._document = document
         self._nodes = 0
-        self._open: list[int] = []
 
-    def value(self, node: yaml.Node, path: Path) -> Any:
-        self._nodes += 1
-        if self._nodes > MOST_NODES or len(self._open) > DEEPEST:
-            raise SourceError(
-                Fault(dotted(path), _line(node), "the document is too large or too deep")
-            )
-        if id(node) in self._open:
-            raise SourceError(Fault(dotted(path), _line(node), "an alias contains itself"))
-        self._open.append(id(node))
-        try:
-            if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN:
-                fault = Fault(dotted(path), _line(node), f"the tag {node.tag} is not allowed")
-                raise SourceError(fault)
-            if isinstance(node, yaml.MappingNode):
-                return self._mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self._item(each, (*path, i)) for i, each in enumerate(node.value)]
-            return self._scalar(node, path)
-        finally:
-            self._open.pop()
-
-    def _item(self, node: yaml.Node, path: Path) -> Any:
-        self._lines[path] = _line(node)
-        return self.value(node, path)
-
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: Path, inside: _Inside = ()) -> dict[str, Any]:
         data: dict[str, Any] = {}
         seen: dict[str, int] = {}
-        for key_node, value_node, merged in _entries(node):
+        inside = self._entered(node, path, inside)
+        for key_node, value_node, merged in self._entries(node, path, inside):
             key = self._key(key_node, path)
             if key is None or (merged and key in data):
                 continue
             here = (*path, key)
+            if key in seen:
+                message = f"stands here twice, first in line {seen[key]}"
+                self._document.faults.append(Fault(dotted(here), _line(key_node), message))
+                continue
             if not merged:
-                if key in seen:
-                    self._faults.append(
-                        Fault(
-                            dotted(here),
-                            _line(key_node),
-                            f"stands here twice, first in line {seen[key]}",
-                        )
-                    )
-                    continue
                 seen[key] = _line(key_node)
-            self._lines[here] = _line(key_node)
-            data[key] = self.value(value_node, here)
+            self._document.lines[here] = _line(key_node)
+            data[key] = self._value(value_node, here, inside)
         return data
 
-    def _key(self, node: yaml.Node, path: Path) -> str | None:
-        key = self._scalar(node, path) if isinstance(node, yaml.ScalarNode) else None
-        if isinstance(key, str):
-            return key
-        found = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-        message = f"a key must be a string; put {found!r} in quotes if it is meant"
-        self._faults.append(Fault(dotted(path), _line(node), message))
+    def _value(self, node: yaml.Node, path: Path, inside: _Inside) -> Any:
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_YAML}map":
+            return self.mapping(node, path, inside)
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_YAML}seq":
+            return self._sequence(node, path, inside)
+        self._count(node, path)
+        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+            return self._scalar(node, path)
+        self._refuse(node, path, f"the tag {node.tag} is not allowed")
         return None
 
-    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+    def _sequence(self, node: yaml.SequenceNode, path: Path, inside: _Inside) -> list[Any]:
+        inside = self._entered(node, path, inside)
+        for index, item in enumerate(node.value):
+            self._document.lines[*path, index] = _line(item)
+        return [self._value(item, (*path, i), inside) for i, item in enumerate(node.value)]
+
+    def _key(self, node: yaml.Node, path: Path) -> str | None:
+        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_YAML}str":
+            return str(node.value)
+        found = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        message = f"a key must be a string; put {found} in quotes if it is meant"
+        self._document.faults.append(Fault(dotted(path), _line(node), message))
+        return None
+
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        kind = node.tag.removeprefix(_YAML)
         try:
-            return self._loader.construct_object(node)
-        except ValueError as error:  # a date such as 2026-13-45
-            self._faults.append(Fault(dotted(path), _line(node), str(error), repr(node.value)))
+            value = self._loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError, ArithmeticError):
+            # PyYAML's constructors trust that the text fits its tag: 2026-13-45, !!bool x, 0b_
+            message = f"is no valid {kind} in YAML; put it in quotes if it is meant as text"
+            self._refuse(node, path, message)
             return None
+        if kind == "int" and abs(value) > LARGEST_INT:
+            self._refuse(node, path, f"must be a number of at most {LARGEST_INT}")
+            return None
+        return value
 
+    def _entries(
+        self, node: yaml.MappingNode, path: Path, inside: _Inside
+    ) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+        """A mapping's own entries, then those merged in by `<<`, which its own override."""
+        merges: list[yaml.Node] = []
+        for key, value in node.value:
+            if key.tag == f"{_YAML}merge":
+                merges.extend(value.value if isinstance(value, yaml.SequenceNode) else [value])
+            else:
+                yield key, value, False
+        for merge in merges:
+            if not isinstance(merge, yaml.MappingNode):
+                raise SourceError(Fault(dotted(path), _line(merge), "'<<' must merge a mapping"))
+            within = self._entered(merge, path, inside)
+            for key, value, _ in self._entries(merge, path, within):
+                self._count(key, path)
+                yield key, value, True
 
-def _entries(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
-    """A mapping's own entries, then those merged in by `<<`, which its own override."""
-    merges: list[yaml.Node] = []
-    for key, value in node.value:
-        if key.tag == "tag:yaml.org,2002:merge":
-            merges.extend(value.value if isinstance(value, yaml.SequenceNode) else [value])
-        else:
-            yield key, value, False
-    for merge in merges:
-        if not isinstance(merge, yaml.MappingNode) or merge is node:
-            raise SourceError(Fault("", _line(merge), "'<<' must merge a mapping"))
-        for key, value, _ in _entries(merge):
-            yield key, value, True
+    def _entered(self, node: yaml.Node, path: Path, inside: _Inside) -> _Inside:
+        self._count(node, path)
+        if id(node) in inside:
+            raise SourceError(Fault(dotted(path), _line(node), "an alias contains itself"))
+        if len(inside) > DEEPEST:
+            raise SourceError(Fault(dotted(path), _line(node), "the document is too deep"))
+        return (*inside, id(node))
+
+    def _count(self, node: yaml.Node, path: Path) -> None:
+        self._nodes += 1
+        if self._nodes > MOST_NODES:
+            raise SourceError(Fault(dotted(path), _line(node), "the document is too large"))
+
+    def _refuse(self, node: yaml.Node, path: Path, message: str) -> None:
+        found = shown(node.value) if isinstance(node, yaml.ScalarNode) else ""
+        self._document.faults.append(Fault(dotted(path), _line(node), message, found))
+        self._document.unread.add(path)
 
 
 def _line(node: yaml.Node) -> int:
