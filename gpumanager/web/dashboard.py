@@ -12,8 +12,9 @@ from flask import Response, request
 
 
 def wanted() -> bool:
-    """True for a browser that opens the broker's address: it asks for HTML before all else."""
-    return request.accept_mimetypes.best == "text/html"
+    """True for a browser that opens the broker's address: it names HTML, where curl and SDKs say
+    `*/*`. Not by preference: Chromium names images with the same quality."""
+    return any(name == "text/html" and quality for name, quality in request.accept_mimetypes)
 
 
 def response(status: int = 200) -> Response:

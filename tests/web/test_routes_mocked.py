@@ -129,11 +129,16 @@ def test_the_root_is_one_line_for_curl(client: FlaskClient) -> None:
     assert reply.text.count("\n") == 1
 
 
-BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+CHROMIUM = (
+    "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,*/*;"
+    "q=0.8,application/signed-exchange;v=b3;q=0.7"
+)
 
 
-def test_a_browser_gets_the_dashboard(client: FlaskClient) -> None:
-    reply = client.get("/", headers={"Accept": BROWSER})
+@pytest.mark.parametrize("browser", [FIREFOX, CHROMIUM, "text/html"])
+def test_a_browser_gets_the_dashboard(client: FlaskClient, browser: str) -> None:
+    reply = client.get("/", headers={"Accept": browser})
     assert reply.status_code == 200
     assert reply.content_type == "text/html; charset=utf-8"
     policy = reply.headers["Content-Security-Policy"]
