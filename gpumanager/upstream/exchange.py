@@ -129,10 +129,12 @@ class Exchange:
         error of `abort`.
         """
         timeouts = self._timeouts
-        self._bound(
-            timeouts.connect + timeouts.first_byte,
-            f"no answer within {timeouts.first_byte:g} s",
-        )
+        began = self._clock.monotonic()
+        to_head = timeouts.connect + timeouts.first_byte
+        if to_head < timeouts.total:
+            self._bound(began + to_head, f"no answer within {timeouts.first_byte:g} s")
+        else:
+            self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
         self._watch = self._watcher.watch(self._is_overdue, self._abort_overdue)
         try:
             with dialling(self):
@@ -145,8 +147,7 @@ class Exchange:
         except Exception as error:
             self.close()
             raise self._explain(error) from error
-        began = self._deadline - timeouts.connect - timeouts.first_byte
-        self._bound(timeouts.total, f"not done within {timeouts.total:g} s", since=began)
+        self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
         if self._sock is not None:
             self._sock.settimeout(timeouts.idle)
         self._raw = response.raw
@@ -245,10 +246,10 @@ class Exchange:
         prepared.hooks = {}
         return prepared
 
-    def _bound(self, seconds: float, message: str, *, since: float | None = None) -> None:
-        began = self._clock.monotonic() if since is None else since
+    def _bound(self, deadline: float, message: str) -> None:
+        """Have the watcher abort at `deadline` (monotonic), which no slow trickle puts off."""
         self._overdue = ConsumerTimeout(f"{self._consumer}: {message}", consumer=self._consumer)
-        self._deadline = began + seconds
+        self._deadline = deadline
 
     def _is_overdue(self) -> bool:
         return self._clock.monotonic() >= self._deadline

@@ -18,6 +18,8 @@ from gpumanager.upstream.exchange import Exchange
 log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.5
+TELL_TIMEOUT_S = 15.0
+"""A little more than the call that stops a job may take."""
 
 
 class StopsJobs(Protocol):
@@ -58,6 +60,9 @@ class Departure:
         self._asked = consumer.probe is not None and consumer.probe.busy is not None
         self._told = isinstance(consumer.on_disconnect, Call)
         self._native = consumer.on_disconnect == "native"
+        self._lock = threading.Lock()
+        self._settled = False
+        self._teller: threading.Thread | None = None
 
     @property
     def finish_answer(self) -> bool:
@@ -82,7 +87,12 @@ class Departure:
 
     def settle(self) -> None:
         """Return when the consumer is at rest. Called by the job's own thread, before the GPU is
-        given back."""
+        given back: from here on a call to stop would hit the next job."""
+        with self._lock:
+            self._settled = True
+            teller = self._teller
+        if teller is not None:
+            teller.join(TELL_TIMEOUT_S)
         if self._native or self._told or not self._asked or not self._exchange.aborted:
             return
         pause = threading.Event()
@@ -96,7 +106,12 @@ class Departure:
         log.warning("still busy", extra={"consumer": self._name})
 
     def _tell(self) -> None:
-        threading.Thread(target=self._cancel, name=f"cancel-{self._name}", daemon=True).start()
+        with self._lock:
+            if self._settled or self._teller is not None:
+                return
+            name = f"cancel-{self._name}"
+            self._teller = threading.Thread(target=self._cancel, name=name, daemon=True)
+            self._teller.start()
 
     def _cancel(self) -> None:
         try:

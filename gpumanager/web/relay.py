@@ -25,6 +25,10 @@ PENDING_BYTES = 1024 * 1024
 SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 """What the spool holds in memory; beyond that it is a file."""
 
+SPOOL_BYTES = 4 * 1024**3
+"""The largest spool. A consumer that says more than that to a client that does not listen has to
+wait for it, and the GPU with it, within the job's time-outs."""
+
 SLOW_POLL_S = 0.05
 STALLED_READER_S = 60.0
 """A client that takes nothing for so long, while its answer is ready, is cut off."""
@@ -118,7 +122,7 @@ class RelayedBody:
                 room = self._pending() <= PENDING_BYTES
                 if room:
                     yield spool.take()
-                if self._exchange.ended:
+                if self._exchange.ended or spool.full:
                     self._await_reader()
                 elif self._exchange.ready(0.0 if room else SLOW_POLL_S):
                     spool.append(self._read())
@@ -140,7 +144,7 @@ class RelayedBody:
                 self._on_end()
 
     def _await_reader(self) -> None:
-        """Return when the server can take more. The consumer is done; only this thread waits."""
+        """Return when the server can take more."""
         waited = 0.0
         pending = self._pending()
         pause = threading.Event()
@@ -169,6 +173,11 @@ class _Spool:
 
     def __len__(self) -> int:
         return self._write_at - self._read_at
+
+    @property
+    def full(self) -> bool:
+        """True if no more may be appended before all of it was taken."""
+        return self._write_at >= SPOOL_BYTES
 
     def append(self, data: bytes) -> None:
         if self._file is None:

@@ -247,6 +247,16 @@ def test_a_stream_that_goes_on_for_ever_ends_at_the_total(
     broker.await_idle()
 
 
+def test_the_total_holds_before_the_first_byte_too(
+    broker: LiveBroker, consumer: ScriptedConsumer
+) -> None:
+    consumer.script = faults.says_nothing
+    quick = {"timeouts": {"connect": 2, "first_byte": 60, "idle": 60, "total": 0.5}}
+    with live_broker(config_for(consumer.url, consumer=quick)) as bounded:
+        body = envelope(504, bounded.post("/v1/tts"), "consumer_timeout", retryable=True)
+        assert body["message"] == "mvoice: not done within 0.5 s"
+
+
 # -- clients that leave ------------------------------------------------------------------------
 
 
