@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 10.0
 """Longest wait for unloaded memory to show as free. Drivers took up to 5 s for it in the field."""
 
+FIRST_PROBES_S = 4.0
+"""After the start, the longest wait for the first probes: a little more than one may take."""
+
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.1
 """The card is looked at often at first, for releases that are nearly at once, then less so."""
@@ -66,6 +69,7 @@ class RoomMaker:
         self._measure = measure
         self._admit = admit
         self._clock = clock
+        self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
 
@@ -81,6 +85,8 @@ class RoomMaker:
         ticket was cancelled with.
         """
         target = ticket.job.consumer
+        if self._clock.monotonic() < self._probes_due:
+            self._await_first_probes(ticket)
         # It may have died while the job was in line: unloading somebody for it would be in vain.
         self._admit(target)
         tried: set[str] = set()
@@ -95,6 +101,21 @@ class RoomMaker:
             self._evict(victim, target, ticket)
             ticket.pause(0)
         self._load(target)
+
+    def _await_first_probes(self, ticket: Ticket) -> None:
+        """Just after the start nothing is known yet of what is loaded, and what is assumed may
+        be far from it: give the first probes that matter for this job their time."""
+        target = self._config.consumers[ticket.job.consumer]
+        matter = [
+            name
+            for name, consumer in self._config.consumers.items()
+            if (consumer.health is not None or consumer.probe is not None)
+            and (consumer is target or (target.vram_resident_mib and consumer.vram_resident_mib))
+        ]
+        while self._clock.monotonic() < self._probes_due and any(
+            self._registry.get(name).healthy is None for name in matter
+        ):
+            ticket.pause(FIRST_POLL_S)
 
     def _plan(self, target: str, tried: set[str]) -> Plan:
         states = self._registry.snapshot()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CONSUMERS_FAULTS = (ConsumerUnreachable, ConsumerTimeout)
+
 
 class ClientWatch:
     """Notices that the client left, and does what fits the stage the request has reached."""
@@ -140,7 +142,8 @@ class JobRunner:
             record.stack.callback(ticket.close)
             self._wait(ticket, client, record)
         except BrokerError as error:
-            self._judge(name, error)
+            if isinstance(error, _CONSUMERS_FAULTS):
+                self._breakers.failed(name)  # it did not load
             raise
         except Exception as error:
             log.exception("scheduler failed", extra={"request_id": record.request_id})
@@ -179,8 +182,8 @@ class JobRunner:
         )
 
     def _judge(self, name: str, error: BaseException) -> None:
-        """Tell the breaker what a job's failure says of its consumer."""
-        if isinstance(error, ConsumerUnreachable | ConsumerTimeout):
+        """Tell the breaker what the failure of a call that has begun says of its consumer."""
+        if isinstance(error, _CONSUMERS_FAULTS):
             self._breakers.failed(name)
         else:
             self._breakers.abandoned(name)

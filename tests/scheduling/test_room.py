@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ class Bench:
         self.failing: dict[str, BrokerError] = {}
         self.pauses: list[float] = []
         self.leave_after: int | None = None
+        self.on_pause: Callable[[], None] = lambda: None
         self.holds: dict[str, int] = {}
         self._pending: list[list[Any]] = []
         call = {"path": "/x"}
@@ -115,6 +117,7 @@ class Bench:
             def pause(self, seconds: float) -> None:
                 bench.clock.advance(seconds)
                 bench.pauses.append(seconds)
+                bench.on_pause()
                 if bench.leave_after is not None and len(bench.pauses) > bench.leave_after:
                     ticket.cancel(ClientGone("left"))
                 ticket.pause(0)
@@ -348,3 +351,37 @@ def test_evictions_are_events(caplog: pytest.LogCaptureFixture) -> None:
     fields = vars(event)
     assert (fields["consumer"], fields["target"], fields["mib"]) == ("tts", "llm", 3000)
     assert fields["released"] is True
+
+
+def test_what_is_assumed_gives_way_to_the_first_probes() -> None:
+    """At the start both are taken for loaded; only one is, and there is no room for both."""
+    probed = {"health": "/health", "load": "/load"}
+    bench = Bench(
+        {
+            "tts": {"vram_resident_mib": 3000, **probed},
+            "llm": {"vram_resident_mib": 6000, **probed},
+        },
+        total=8000,
+    )
+    bench.registry.set_loaded("tts", True)
+    bench.registry.set_loaded("llm", True)
+    bench.holds["tts"] = 3000
+
+    def probes_answer() -> None:
+        for name, held in (("tts", 3000), ("llm", 0)):
+            version = bench.registry.get(name).residency_version
+            bench.registry.probe_succeeded(name, ProbeReport(held > 0, held), seen_version=version)
+
+    bench.on_pause = probes_answer
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "load llm"]
+
+
+def test_a_probe_that_never_answers_is_waited_for_only_so_long() -> None:
+    bench = Bench({"tts": {"vram_resident_mib": 3000, "health": "/health"}}, total=8000)
+    began = bench.clock.monotonic()
+    bench.make_room("tts")
+    assert 3 < bench.clock.monotonic() - began < 5
+    began = bench.clock.monotonic()
+    bench.make_room("tts")
+    assert bench.clock.monotonic() == began
