@@ -3,8 +3,14 @@ that turns them into a response, so nothing else in the package writes a status 
 
 from __future__ import annotations
 
+import json
 import math
 from typing import ClassVar
+
+
+def json_line(body: object) -> bytes:
+    """`body` as compact JSON with a final newline, as the original façade wrote it."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 class BrokerError(Exception):
@@ -37,6 +43,10 @@ class BrokerError(Exception):
             body["consumer"] = self.consumer
         body["retryable"] = self.retryable
         return body
+
+    def payload(self) -> bytes:
+        """The envelope as it is sent: compact JSON with a final newline."""
+        return json_line(self.envelope())
 
     def headers(self) -> list[tuple[str, str]]:
         """Headers of the answer beside `Content-Type`: `Retry-After` in whole seconds, ≥ 1."""

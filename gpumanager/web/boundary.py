@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 from flask import Flask, Response, request
@@ -17,9 +16,8 @@ _REASONS = {499: "Client Closed Request"}
 
 
 def json_response(body: object, status: int = 200) -> Response:
-    """`body` as compact JSON with a final newline, as the original façade wrote it."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
-    return Response(text, status=status, content_type="application/json")
+    """`body` as JSON on a line of its own."""
+    return Response(errors.json_line(body), status=status, content_type="application/json")
 
 
 def error_response(error: errors.BrokerError) -> Response:

@@ -7,7 +7,6 @@ wrapper around everything can.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
@@ -70,7 +69,7 @@ class Guard:
         except Exception:
             log.exception("request failed", extra={"request_id": record.request_id})
             error = InternalError("the broker failed; its log has the details")
-            payload = json.dumps(error.envelope()).encode() + b"\n"
+            payload = error.payload()
             headers = [
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(payload))),

@@ -8,7 +8,6 @@ otherwise. `gpumanager serve` goes the same way, so that there is one set of def
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import resource
 import secrets
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import waitress
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 
 from gpumanager import errors
@@ -43,6 +43,19 @@ SPARE_DESCRIPTORS = 256
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
 
 
+class StrictRequestParser(HTTPRequestParser):
+    """Waitress's parser, which also refuses what two servers may frame differently: a length
+    beside a transfer coding, and a transfer coding in HTTP/1.0."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        # Of a Transfer-Encoding that it honours waitress keeps `chunked` only.
+        if "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("Transfer-Encoding in HTTP/1.0")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise ParsingError("Content-Length beside Transfer-Encoding")
+
+
 class JsonErrorTask(ErrorTask):
     """Waitress's own refusals (unparsable, too large), in the broker's envelope."""
 
@@ -51,7 +64,7 @@ class JsonErrorTask(ErrorTask):
         refused = request.error
         error = _as_broker_error(refused)
         request_id = secrets.token_hex(8)
-        body = json.dumps(error.envelope()).encode() + b"\n"
+        body = error.payload()
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers = [
             ("Content-Type", "application/json"),
@@ -90,6 +103,7 @@ def set_defaults(config: Config) -> None:
     Adjustments.ident = "gpumanager"
     Adjustments.log_socket_errors = False
     HTTPChannel.error_task_class = JsonErrorTask
+    HTTPChannel.parser_class = StrictRequestParser
     _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
 
 

@@ -138,6 +138,10 @@ def test_a_malformed_request_is_a_400_in_the_envelope(broker: LiveBroker) -> Non
         "POST /v1/tts HTTP/1.1\r\nHost: b\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         "POST /v1/tts HTTP/1.1\r\nHost : b\r\n\r\n",
         "nonsense\r\n\r\n",
+        "POST /v1/tts HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n"
+        "Content-Length: 3\r\n\r\n0\r\n\r\n",
+        "POST /v1/tts HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
+        "0\r\n\r\n",
         "POST /v1/tts?q=\xfc HTTP/1.1\r\nHost: b\r\n\r\n",
     ):
         with broker.raw() as client:

@@ -71,7 +71,7 @@ def live_broker(
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
-    error_task = HTTPChannel.error_task_class
+    channel = (HTTPChannel.error_task_class, HTTPChannel.parser_class)
     broker = Broker(parsed, card=card, keys=keys)
     try:
         server.set_defaults(parsed)
@@ -96,7 +96,7 @@ def live_broker(
     finally:
         for name, value in kept.items():
             setattr(Adjustments, name, value)
-        HTTPChannel.error_task_class = error_task
+        HTTPChannel.error_task_class, HTTPChannel.parser_class = channel
 
 
 def config_for(consumer_url: str, **changes: Any) -> str:
