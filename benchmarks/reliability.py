@@ -1,7 +1,8 @@
-"""What the line withstands: a crowd, a soak with random faults, hostile bytes.
+"""What the line withstands: a crowd, a soak with random faults, a slow reader, hostile bytes.
 
     python -m benchmarks.reliability crowd [--clients 1000]
     python -m benchmarks.reliability soak [--jobs 10000] [--seed N]
+    python -m benchmarks.reliability reader [--mib 256]
     python -m benchmarks.reliability fuzz [--requests 30000] [--seed N]
 
 Each starts `waitress-serve wsgi:app` on loopback, with a consumer in this process, prints its
@@ -111,7 +112,7 @@ def broker(consumer_url: str, **changes: Any) -> Iterator[Broker]:
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, 99th percentile and maximum in milliseconds."""
-    cuts = quantiles(seconds, n=100)
+    cuts = quantiles(seconds, n=100, method="inclusive")
     return {
         "p50_ms": round(median(seconds) * 1000, 2),
         "p99_ms": round(cuts[98] * 1000, 2),
@@ -320,6 +321,50 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         return figures, kept
 
 
+# -- a slow reader -------------------------------------------------------------------------------
+
+READER_MIB_PER_S = 40.0
+PIECE = 1024 * 1024
+
+
+def reader(mib: int) -> tuple[dict[str, Any], bool]:
+    """A large answer to a client that reads slowly: when is the GPU free, and what does it cost?"""
+
+    def script(connection: Connection, _: Received) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (mib * PIECE))
+        for _piece in range(mib):
+            connection.send(bytes(PIECE))
+
+    free_after: list[float] = []
+    peak = 0.0
+    with ScriptedConsumer(script) as consumer, broker(consumer.url) as running:
+        before = running.rss_mib()
+        began = time.perf_counter()
+        with RawClient(running.port) as client:
+            client.request("POST", "/v1/image", b"{}").until(b"\r\n\r\n")
+            read = len(client.buffer.partition(b"\r\n\r\n")[2])
+            while read < mib * PIECE and (data := client.sock.recv(PIECE)):
+                read += len(data)
+                peak = max(peak, running.rss_mib())
+                if not free_after and running.stats()["in_flight"] == 0:
+                    free_after.append(time.perf_counter() - began)
+                time.sleep(len(data) / PIECE / READER_MIB_PER_S)
+        seconds = time.perf_counter() - began
+        figures = {
+            "answer MiB": mib,
+            "read in s": round(seconds, 2),
+            "GPU free after s": round(free_after[0], 2) if free_after else None,
+            "RSS MiB, before and at most": [round(before, 1), round(peak, 1)],
+        }
+        kept = (
+            read == mib * PIECE
+            and bool(free_after)
+            and free_after[0] < seconds / 3
+            and peak - before < 64
+        )
+        return figures, kept
+
+
 # -- hostile bytes -------------------------------------------------------------------------------
 
 TEMPLATES = [
@@ -421,6 +466,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("crowd").add_argument("--clients", type=int, default=1000)
+    commands.add_parser("reader").add_argument("--mib", type=int, default=256)
     for name, option, default in (("soak", "--jobs", 10_000), ("fuzz", "--requests", 30_000)):
         command = commands.add_parser(name)
         command.add_argument(option, type=int, default=default)
@@ -428,6 +474,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "crowd":
         figures, kept = crowd(options.clients)
+    elif options.command == "reader":
+        figures, kept = reader(options.mib)
     elif options.command == "soak":
         figures, kept = soak(options.jobs, options.seed)
     else:
