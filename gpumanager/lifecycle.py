@@ -64,7 +64,10 @@ class Lifecycle:
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGINT drain, then end the process with exit code 0; a second one ends
-        it at once. To be called from the main thread, which has to be the server's."""
+        it at once. The main thread has to be the server's; in another, where Python allows no
+        handlers, this does nothing, and ending the process is left to the server."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
