@@ -145,7 +145,7 @@ def serve(config: Config) -> int:
         return 2
     try:
         server.run(broker.flask)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # waitress: a host name that cannot be resolved
         log.error("cannot listen", extra={"listen": config.listen, "reason": str(error)})
         return 1
     finally:

@@ -83,6 +83,7 @@ class GpuState:
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
+    `active` counts its jobs, `busy` the broker's own calls to load or unload it.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not. `residency_version` changes with every load, unload, start
     and end of a job, so that a probe that began before cannot overwrite what it did not see.
@@ -92,6 +93,7 @@ class ConsumerState:
     healthy: bool | None = None
     resident_mib: int | None = None
     active: int = 0
+    busy: int = 0
     total_requests: int = 0
     last_used: float | None = None
     last_probe: float | None = None

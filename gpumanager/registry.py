@@ -7,7 +7,8 @@ one, since a published mapping is never changed again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -92,6 +93,15 @@ class Registry:
                 residency_version=state.residency_version + 1,
             ),
         )
+
+    @contextmanager
+    def busy(self, name: str) -> Iterator[None]:
+        """The broker has it load or unload: a probe that times out meanwhile proves nothing."""
+        self._change(name, lambda state: replace(state, busy=state.busy + 1))
+        try:
+            yield
+        finally:
+            self._change(name, lambda state: replace(state, busy=state.busy - 1))
 
     # -- probes ----------------------------------------------------------------------------
 

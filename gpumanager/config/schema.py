@@ -154,8 +154,11 @@ def _is_json(value: object) -> object:
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-Duration = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+LONGEST_S = 1_000_000
+"""More than eleven days: what waits longer is a mistake, and far more no clock can take."""
+
+Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=LONGEST_S)]
+Duration = Annotated[float, BeforeValidator(_number), Field(ge=0, le=LONGEST_S)]
 Mib = Annotated[StrictInt, Field(ge=0)]
 Path = Annotated[StrictStr, AfterValidator(_path)]
 Method = Annotated[StrictStr, AfterValidator(_method)]

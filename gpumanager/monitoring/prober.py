@@ -7,7 +7,7 @@ import logging
 from typing import Protocol
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ProbeReport
+from gpumanager.model import ConsumerState, ProbeReport
 from gpumanager.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Prober:
         try:
             report = self._probes.probe(self._name)
         except BrokerError as error:
-            self._failed(error, was_active=before.active > 0)
+            self._failed(error, was_busy=_is_busy(before))
         else:
             if self._gone:
                 self._gone = False
@@ -49,8 +49,8 @@ class Prober:
                 log.info("consumer healthy", extra={"consumer": self._name})
         return self._interval
 
-    def _failed(self, error: BrokerError, *, was_active: bool) -> None:
-        busy = was_active or self._registry.get(self._name).active > 0
+    def _failed(self, error: BrokerError, *, was_busy: bool) -> None:
+        busy = was_busy or _is_busy(self._registry.get(self._name))
         if busy and isinstance(error, ConsumerTimeout):
             return  # a server that works on a job may well be slow to answer: that proves nothing
         gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
@@ -59,3 +59,7 @@ class Prober:
             log.warning(
                 "consumer unhealthy", extra={"consumer": self._name, "reason": error.message}
             )
+
+
+def _is_busy(state: ConsumerState) -> bool:
+    return state.active > 0 or state.busy > 0

@@ -53,4 +53,4 @@ class PeriodicWorker:
             except Exception:
                 log.exception("worker failed", extra={"worker": self._thread.name})
                 delay = self._retry_s
-            self._stop.wait(delay)
+            self._stop.wait(min(delay, threading.TIMEOUT_MAX))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.errors import BrokerError, InsufficientVram
+from gpumanager.errors import BrokerError, ConsumerUnreachable, InsufficientVram
 from gpumanager.ledger import Balance, balance
 from gpumanager.model import ConsumerState, MemoryReading
 from gpumanager.registry import Registry
@@ -101,6 +101,7 @@ class RoomMaker:
             self._evict(victim, target, ticket)
             ticket.pause(0)
         self._load(target)
+        ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
     def _await_first_probes(self, ticket: Ticket) -> None:
         """Just after the start nothing is known yet of what is loaded, and what is assumed may
@@ -148,12 +149,15 @@ class RoomMaker:
         before = self._measure()
         began = self._clock.monotonic()
         try:
-            self._controls.unload(victim.name)
+            with self._registry.busy(victim.name):
+                self._controls.unload(victim.name)
         except BrokerError as error:
             log.warning(
                 "eviction failed",
                 extra={"consumer": victim.name, "target": target, "reason": error.message},
             )
+            if isinstance(error, ConsumerUnreachable) and error.nothing_listens:
+                self._registry.set_loaded(victim.name, False)  # its process took the memory along
             return
         self._registry.set_loaded(victim.name, False)
         with self._lock:
@@ -192,7 +196,8 @@ class RoomMaker:
         if self._config.consumers[target].load is None or self._registry.get(target).loaded:
             return
         began = self._clock.monotonic()
-        self._controls.load(target)
+        with self._registry.busy(target):
+            self._controls.load(target)
         self._registry.set_loaded(target, True)
         ms = round((self._clock.monotonic() - began) * 1000)
         log.info("loaded", extra={"consumer": target, "ms": ms})

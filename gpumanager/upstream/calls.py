@@ -21,6 +21,7 @@ UNLOAD_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 120.0
 CANCEL_TIMEOUT_S = 10.0
 LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
+LARGEST_FIGURE = 2**63
 _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
 
@@ -99,7 +100,7 @@ class ControlCalls:
         """The answer as JSON, None where it is none."""
         try:
             return json.loads(self._ok(name, call, timeout))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def _ok(self, name: str, call: Call, timeout: float) -> bytes:
@@ -169,6 +170,8 @@ def _probe_report(probe: Probe, answer: Any, otherwise: ProbeReport) -> ProbeRep
 
 def _mib(figure: Any, unit: str) -> int | None:
     """A figure a consumer reported in MiB, rounded; None if it is none."""
-    if isinstance(figure, bool) or not isinstance(figure, int | float) or figure < 0:
+    if isinstance(figure, bool) or not isinstance(figure, int | float):
+        return None
+    if not 0 <= figure <= LARGEST_FIGURE:  # NaN is neither
         return None
     return round(figure * _MIB_PER_UNIT[unit])

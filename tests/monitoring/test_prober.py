@@ -133,3 +133,15 @@ def test_transitions_are_events_and_nothing_else_is(
         prober.probe()
     events = [record.message for record in caplog.records]
     assert events == ["consumer healthy", "consumer unhealthy", "consumer healthy"]
+
+
+def test_a_time_out_while_the_broker_has_it_load_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    probes.answer = TIMEOUT
+    with registry.busy("mvoice"):
+        prober.probe()
+    assert registry.get("mvoice").healthy is True
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
