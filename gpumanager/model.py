@@ -94,6 +94,7 @@ class ConsumerState:
     resident_mib: int | None = None
     active: int = 0
     busy: int = 0
+    report_outdated: bool = False
     total_requests: int = 0
     last_used: float | None = None
     last_probe: float | None = None
@@ -102,7 +103,15 @@ class ConsumerState:
 
     def held_mib(self, declared_mib: int) -> int:
         """MiB it is taken to hold: its own figure if it reports one, else the declared one
-        while it is loaded."""
+        while it is loaded; the larger of them while a job since may have loaded more."""
+        declared = declared_mib if self.loaded else 0
+        if self.resident_mib is None:
+            return declared
+        return max(self.resident_mib, declared) if self.report_outdated else self.resident_mib
+
+    def credited_mib(self, declared_mib: int) -> int:
+        """MiB it surely need not allocate again: as `held_mib`, but the figure it reported, even
+        if that may be out of date."""
         if self.resident_mib is not None:
             return self.resident_mib
         return declared_mib if self.loaded else 0

@@ -15,6 +15,9 @@ from types import MappingProxyType
 from gpumanager.clock import Clock
 from gpumanager.model import ConsumerState, GpuState, ProbeReport
 
+CONTEXT_MIB = 600
+"""What a process holds of a card with no model loaded; 107 to 555 MiB in the field."""
+
 
 class Registry:
     """The live state of every consumer, and of the GPU. Safe from any thread.
@@ -51,10 +54,11 @@ class Registry:
 
     # -- jobs ------------------------------------------------------------------------------
 
-    def job_started(self, name: str) -> None:
-        """A real job begins: it counts as use, and from here on the model takes memory."""
+    def job_started(self, name: str) -> ConsumerState:
+        """A real job begins: it counts as use, and from here on the model takes memory. Returns
+        the state before."""
         now = self._clock.monotonic()
-        self._change(
+        return self._change(
             name,
             lambda state: replace(
                 state,
@@ -67,18 +71,35 @@ class Registry:
             ),
         )
 
-    def job_finished(self, name: str) -> None:
-        """The counterpart of `job_started`."""
+    def job_finished(
+        self, name: str, *, unloaded: ConsumerState | None = None, process_gone: bool = False
+    ) -> None:
+        """The counterpart of `job_started`.
+
+        `unloaded`: the job loaded nothing, so back to what was so before it; `process_gone`:
+        nothing listens there. What the consumer reported before the job is a lower bound of what
+        it holds now.
+        """
         now = self._clock.monotonic()
-        self._change(
-            name,
-            lambda state: replace(
+
+        def change(state: ConsumerState) -> ConsumerState:
+            loaded, resident, outdated = state.loaded, state.resident_mib, True
+            if process_gone:
+                loaded, resident, outdated = False, 0, False
+            elif unloaded is not None:
+                loaded, resident = unloaded.loaded, unloaded.resident_mib
+                outdated = unloaded.report_outdated
+            return replace(
                 state,
                 active=state.active - 1,
                 last_used=now,
+                loaded=loaded,
+                resident_mib=resident,
+                report_outdated=outdated,
                 residency_version=state.residency_version + 1,
-            ),
-        )
+            )
+
+        self._change(name, change)
 
     # -- residency -------------------------------------------------------------------------
 
@@ -90,6 +111,7 @@ class Registry:
                 state,
                 loaded=loaded,
                 resident_mib=None if loaded else 0,
+                report_outdated=False,
                 residency_version=state.residency_version + 1,
             ),
         )
@@ -119,10 +141,14 @@ class Registry:
             if seen_version != state.residency_version or state.active:
                 return state
             loaded = state.loaded if report.loaded is None else report.loaded
-            resident = state.resident_mib if loaded == state.loaded else None
-            if report.resident_mib is not None:
-                resident = report.resident_mib
-            return replace(state, loaded=loaded, resident_mib=resident)
+            if report.resident_mib is None:
+                resident = state.resident_mib if loaded == state.loaded else None
+                return replace(state, loaded=loaded, resident_mib=resident)
+            if report.loaded is None and report.resident_mib > CONTEXT_MIB:
+                loaded = True  # it cannot say so, but its memory does
+            return replace(
+                state, loaded=loaded, resident_mib=report.resident_mib, report_outdated=False
+            )
 
         return self._change(name, change).healthy is not True
 
@@ -143,10 +169,17 @@ class Registry:
 
         return self._change(name, change).healthy is not False
 
-    def process_returned(self, name: str) -> None:
-        """A consumer that was gone answers again: a fresh process, so back to the assumption."""
+    def process_returned(self, name: str, *, seen_version: int) -> None:
+        """A consumer that was gone answers again: a fresh process, so back to the assumption,
+        unless a job, a load or an unload came in between."""
         loaded = self._assumed_loaded[name]
-        self._change(name, lambda state: replace(state, loaded=loaded, resident_mib=None))
+
+        def change(state: ConsumerState) -> ConsumerState:
+            if seen_version != state.residency_version or state.active:
+                return state
+            return replace(state, loaded=loaded, resident_mib=None)
+
+        self._change(name, change)
 
     def _change(self, name: str, change: Callable[[ConsumerState], ConsumerState]) -> ConsumerState:
         """Publish one consumer's changed state; returns the one before."""

@@ -55,7 +55,7 @@ def test_a_process_that_is_gone_holds_nothing() -> None:
     registry.probe_failed("mvoice", "refused", process_gone=True)
     assert not registry.get("mvoice").loaded
     assert registry.get("mvoice").held_mib(2800) == 0
-    registry.process_returned("mvoice")
+    registry.process_returned("mvoice", seen_version=registry.get("mvoice").residency_version)
     assert registry.get("mvoice").held_mib(2800) == 2800
 
 
@@ -134,3 +134,44 @@ def test_the_gpu_sample_is_published_whole() -> None:
     registry, _ = make()
     registry.set_gpu(GpuState(err="no driver"))
     assert registry.gpu.err == "no driver"
+
+
+def test_a_job_that_was_never_sent_leaves_the_residency_as_it_was() -> None:
+    registry, _ = make(loaded=False)
+    before = registry.job_started("mvoice")
+    registry.job_finished("mvoice", unloaded=before)
+    assert registry.get("mvoice").held_mib(2800) == 0
+
+
+def test_a_refused_job_proves_that_the_process_is_gone() -> None:
+    registry, _ = make()
+    registry.job_started("mvoice")
+    registry.job_finished("mvoice", process_gone=True)
+    assert registry.get("mvoice").held_mib(2800) == 0
+
+
+def test_a_figure_from_before_a_job_is_a_lower_bound_until_the_next_probe() -> None:
+    registry, _ = make()
+    probe(registry, loaded=True, mib=2000)
+    registry.job_started("mvoice")
+    registry.job_finished("mvoice")
+    state = registry.get("mvoice")
+    assert (state.held_mib(10000), state.credited_mib(10000)) == (10000, 2000)
+    probe(registry, loaded=True, mib=2000)
+    assert registry.get("mvoice").held_mib(10000) == 2000
+
+
+def test_memory_that_is_reported_shows_that_a_model_is_loaded() -> None:
+    registry, _ = make(loaded=False)
+    probe(registry, mib=500)  # a context, no model
+    assert not registry.get("mvoice").loaded
+    probe(registry, mib=10000)
+    assert registry.get("mvoice").loaded
+
+
+def test_a_return_that_was_seen_too_late_undoes_no_job() -> None:
+    registry, _ = make(loaded=False)
+    seen = registry.get("mvoice").residency_version
+    registry.job_started("mvoice")
+    registry.process_returned("mvoice", seen_version=seen)
+    assert registry.get("mvoice").loaded

@@ -40,8 +40,7 @@ class Prober:
         else:
             if self._gone:
                 self._gone = False
-                self._registry.process_returned(self._name)
-                before = self._registry.get(self._name)
+                self._registry.process_returned(self._name, seen_version=before.residency_version)
             changed = self._registry.probe_succeeded(
                 self._name, report, seen_version=before.residency_version
             )

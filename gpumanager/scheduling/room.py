@@ -127,7 +127,7 @@ class RoomMaker:
         demand = Demand(
             target,
             needed_mib=consumer.vram_resident_mib,
-            held_mib=states[target].held_mib(consumer.vram_resident_mib),
+            held_mib=states[target].credited_mib(consumer.vram_resident_mib),
             coexists_with=frozenset(consumer.can_coexist_with),
         )
         residents = [

@@ -66,6 +66,7 @@ class Exchange:
         self._failure: BrokerError | None = None
         self._discarded: BrokerError | None = None
         self._ended = False
+        self._reached = False
         self._watch: Watch | None = None
         self._deadline = 0.0
         self._overdue: BrokerError | None = None
@@ -87,6 +88,7 @@ class Exchange:
             if self._failure is not None:
                 raise OSError("aborted")
             self._sock = sock
+        self._reached = True
 
     # -- any thread ------------------------------------------------------------------------
 
@@ -116,6 +118,11 @@ class Exchange:
     def ended(self) -> bool:
         """True once the answer was read to its end, broke off, or was closed."""
         return self._ended
+
+    @property
+    def reached(self) -> bool:
+        """True once the consumer accepted the connection."""
+        return self._reached
 
     @property
     def aborted(self) -> bool:

@@ -81,7 +81,9 @@ class _Hold:
         self._lock = threading.Lock()
         self._done = False
         self.began = clock.monotonic()
-        registry.job_started(ticket.job.consumer)
+        self.before = registry.job_started(ticket.job.consumer)
+        self.loaded_nothing = False
+        self.process_gone = False
 
     def give_back(self) -> None:
         with self._lock:
@@ -90,7 +92,11 @@ class _Hold:
             self._done = True
         self._record.run_s = self._clock.monotonic() - self.began
         # First what the next job's eviction looks at, then the GPU.
-        self._registry.job_finished(self._ticket.job.consumer)
+        self._registry.job_finished(
+            self._ticket.job.consumer,
+            unloaded=self.before if self.loaded_nothing else None,
+            process_gone=self.process_gone,
+        )
         self._ticket.close()
 
 
@@ -161,6 +167,8 @@ class JobRunner:
             ticket.when_cancelled(departure.cancelled)
             self._proxy.send(exchange)
         except BaseException as error:
+            hold.loaded_nothing = not exchange.reached
+            hold.process_gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
             departure.settle()
             hold.give_back()
             self._judge(name, error)
@@ -168,6 +176,10 @@ class JobRunner:
         finally:
             record.upstream_s = self._clock.monotonic() - hold.began
         self._breakers.succeeded(name)
+        # A job that failed over there, out of memory perhaps, may have loaded nothing. Where the
+        # card is measured, taking it for not loaded costs an eviction at worst.
+        measured = self._registry.gpu.reading is not None
+        hold.loaded_nothing = exchange.status >= 500 and measured and not hold.before.loaded
         record.stack.callback(exchange.close)
 
         def give_back() -> None:

@@ -21,7 +21,7 @@ BROKEN = ConsumerUnreachable("mvoice answered 500 to GET /health")
 class ScriptedProbes:
     def __init__(self) -> None:
         self.answer: ProbeReport | BrokerError = ProbeReport()
-        self.meanwhile: Callable[[], None] = lambda: None
+        self.meanwhile: Callable[[], object] = lambda: None
 
     def probe(self, name: str) -> ProbeReport:
         assert name == "mvoice"
