@@ -26,7 +26,7 @@ def main() -> None:
 )
 def serve(path: str | None) -> None:
     """Serve the broker on the config's `listen` address."""
-    config = _load(path or config_path_from_env(os.environ))
+    config = _load(config_path_from_env(os.environ) if path is None else path)
     from gpumanager.app import serve as serve_config  # `check` needs no server
 
     sys.exit(serve_config(config))

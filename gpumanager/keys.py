@@ -41,8 +41,10 @@ def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...
         try:
             with open(file, encoding="utf-8") as lines:
                 keys += _parse(lines, os.path.basename(file))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        except UnicodeDecodeError:
+            raise KeysError(f"{file}: is not UTF-8 text") from None
+        except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+            reason = getattr(error, "strerror", None) or str(error)
             raise KeysError(f"{file}: {reason}") from None
         if not keys:
             raise KeysError(f"{file}: holds no key; everybody would be let in")

@@ -54,6 +54,12 @@ def test_serve_of_a_bad_file_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "/nowhere/at/all.yaml: 1 fault" in result.stderr
 
 
+def test_serve_of_an_empty_name_does_not_mean_the_default() -> None:
+    result = CliRunner().invoke(main, ["serve", "--config", ""])
+    assert result.exit_code == 2
+    assert "cannot be read: No such file or directory" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["check"], ["serve", "--port", "1"], ["fly"]])
 def test_wrong_usage_is_told(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, arguments)

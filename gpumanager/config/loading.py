@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -15,6 +16,8 @@ from gpumanager.config.source import Lines, SourceError, read
 
 CONFIG_ENV = "GPUMANAGER_CONFIG"
 DEFAULT_CONFIG_PATH = "config/consumers.yaml"
+LARGEST_BYTES = 1024 * 1024
+"""Of a config file; a real one has a few thousand."""
 
 
 def config_path_from_env(environ: Mapping[str, str]) -> str:
@@ -26,12 +29,22 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     """The config in a file. Raises ConfigError, also if the file cannot be read."""
     source = os.fspath(path)
     try:
-        with open(source, "rb") as file:
-            text = file.read()
+        text = _read(source)
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(source, [Fault("", None, reason)]) from None
     return parse_config(text, source)
+
+
+def _read(source: str) -> bytes:
+    # A FIFO or a device could block for ever, or never end.
+    if not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is not a regular file")
+    with open(source, "rb") as file:
+        text = file.read(LARGEST_BYTES + 1)
+    if len(text) > LARGEST_BYTES:
+        raise ValueError(f"it is larger than {LARGEST_BYTES // 1024} KiB")
+    return text
 
 
 def parse_config(text: str | bytes, source: str = "<config>") -> Config:

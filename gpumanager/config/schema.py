@@ -62,7 +62,12 @@ def _method(value: str) -> str:
 def _header_name(value: str) -> str:
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", value):
         raise ValueError("a header's name must be letters, digits and '-', such as X-Api-Key")
+    if value.lower() in _FRAMING:
+        raise ValueError("is set by the broker itself")
     return value
+
+
+_FRAMING = frozenset({"host", "connection", "content-length", "transfer-encoding"})
 
 
 def _header_value(value: str) -> str:
@@ -83,11 +88,19 @@ def _url(value: str) -> str:
         or parts.scheme not in ("http", "https")
         or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", parts.netloc)
         or port == 0
+        or not _is_hostname(parts.hostname or "")
         or "?" in value
         or "#" in value
     ):
         raise ValueError(allowed)
     return value.rstrip("/")
+
+
+def _is_hostname(value: str) -> bool:
+    """Labels of 1 to 63 characters; an IPv6 address passes, the URL's syntax has seen to it."""
+    return ":" in value or (
+        len(value) <= 253 and all(0 < len(label) <= 63 for label in value.split("."))
+    )
 
 
 def _listen(value: str) -> str:
@@ -123,6 +136,8 @@ def _audio_prefix(value: str) -> str:
     _path(value)
     if not value.endswith("/") or len(value) < 3 or "//" in value or re.search(r"[<>%?#]", value):
         raise ValueError("must be a path such as /audio/, starting and ending with '/'")
+    if not {".", ".."}.isdisjoint(value.split("/")):
+        raise ValueError("must not hold '.' or '..'")
     if value.startswith(("/v1/", "/healthz/")):
         raise ValueError("must not lie under /v1/ or /healthz/, which are the broker's own")
     return value

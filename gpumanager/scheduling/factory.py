@@ -22,7 +22,8 @@ def passthrough(*, max_queue: int, max_wait: float, clock: Clock) -> Line:
 
 
 def build_scheduler(settings: SchedulerConfig, room: MakesRoom, clock: Clock) -> Scheduler:
-    """The scheduler `settings.kind` names, with eviction where it is exclusive."""
+    """The scheduler `settings.kind` names, with eviction where it is a lock."""
     make = {"locked": locked, "passthrough": passthrough}[settings.kind]
-    inner = make(max_queue=settings.max_queue, max_wait=settings.max_wait, clock=clock)
-    return Evicting(inner, room, clock) if inner.exclusive else inner
+    line = make(max_queue=settings.max_queue, max_wait=settings.max_wait, clock=clock)
+    # By its kind, not by `exclusive`: a passthrough with `max_queue: 1` is that by accident.
+    return line if settings.kind == "passthrough" else Evicting(line, room, clock)

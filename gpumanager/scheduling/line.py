@@ -52,7 +52,7 @@ class Line:
     def enqueue(self, job: Job) -> LineTicket:
         with self._lock:
             if self._draining:
-                raise self._shutting_down_locked(job)
+                raise _shutting_down(job, self._retry_after_locked())
             now = self._clock.monotonic()
             max_wait = self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
             self._last_number += 1
@@ -103,10 +103,10 @@ class Line:
     def drain(self) -> None:
         with self._lock:
             self._draining = True
+            retry_after = self._retry_after_locked()  # once: it walks the whole line
             for place in list(self._waiting.values()):
-                self._cancel_locked(
-                    self._tickets[place.ticket], self._shutting_down_locked(place.job)
-                )
+                error = _shutting_down(place.job, retry_after)
+                self._cancel_locked(self._tickets[place.ticket], error)
 
     def wait_idle(self, timeout: float) -> bool:
         with self._lock:
@@ -160,12 +160,11 @@ class Line:
         """Seconds until the line as it stands is done, from how long jobs took lately."""
         return min(_LONGEST_RETRY_S, self._estimates_locked()[-1])
 
-    def _shutting_down_locked(self, job: Job) -> ShuttingDown:
-        return ShuttingDown(
-            "the broker is shutting down",
-            consumer=job.consumer,
-            retry_after=self._retry_after_locked(),
-        )
+
+def _shutting_down(job: Job, retry_after: float) -> ShuttingDown:
+    return ShuttingDown(
+        "the broker is shutting down", consumer=job.consumer, retry_after=retry_after
+    )
 
 
 class LineTicket:

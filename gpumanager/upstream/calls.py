@@ -94,7 +94,11 @@ class ControlCalls:
         if probe is None:
             return []
         found = probe.find_items(self._json(name, probe, PROBE_TIMEOUT_S))
-        return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
+        if not isinstance(found, list):
+            raise ConsumerUnreachable(
+                f"{name} does not tell what to unload: {probe.path} gave no list", consumer=name
+            )
+        return [item for item in found if isinstance(item, str)]
 
     def _json(self, name: str, call: Call, timeout: float) -> Any:
         """The answer as JSON, None where it is none."""

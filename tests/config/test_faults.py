@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumanager.config import ConfigError, load_config, parse_config
+from gpumanager.config.loading import LARGEST_BYTES
 
 
 def faults(text: str | bytes) -> list[tuple[int | None, str, str]]:
@@ -256,6 +258,19 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read") as refused:
         load_config(path)
     assert refused.value.source == str(path)
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(tmp_path / "pipe")
+
+
+def test_a_file_far_too_large_for_a_config_is_not_read(tmp_path: Path) -> None:
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"#" * (LARGEST_BYTES + 1))
+    with pytest.raises(ConfigError, match="larger than 1024 KiB"):
+        load_config(large)
 
 
 def test_a_name_that_no_file_can_have() -> None:

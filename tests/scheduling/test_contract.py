@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 
 from gpumanager.clock import SystemClock
+from gpumanager.config import SchedulerConfig
 from gpumanager.errors import BrokerError, ClientGone, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job, Stats
 from gpumanager.scheduling.eviction import Evicting
-from gpumanager.scheduling.factory import locked, passthrough
+from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
 from gpumanager.scheduling.line import LineTicket
 from tests.support.clock import EPOCH, FakeClock
@@ -26,6 +27,11 @@ class NoRoomNeeded:
 
     def make_room(self, ticket: Ticket) -> None:
         pass
+
+
+class RoomRefused(NoRoomNeeded):
+    def make_room(self, ticket: Ticket) -> None:
+        raise AssertionError("nothing is to be evicted")
 
 
 def evicting(**settings: object) -> Scheduler:
@@ -426,6 +432,27 @@ def test_passthrough_runs_everything_at_once_up_to_its_bound() -> None:
         scheduler.enqueue(job())
     for ticket in tickets:
         ticket.close()
+
+
+def test_passthrough_is_never_exclusive_by_accident() -> None:
+    settings = SchedulerConfig(kind="passthrough", max_queue=1)
+    scheduler = build_scheduler(settings, RoomRefused(), SystemClock())
+    ticket = scheduler.enqueue(job())
+    ticket.wait()
+    ticket.close()
+
+
+def test_a_long_line_drains_in_time_that_grows_with_its_length_only() -> None:
+    walks = []
+    clock = FakeClock()
+    scheduler = build(locked, clock=clock, max_queue=2000)
+    for _ in range(2000):
+        scheduler.enqueue(job())
+    estimates = scheduler._estimates_locked  # type: ignore[attr-defined]
+    scheduler._estimates_locked = lambda: walks.append(1) or estimates()  # type: ignore[attr-defined, func-returns-value]
+    scheduler.drain()
+    assert scheduler.stats().queue_depth == 0
+    assert len(walks) == 1
 
 
 def test_retry_after_follows_what_jobs_really_take() -> None:

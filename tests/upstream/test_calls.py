@@ -185,6 +185,14 @@ def test_an_answer_of_another_shape_says_nothing(mocked: responses.RequestsMock)
     assert calls(**OLLAMA).probe("mvoice").resident_mib is None
 
 
+def test_an_unload_for_each_of_nobody_knows_what_is_a_failure(
+    mocked: responses.RequestsMock,
+) -> None:
+    mocked.get(f"{URL}/api/ps", json={"error": "odd"})
+    with pytest.raises(ConsumerUnreachable, match="what to unload: /api/ps gave no list"):
+        calls(**OLLAMA).unload("mvoice")
+
+
 def test_unload_is_made_for_each_item(mocked: responses.RequestsMock) -> None:
     mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
     mocked.post(f"{URL}/api/generate", json={"done_reason": "unload"})
