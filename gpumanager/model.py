@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
+
+CONTEXT_MIB = 600
+"""What a process may hold of a card with no model loaded; 107 to 555 MiB in the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +16,8 @@ class Job:
     """One request for the GPU.
 
     `max_wait` is the longest the client is willing to wait in line, in seconds; None leaves
-    it to the scheduler's own bound.
+    it to the scheduler's own bound. `makes_room` is False for what needs the GPU to itself, but
+    no memory of it, as an unload.
     """
 
     consumer: str
@@ -20,6 +25,7 @@ class Job:
     client: str = "-"
     request_id: str = "-"
     max_wait: float | None = None
+    makes_room: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,36 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process that holds memory of the card. `name` is empty where it is not known."""
+
+    pid: int
+    mib: int
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Who holds the card's memory, process by process.
+
+    `consumers` has the MiB of each consumer whose process is known (0: it runs, but holds
+    nothing); one that is missing there cannot be told apart. `pids` are the processes behind
+    each figure. `foreign` are the processes of no consumer. `reason` is empty if the platform
+    tells figures per process, else says why not; then all else is empty.
+    """
+
+    consumers: Mapping[str, int] = field(default_factory=dict)
+    pids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    foreign: tuple[GpuProcess, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryReading:
     """The card's memory in MiB. `name` and `utilization_percent` are None where the card does
-    not tell; `fault` says which of them failed and how."""
+    not tell; `fault` says which of them failed and how. `processes` are those the card knows to
+    hold memory, None where it does not tell; `holdings` is what was made of them, None if
+    nobody tried."""
 
     total_mib: int
     used_mib: int
@@ -68,6 +101,12 @@ class MemoryReading:
     name: str | None = None
     utilization_percent: int | None = None
     fault: str | None = None
+    processes: tuple[GpuProcess, ...] | None = None
+    holdings: Holdings | None = None
+
+    def measured_mib(self, consumer: str) -> int | None:
+        """MiB the consumer's processes hold; None where that cannot be told."""
+        return None if self.holdings is None else self.holdings.consumers.get(consumer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +119,26 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """How the broker stopped a consumer: by which rung of its `evict` (`unit`, `container`,
+    `signal`, `checkpoint`). `processes` are those it has to bring back, each with its pid and
+    the time it was started, in seconds since the epoch."""
+
+    rung: str
+    processes: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
     `active` counts its jobs, `busy` the broker's own calls to load or unload it.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
-    reports, None where it does not. `residency_version` changes with every load, unload, start
-    and end of a job, so that a probe that began before cannot overwrite what it did not see.
+    reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
+    `parked` is set while the broker has stopped it to take its memory back; `quarantine` says
+    why it is not asked to release memory any more, empty if it is. `residency_version` changes
+    with every load, unload, start and end of a job, so that a probe that began before cannot
+    overwrite what it did not see.
     """
 
     loaded: bool
@@ -100,26 +152,15 @@ class ConsumerState:
     last_probe: float | None = None
     last_error: str = ""
     residency_version: int = 0
-
-    def held_mib(self, declared_mib: int) -> int:
-        """MiB it is taken to hold: its own figure if it reports one, else the declared one
-        while it is loaded; the larger of them while a job since may have loaded more."""
-        declared = declared_mib if self.loaded else 0
-        if self.resident_mib is None:
-            return declared
-        return max(self.resident_mib, declared) if self.report_outdated else self.resident_mib
-
-    def credited_mib(self, declared_mib: int) -> int:
-        """MiB it surely need not allocate again: as `held_mib`, but the figure it reported, even
-        if that may be out of date."""
-        if self.resident_mib is not None:
-            return self.resident_mib
-        return declared_mib if self.loaded else 0
+    on_cpu: tuple[str, ...] = ()
+    parked: Parked | None = None
+    quarantine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """What a consumer said of itself. None where it did not say."""
+    """What a consumer said of itself. None where it did not say; `on_cpu` is empty then."""
 
     loaded: bool | None = None
     resident_mib: int | None = None
+    on_cpu: tuple[str, ...] = ()

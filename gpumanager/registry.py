@@ -13,10 +13,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from gpumanager.clock import Clock
-from gpumanager.model import ConsumerState, GpuState, ProbeReport
-
-CONTEXT_MIB = 600
-"""What a process holds of a card with no model loaded; 107 to 555 MiB in the field."""
+from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Parked, ProbeReport
 
 
 class Registry:
@@ -84,8 +81,9 @@ class Registry:
 
         def change(state: ConsumerState) -> ConsumerState:
             loaded, resident, outdated = state.loaded, state.resident_mib, True
+            quarantine = state.quarantine
             if process_gone:
-                loaded, resident, outdated = False, 0, False
+                loaded, resident, outdated, quarantine = False, 0, False, ""
             elif unloaded is not None:
                 loaded, resident = unloaded.loaded, unloaded.resident_mib
                 outdated = unloaded.report_outdated
@@ -96,6 +94,7 @@ class Registry:
                 loaded=loaded,
                 resident_mib=resident,
                 report_outdated=outdated,
+                quarantine=quarantine,
                 residency_version=state.residency_version + 1,
             )
 
@@ -112,9 +111,56 @@ class Registry:
                 loaded=loaded,
                 resident_mib=None if loaded else 0,
                 report_outdated=False,
+                on_cpu=(),
                 residency_version=state.residency_version + 1,
             ),
         )
+
+    def park(self, name: str, parked: Parked) -> None:
+        """The broker stopped the consumer: that it does not answer says nothing from now on."""
+        self._change(
+            name,
+            lambda state: replace(
+                state,
+                healthy=None,
+                last_error="",
+                loaded=False,
+                resident_mib=0,
+                report_outdated=False,
+                on_cpu=(),
+                parked=parked,
+                quarantine="",
+                residency_version=state.residency_version + 1,
+            ),
+        )
+
+    def unpark(self, name: str, *, resumed: bool) -> None:
+        """The broker started it again; `resumed`: it goes on where it was, with its model."""
+        loaded = resumed or self._assumed_loaded[name]
+        self._change(
+            name,
+            lambda state: replace(
+                state,
+                healthy=True,
+                loaded=loaded,
+                resident_mib=None,
+                parked=None,
+                residency_version=state.residency_version + 1,
+            ),
+        )
+
+    def parked(self) -> Mapping[str, Parked]:
+        """The consumers that the broker has stopped."""
+        return {
+            name: state.parked
+            for name, state in self._consumers.items()
+            if state.parked is not None
+        }
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """It did not release memory that it was asked to: it is not asked again, until its
+        process ends, or the reason is lifted with an empty one."""
+        self._change(name, lambda state: replace(state, quarantine=reason))
 
     @contextmanager
     def busy(self, name: str) -> Iterator[None]:
@@ -137,9 +183,12 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
-            state = replace(state, healthy=True, last_error="", last_probe=now)
+            if state.parked is not None and seen_version != state.residency_version:
+                return replace(state, last_probe=now)  # from just before it was stopped
+            state = replace(state, healthy=True, last_error="", last_probe=now, parked=None)
             if seen_version != state.residency_version or state.active:
                 return state
+            state = replace(state, on_cpu=report.on_cpu)
             loaded = state.loaded if report.loaded is None else report.loaded
             if report.resident_mib is None:
                 resident = state.resident_mib if loaded == state.loaded else None
@@ -161,13 +210,23 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
+            if state.parked is not None:
+                return replace(state, last_probe=now)
             state = replace(state, healthy=False, last_error=error, last_probe=now)
             if not process_gone or state.active:
                 return state
             version = state.residency_version + 1
-            return replace(state, loaded=False, resident_mib=0, residency_version=version)
+            return replace(
+                state,
+                loaded=False,
+                resident_mib=0,
+                on_cpu=(),
+                quarantine="",
+                residency_version=version,
+            )
 
-        return self._change(name, change).healthy is not False
+        before = self._change(name, change)
+        return before.healthy is not False and before.parked is None
 
     def process_returned(self, name: str, *, seen_version: int) -> None:
         """A consumer that was gone answers again: a fresh process, so back to the assumption,

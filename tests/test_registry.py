@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gpumanager.model import GpuState, ProbeReport
+from gpumanager.ledger import held
+from gpumanager.model import ConsumerState, GpuState, ProbeReport
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
 from tests.support.threads import Outcome
+
+
+def held_mib(state: ConsumerState, declared: int) -> int:
+    return held("mvoice", state, declared, None).mib
 
 
 def make(*, loaded: bool = True) -> tuple[Registry, FakeClock]:
@@ -54,9 +59,9 @@ def test_a_process_that_is_gone_holds_nothing() -> None:
     probe(registry, loaded=True, mib=2800)
     registry.probe_failed("mvoice", "refused", process_gone=True)
     assert not registry.get("mvoice").loaded
-    assert registry.get("mvoice").held_mib(2800) == 0
+    assert held_mib(registry.get("mvoice"), 2800) == 0
     registry.process_returned("mvoice", seen_version=registry.get("mvoice").residency_version)
-    assert registry.get("mvoice").held_mib(2800) == 2800
+    assert held_mib(registry.get("mvoice"), 2800) == 2800
 
 
 def test_a_job_counts_as_use_and_loads_the_model() -> None:
@@ -65,7 +70,7 @@ def test_a_job_counts_as_use_and_loads_the_model() -> None:
     registry.job_started("mvoice")
     state = registry.get("mvoice")
     assert (state.active, state.total_requests, state.loaded) == (1, 1, True)
-    assert state.held_mib(2800) == 2800
+    assert held_mib(state, 2800) == 2800
     clock.advance(5)
     registry.job_finished("mvoice")
     state = registry.get("mvoice")
@@ -85,7 +90,7 @@ def test_a_probe_that_began_before_an_unload_does_not_undo_it() -> None:
     registry.set_loaded("mvoice", False)
     registry.probe_succeeded("mvoice", ProbeReport(True, 2800), seen_version=seen)
     state = registry.get("mvoice")
-    assert (state.healthy, state.loaded, state.held_mib(2800)) == (True, False, 0)
+    assert (state.healthy, state.loaded, held_mib(state, 2800)) == (True, False, 0)
     assert probe(registry, loaded=True, mib=2800) is False
     assert registry.get("mvoice").loaded
 
@@ -98,14 +103,14 @@ def test_a_probe_that_began_before_a_job_loaded_the_model_does_not_undo_it(ends:
     if ends == "before the probe does":
         registry.job_finished("mvoice")
     registry.probe_succeeded("mvoice", ProbeReport(False, 0), seen_version=seen)
-    assert registry.get("mvoice").held_mib(2800) == 2800
+    assert held_mib(registry.get("mvoice"), 2800) == 2800
 
 
 def test_a_load_forgets_what_was_reported_before() -> None:
     registry, _ = make()
     registry.set_loaded("mvoice", False)
     registry.set_loaded("mvoice", True)
-    assert registry.get("mvoice").held_mib(2800) == 2800
+    assert held_mib(registry.get("mvoice"), 2800) == 2800
 
 
 def test_a_snapshot_never_changes() -> None:
@@ -140,14 +145,14 @@ def test_a_job_that_was_never_sent_leaves_the_residency_as_it_was() -> None:
     registry, _ = make(loaded=False)
     before = registry.job_started("mvoice")
     registry.job_finished("mvoice", unloaded=before)
-    assert registry.get("mvoice").held_mib(2800) == 0
+    assert held_mib(registry.get("mvoice"), 2800) == 0
 
 
 def test_a_refused_job_proves_that_the_process_is_gone() -> None:
     registry, _ = make()
     registry.job_started("mvoice")
     registry.job_finished("mvoice", process_gone=True)
-    assert registry.get("mvoice").held_mib(2800) == 0
+    assert held_mib(registry.get("mvoice"), 2800) == 0
 
 
 def test_a_figure_from_before_a_job_is_a_lower_bound_until_the_next_probe() -> None:
@@ -156,9 +161,9 @@ def test_a_figure_from_before_a_job_is_a_lower_bound_until_the_next_probe() -> N
     registry.job_started("mvoice")
     registry.job_finished("mvoice")
     state = registry.get("mvoice")
-    assert (state.held_mib(10000), state.credited_mib(10000)) == (10000, 2000)
+    assert (held_mib(state, 10000), held("mvoice", state, 10000, None).surely_mib) == (10000, 2000)
     probe(registry, loaded=True, mib=2000)
-    assert registry.get("mvoice").held_mib(10000) == 2000
+    assert held_mib(registry.get("mvoice"), 10000) == 2000
 
 
 def test_memory_that_is_reported_shows_that_a_model_is_loaded() -> None:

@@ -108,6 +108,15 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
         yield from _reference(("routing", kind), name, consumers)
     if (name := data.get("audio_proxy")) is not None:
         yield from _reference(("audio_proxy",), name, consumers)
+    resident = data.get("default_resident")
+    for index, name in enumerate(resident if isinstance(resident, list) else []):
+        yield from _reference(("default_resident", index), name, consumers)
+        if isinstance(name, str) and name in consumers:
+            filled = presets.filled_in(_mapping(consumers[name]))
+            if filled.get("load") is None and filled.get("warm") is None:
+                message = f"consumer '{name}' has neither a load nor a warm call to load it with"
+                hint = "; its preset has one if 'model' is set" if "preset" in filled else ""
+                yield ("default_resident", index), message + hint, ""
     for name, raw in consumers.items():
         here, consumer = ("consumers", name), _mapping(raw)
         preset = consumer.get("preset")
@@ -126,6 +135,22 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
         if unload.get("for_each") is not None and probe.get("items") is None:
             message = "needs a probe with 'items' to tell what to unload"
             yield (*here, "unload", "for_each"), message, ""
+        yield from _eviction_faults(here, filled)
+        if filled.get("model") is None:
+            for key in filter(lambda key: presets.names_model(filled[key]), filled):
+                yield (*here, key), "holds {model}, but the consumer has no 'model'", ""
+
+
+def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found]:
+    rungs = consumer.get("evict")
+    listed = rungs if isinstance(rungs, list) else [] if rungs is None else [rungs]
+    if consumer.get("unload") is None and ("http" in listed or {"http": True} in listed):
+        yield (*here, "evict"), "holds http, but the consumer has no 'unload' call", ""
+    if consumer.get("idle_unload") is not None:
+        if not listed and consumer.get("unload") is None:
+            yield (*here, "idle_unload"), "needs an 'unload' call, or another way to 'evict'", ""
+        if consumer.get("pinned") is True:
+            yield (*here, "idle_unload"), "contradicts 'pinned'", ""
 
 
 def _reference(path: Path, name: object, consumers: Mapping[str, Any]) -> Iterator[_Found]:

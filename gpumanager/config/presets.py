@@ -26,11 +26,23 @@ def filled_in(consumer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in names():
         return consumer
     preset = _load(name)
+    if consumer.get("model") is None:
+        # What is about a model cannot be said without one.
+        preset = {key: value for key, value in preset.items() if not names_model(value)}
     merged = {**preset, **consumer}
     for key in _MERGED:
         if isinstance(preset.get(key), dict) and isinstance(consumer.get(key), dict):
             merged[key] = {**preset[key], **consumer[key]}
     return merged
+
+
+def names_model(value: Any) -> bool:
+    """Whether `{model}` stands anywhere in `value`."""
+    if isinstance(value, dict):
+        return any(map(names_model, value.values()))
+    if isinstance(value, list):
+        return any(map(names_model, value))
+    return isinstance(value, str) and "{model}" in value
 
 
 @cache

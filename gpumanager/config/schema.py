@@ -7,8 +7,8 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     Tag,
+    model_validator,
 )
 
 from gpumanager.config import expressions
@@ -36,10 +37,18 @@ class _Model(BaseModel):
 # -- single values -------------------------------------------------------------------------------
 
 
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
 def _number(value: object) -> object:
-    """YAML's ints where a float is meant; booleans and infinities are no numbers."""
+    """Seconds: YAML's ints where a float is meant, or a number with a unit. Booleans and
+    infinities are no numbers."""
+    if isinstance(value, str) and (
+        found := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|[smhd])", value)
+    ):
+        return float(found[1]) * _UNITS[found[2]]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number")
+        raise ValueError("must be a number of seconds, or one with its unit, such as 90s or 15m")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be a finite number")
     return float(value)
@@ -152,12 +161,68 @@ def _consumer_name(value: str) -> str:
     return value
 
 
+def _host_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) <= 65535 or not _is_hostname(host.strip("[]")):
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8188")
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"must be a regular expression: {error}") from None
+    return value
+
+
+def _unit_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,254}", value):
+        raise ValueError("must be the name of a systemd unit, such as comfyui.service")
+    return value
+
+
+def _container_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", value):
+        raise ValueError("must be the name or id of a container, such as comfyui")
+    return value
+
+
+def _arguments(value: tuple[str, ...]) -> tuple[str, ...]:
+    if value and (not value[0] or any("\0" in word for word in value)):
+        raise ValueError("must be a program and its arguments, without a shell")
+    return value
+
+
 def _bare_path(value: object) -> object:
     """A bare string stands for a call's path."""
     if isinstance(value, str):
         return {"path": value}
     if not isinstance(value, Mapping):
         raise ValueError("must be a path, or a mapping with a path")
+    return value
+
+
+def _bare_expression(value: object) -> object:
+    return {"expr": value} if isinstance(value, str) else value
+
+
+def _bare_rung(value: object) -> object:
+    if value == "http":
+        return {"http": True}
+    if not isinstance(value, Mapping | BaseModel):
+        raise ValueError(f"must be http, or have exactly one of {', '.join(_RUNGS[1:])}")
+    return value
+
+
+def _listed(value: object) -> object:
+    """A single one stands for a list of it."""
+    return value if value is None or isinstance(value, list | tuple) else (value,)
+
+
+def _file(value: str) -> str:
+    if not value.startswith("/") or "\0" in value:
+        raise ValueError("must be the absolute path of a file")
     return value
 
 
@@ -186,10 +251,14 @@ Status = Annotated[StrictInt, Field(ge=100, le=599)]
 
 class Call(_Model):
     """One control call to a consumer. `timeout` in seconds; `ok` lists the statuses that count
-    as success, empty for any 2xx; `json` is sent as the body."""
+    as success, empty for any 2xx, and `expect` has to give true for an answer that counts;
+    `json` is sent as the body. `{model}` stands for the consumer's `model`, and in places for
+    what is said there, in the path, the values of `query`, and the strings of `json`."""
 
     path: Path
     method: Method = "GET"
+    query: dict[StrictStr, StrictStr | StrictInt | StrictBool] = Field(default_factory=dict)
+    expect: Expression | None = None
     json_body: Annotated[Any, AfterValidator(_is_json)] = Field(default=None, alias="json")
     headers: dict[
         Annotated[StrictStr, AfterValidator(_header_name)],
@@ -197,6 +266,44 @@ class Call(_Model):
     ] = Field(default_factory=dict)
     timeout: Seconds | None = None
     ok: tuple[Status, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The path, with the query behind it."""
+        if not self.query:
+            return self.path
+        pairs = {
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in self.query.items()
+        }
+        return self.path + ("&" if "?" in self.path else "?") + urlencode(pairs)
+
+    def filled(self, placeholder: str, value: str) -> Self:
+        """The call with `{placeholder}` replaced: percent-encoded in the path, as it is in the
+        query, which is encoded later, and in `json`."""
+        sign = f"{{{placeholder}}}"
+        return self.model_copy(
+            update={
+                "path": self.path.replace(sign, quote(value, safe="")),
+                "query": _filled(self.query, sign, value),
+                "json_body": _filled(self.json_body, sign, value),
+            }
+        )
+
+
+class Health(Call):
+    """The call that asks a consumer how it is; or, for one that has none, `tcp`: HOST:PORT where
+    it has to listen."""
+
+    path: Path = "/"
+    tcp: Annotated[StrictStr, AfterValidator(_host_port)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and ("path" in value) == ("tcp" in value):
+            raise ValueError("must have either a path or tcp")
+        return value
 
 
 class LoadCall(Call):
@@ -210,34 +317,45 @@ class UnloadCall(Call):
     """A call that has the consumer drop its model; POST unless it says otherwise.
 
     With `for_each: items` it is made once for each item that the consumer's probe lists, and
-    `{item}` in the path and in the strings of `json` stands for the item.
+    `{item}` stands for the item. `when_busy` says what the server does if it is asked in the
+    middle of a job: it `drains` it first, `aborts` it, `refuses`, or may break (`unsafe`). The
+    broker never asks during one of its own jobs, but others may use the server directly: where
+    the job would suffer it waits until the probe's `busy` says no.
     """
 
     method: Method = "POST"
     for_each: Literal["items"] | None = None
+    when_busy: Literal["drains", "aborts", "refuses", "unsafe"] = "drains"
 
-    def for_item(self, item: str) -> Call:
-        """The call for one item: percent-encoded in the path, as it is in `json`."""
-        return self.model_copy(
-            update={
-                "path": self.path.replace("{item}", quote(item, safe="")),
-                "json_body": _filled(self.json_body, item),
-            }
-        )
+    def for_item(self, item: str) -> Self:
+        """The call for one item."""
+        return self.filled("item", item)
+
+
+class Busy(_Model):
+    """Whether a server works on something: `expr` gives true or false, for the answer of the
+    probe, or of a GET of `path` if that is set."""
+
+    expr: Expression
+    path: Path | None = None
 
 
 class Probe(Call):
     """A call whose JSON answer tells what is resident, by JMESPath expressions.
 
     `loaded` gives a boolean, `resident` a number in `unit`, `items` a list of names for an
-    unload made for each, `busy` a boolean: whether it works on something.
+    unload made for each, `busy` a boolean: whether it works on something; `on_cpu` a list of
+    what was loaded, but not wholly onto the card. A status in `absent` says that nothing is
+    loaded.
     """
 
     loaded: Expression | None = None
     resident: Expression | None = None
     items: Expression | None = None
-    busy: Expression | None = None
+    busy: Annotated[Busy | None, BeforeValidator(_bare_expression)] = None
+    on_cpu: Expression | None = None
     unit: Literal["B", "KiB", "MiB", "GiB"] = "MiB"
+    absent: tuple[Status, ...] = ()
 
     def find_loaded(self, answer: Any) -> Any:
         """What `loaded` gives for `answer`; None if it gives nothing, or does not fit."""
@@ -247,13 +365,63 @@ class Probe(Call):
         """What `resident` gives for `answer`, in `unit`; None as above."""
         return expressions.search(self.resident, answer)
 
-    def find_busy(self, answer: Any) -> Any:
-        """What `busy` gives for `answer`; None as above."""
-        return expressions.search(self.busy, answer)
-
     def find_items(self, answer: Any) -> Any:
         """What `items` gives for `answer`; None as above."""
         return expressions.search(self.items, answer)
+
+    def find_on_cpu(self, answer: Any) -> Any:
+        """What `on_cpu` gives for `answer`; None as above."""
+        return expressions.search(self.on_cpu, answer)
+
+
+class Settled(Call):
+    """A call that is repeated `every` so many seconds after an unload, for at most `timeout`,
+    until `until` gives true. It is asked beside the card, never instead of it."""
+
+    until: Expression
+    every: Seconds = 0.25
+    timeout: Seconds = 15.0
+
+
+class Match(_Model):
+    """Which jobs a `done` rule is for: those sent to one of the `path`s, with `method`."""
+
+    path: Annotated[tuple[Path, ...], BeforeValidator(_listed)]
+    method: Method = "POST"
+
+
+class Poll(Call):
+    """A call repeated `every` so many seconds."""
+
+    every: Seconds = 0.5
+
+
+class Lost(Call):
+    """A call whose answer lists, by the expression `listed`, the ids that are still in work."""
+
+    listed: Expression
+
+
+class Done(_Model):
+    """When a job that is answered at once, and worked on afterwards, is over.
+
+    `id` finds its id in the answer; `poll` is asked until `until` gives true, with `{id}` for the
+    id. Where `lost` is set, a job that is in neither, seen twice, has ended too. `cancel` are the
+    calls that stop it. It counts as over after `timeout` seconds at the latest; by default the
+    consumer's total.
+    """
+
+    match: Match
+    id: Expression
+    poll: Annotated[Poll, BeforeValidator(_bare_path)]
+    until: Expression
+    lost: Lost | None = None
+    cancel: Annotated[tuple[LoadCall, ...], BeforeValidator(_listed)] = ()
+    timeout: Seconds | None = None
+
+    def matches(self, method: str, path: str) -> bool:
+        """Whether the rule is for a job sent to `path` with `method`."""
+        return method == self.match.method and path in self.match.path
 
 
 class Route(_Model):
@@ -263,14 +431,98 @@ class Route(_Model):
     method: Method | None = None
 
 
-def _filled(value: Any, item: str) -> Any:
+def _filled(value: Any, sign: str, with_: str) -> Any:
     if isinstance(value, str):
-        return value.replace("{item}", item)
+        return value.replace(sign, with_)
     if isinstance(value, list):
-        return [_filled(each, item) for each in value]
+        return [_filled(each, sign, with_) for each in value]
     if isinstance(value, dict):
-        return {key: _filled(each, item) for key, each in value.items()}
+        return {key: _filled(each, sign, with_) for key, each in value.items()}
     return value
+
+
+# -- taking memory back --------------------------------------------------------------------------
+
+_RUNGS = ("http", "unit", "container", "signal", "checkpoint")
+_BELONGS = {"scope": "unit", "socket": "container", "start": "signal"}
+
+
+class Rung(_Model):
+    """One way to have a consumer give back the card's memory; `evict` lists them in the order in
+    which they are tried. Exactly one of:
+
+    - `http`: its `unload` call.
+    - `unit`: its systemd unit is stopped (`scope`: the user's or the system's manager).
+    - `container`: its container is stopped, through Docker's or Podman's `socket`.
+    - `signal`: its process group gets the signal, and KILL after `grace` seconds. It is started
+      again with `start`, a program and its arguments, if that is set; else whoever supervises
+      it has to.
+    - `checkpoint`: the driver takes its memory to the host's, and brings it back.
+
+    `grace` in seconds: what the consumer is given to end; for `checkpoint` the longest that each
+    of its steps may take.
+    """
+
+    http: Literal[True] | None = None
+    unit: Annotated[StrictStr, AfterValidator(_unit_name)] | None = None
+    scope: Literal["user", "system"] = "user"
+    container: Annotated[StrictStr, AfterValidator(_container_name)] | None = None
+    socket: Annotated[StrictStr, AfterValidator(_file)] | None = None
+    signal: Literal["TERM", "INT", "QUIT"] | None = None
+    start: Annotated[tuple[StrictStr, ...], AfterValidator(_arguments)] = ()
+    checkpoint: Literal[True] | None = None
+    grace: Seconds = 10.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        chosen = [name for name in _RUNGS if value.get(name) is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"must be http, or have exactly one of {', '.join(_RUNGS[1:])}")
+        for key, rung in _BELONGS.items():
+            if key in value and chosen != [rung]:
+                raise ValueError(f"'{key}' belongs to {rung}")
+        return value
+
+    @property
+    def name(self) -> str:
+        """`http`, `unit`, `container`, `signal` or `checkpoint`."""
+        return next(name for name in _RUNGS if getattr(self, name) is not None)
+
+
+HTTP = Rung(http=True)
+
+_OUT_OF_MEMORY = (
+    r"(CUDA|HIP|GPU|VRAM|device)\b.{0,80}\bout of (device )?memory",
+    r"\bOutOfMemoryError\b",
+    r"out of memory.{0,80}\b(CUDA|HIP|GPU|VRAM|device)\b",
+    r"\b(CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b",
+    r"\bCU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED\b",
+    r"\b(cuda|hip)Malloc\w* failed",
+    r"Allocation on device",
+    r"unable to allocate (CUDA|ROCm|backend) ?\w* ?buffer",
+    r"(not enough|insufficient) (GPU memory|VRAM)\b",
+)
+
+
+class OutOfMemory(_Model):
+    """How a consumer's answer says that the card's memory ran out: one of the statuses, and one
+    of the patterns (regular expressions, whatever the case) in its body. Such a job is run once
+    more, after room was made; `retry: false` only learns from it."""
+
+    status: tuple[Status, ...] = (400, 500, 502, 503, 507)
+    patterns: tuple[Annotated[StrictStr, AfterValidator(_pattern)], ...] = _OUT_OF_MEMORY
+    retry: StrictBool = True
+
+    def said_in(self, body: bytes) -> bool:
+        """Whether the text of an answer says so."""
+        return any(pattern.search(body) for pattern in self._compiled)
+
+    @cached_property
+    def _compiled(self) -> tuple[re.Pattern[bytes], ...]:
+        return tuple(re.compile(each.encode(), re.IGNORECASE) for each in self.patterns)
 
 
 # -- consumers -----------------------------------------------------------------------------------
@@ -286,10 +538,14 @@ class Timeouts(_Model):
     total: Seconds = 600.0
 
 
-_Health = Annotated[Call | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
+_Health = Annotated[Health | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
 _Load = Annotated[LoadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
 _Unload = Annotated[UnloadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
 _Probe = Annotated[Probe | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
+_Settled = Annotated[Settled | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
+_Evict = Annotated[
+    tuple[Annotated[Rung, BeforeValidator(_bare_rung)], ...], BeforeValidator(_listed)
+]
 _OnDisconnect = Annotated[
     Annotated[Literal["native", "none"], Tag("<word>")] | Annotated[LoadCall, Tag("<call>")],
     Discriminator(lambda value: "<call>" if isinstance(value, Mapping | Call) else "<word>"),
@@ -298,23 +554,48 @@ _Route = Annotated[Route, BeforeValidator(_bare_path)]
 
 
 class ConsumerConfig(_Model):
-    """One service that shares the GPU. `vram_resident_mib` is what it needs to be resident;
-    `vram_managed` says that it runs its own LRU and is never evicted; `on_disconnect` whether it
-    aborts when its client goes (`native`), works on (`none`), or has to be told by a call."""
+    """One service that shares the GPU.
+
+    `vram_resident_mib` is what it needs to be resident, `floor_mib` what it keeps after an unload.
+    `vram_managed` says that it runs its own LRU and is never evicted; `pinned` that it is not to
+    be, though it could. `load` is made before a job, if it was unloaded; `warm` only when it is
+    to be loaded without one, for a server that loads with its first job. `evict` are the ways to
+    take its memory back, by default its `unload` call alone. `on_disconnect` says whether it
+    aborts when its client goes (`native`), works on (`none`), or has to be told by a call.
+    `idle_unload`: unloaded after so many seconds without a job. `ready_timeout`: the seconds it
+    may take from being started until its health is good.
+    """
 
     url: Annotated[StrictStr, AfterValidator(_url)]
     preset: StrictStr | None = None
+    model: StrictStr | None = None
     health: _Health = None
     probe: _Probe = None
     paths: dict[Kind, _Route] = Field(default_factory=dict)
     vram_resident_mib: Mib = 0
+    floor_mib: Mib | None = None
     vram_managed: StrictBool = False
+    pinned: StrictBool = False
+    idle_unload: Seconds | None = None
     priority: StrictInt = 0
     can_coexist_with: tuple[StrictStr, ...] = ()
     load: _Load = None
+    warm: _Load = None
     unload: _Unload = None
+    settled: _Settled = None
+    evict: _Evict | None = None
+    done: Done | None = None
+    out_of_memory: OutOfMemory = Field(default=OutOfMemory(), alias="oom")
+    ready_timeout: Seconds = 120.0
     timeouts: Timeouts = Timeouts()
     on_disconnect: _OnDisconnect = "native"
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The ways to take its memory back, in the order in which they are tried."""
+        if self.evict is not None:
+            return self.evict
+        return () if self.unload is None else (HTTP,)
 
     @cached_property
     def base_url(self) -> str:
@@ -365,7 +646,10 @@ class LogConfig(_Model):
 
 class Config(_Model):
     """The broker. Intervals and `drain_timeout` (for a running job at shutdown) in seconds;
-    `allowed_hosts` are names beside the loopback ones that clients on this machine may use."""
+    `eviction` is how victims are chosen: least recently used, or by what their reload costs.
+    `default_resident` are loaded again after `restore_after` seconds of quiet. `state_file` holds
+    what was learned; none: a file in the user's state directory. `allowed_hosts` are names beside
+    the loopback ones that clients on this machine may use."""
 
     listen: Annotated[StrictStr, AfterValidator(_listen)] = "127.0.0.1:8770"
     audio_proxy: StrictStr | None = None
@@ -381,6 +665,10 @@ class Config(_Model):
         default_factory=dict
     )
     auth: AuthConfig = AuthConfig()
+    eviction: Literal["lru", "cost"] = "lru"
+    default_resident: tuple[StrictStr, ...] = ()
+    restore_after: Seconds = 60.0
+    state_file: StrictStr | None = None
     allowed_hosts: tuple[Annotated[StrictStr, AfterValidator(_host)], ...] = ()
     log: LogConfig = LogConfig()
 

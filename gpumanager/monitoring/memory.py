@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.model import MemoryReading
+from gpumanager.model import GpuProcess, Holdings, MemoryReading
 
 MIB = 1024 * 1024
 FIRST_BACKOFF_S = 1.0
@@ -70,7 +71,23 @@ class NvmlCard:
             name=name.decode() if isinstance(name, bytes) else name,
             utilization_percent=None if rates is None else rates.gpu,
             fault="; ".join(faults) or None,
+            processes=self._processes(faults),
         )
+
+    def _processes(self, faults: list[str]) -> tuple[GpuProcess, ...] | None:
+        """Every process with its MiB; None where the platform does not tell all of them."""
+        nvml = self._nvml
+        compute = self._optional(faults, "processes", nvml.nvmlDeviceGetComputeRunningProcesses)
+        if compute is None:
+            return None
+        graphics = self._optional(faults, "processes", nvml.nvmlDeviceGetGraphicsRunningProcesses)
+        figures: dict[int, set[int]] = {}
+        for row in [*compute, *(graphics or ())]:
+            if row.usedGpuMemory is None:
+                return None  # WDDM, WSL2, MIG
+            figures.setdefault(row.pid, set()).add(row.usedGpuMemory)
+        # Both lists count, but a process that is in both with the same figure is told of twice.
+        return tuple(GpuProcess(pid, sum(found) // MIB) for pid, found in sorted(figures.items()))
 
     def close(self) -> None:
         nvml, self._nvml, self._handle = self._nvml, None, None
@@ -108,23 +125,38 @@ class SimulatedMemory:
         from gpumanager.simulation.card import CardLost, SimulatedCard
 
         try:
-            memory = SimulatedCard(self._path).memory()
+            memory, held = SimulatedCard(self._path).view()
         except CardLost as error:
             raise GpuUnavailable(f"simulated card: {error}") from error
         return MemoryReading(
-            memory.total_mib, memory.used_mib, memory.free_mib, name="simulated card"
+            memory.total_mib,
+            memory.used_mib,
+            memory.free_mib,
+            name="simulated card",
+            processes=None
+            if held is None
+            else tuple(GpuProcess(pid, mib) for pid, mib in sorted(held.items())),
         )
 
     def close(self) -> None:
         pass
 
 
-class GpuMemory:
-    """Reads the card for everybody: safe from any thread, with back-off while it is away."""
+class Attributes(Protocol):
+    """Says who holds what. Called from one thread at a time; never raises."""
 
-    def __init__(self, card: Card, clock: Clock) -> None:
+    def attribute(self, reading: MemoryReading) -> Holdings:
+        """The holdings behind a reading."""
+
+
+class GpuMemory:
+    """Reads the card for everybody: safe from any thread, with back-off while it is away.
+    Without `attributor` its readings do not say who holds what."""
+
+    def __init__(self, card: Card, clock: Clock, attributor: Attributes | None = None) -> None:
         self._card = card
         self._clock = clock
+        self._attributor = attributor
         self._lock = threading.Lock()
         self._backoff_s = 0.0
         self._retry_at = 0.0
@@ -146,7 +178,9 @@ class GpuMemory:
                 self._reason = str(error)
                 raise
             self._backoff_s = 0.0
-            return reading
+            if self._attributor is None:
+                return reading
+            return replace(reading, holdings=self._attributor.attribute(reading))
 
     def measure(self) -> MemoryReading | None:
         """A fresh reading, or None where the card cannot be measured."""

@@ -46,6 +46,9 @@ class Prober:
             )
             if changed:
                 log.info("consumer healthy", extra={"consumer": self._name})
+            if report.on_cpu and report.on_cpu != before.on_cpu:
+                models = ", ".join(report.on_cpu)
+                log.warning("partly on the CPU", extra={"consumer": self._name, "models": models})
         return self._interval
 
     def _failed(self, error: BrokerError, *, was_busy: bool) -> None:

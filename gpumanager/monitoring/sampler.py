@@ -6,21 +6,33 @@ import logging
 from dataclasses import replace
 
 from gpumanager.clock import Clock
-from gpumanager.model import GpuState
+from gpumanager.learning import Learned
+from gpumanager.model import CONTEXT_MIB, GpuState, MemoryReading
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.registry import Registry
 
 log = logging.getLogger(__name__)
 
 
+BUSY_INTERVAL_S = 0.5
+"""While a job runs its consumer's peak is looked for, so samples are taken at least so often."""
+
+
 class Sampler:
     """`sample` is the body of a periodic worker; `interval` in seconds."""
 
     def __init__(
-        self, memory: GpuMemory, registry: Registry, clock: Clock, *, interval: float
+        self,
+        memory: GpuMemory,
+        registry: Registry,
+        learned: Learned,
+        clock: Clock,
+        *,
+        interval: float,
     ) -> None:
         self._memory = memory
         self._registry = registry
+        self._learned = learned
         self._clock = clock
         self._interval = interval
 
@@ -34,10 +46,25 @@ class Sampler:
             after = replace(before, reading=None, err=str(error))
         else:
             after = GpuState(reading, self._clock.monotonic(), reading.fault or "")
+            self._learn(reading)
         self._registry.set_gpu(after)
         if after.err != before.err:
             if after.err:
                 log.warning("gpu unavailable", extra={"reason": after.err})
             else:
                 log.info("gpu available")
+        if any(state.active for state in self._registry.snapshot().values()):
+            return min(self._interval, BUSY_INTERVAL_S)
         return self._interval
+
+    def _learn(self, reading: MemoryReading) -> None:
+        """What loaded consumers hold is a lower bound of what they need; and one that could not
+        release its memory, but holds hardly any now, may be asked again."""
+        for name, state in self._registry.snapshot().items():
+            mib = reading.measured_mib(name)
+            if mib is None:
+                continue
+            if state.loaded and mib:
+                self._learned.held(name, mib)
+            if state.quarantine and mib <= CONTEXT_MIB:
+                self._registry.quarantine(name, "")

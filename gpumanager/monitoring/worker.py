@@ -24,6 +24,7 @@ class PeriodicWorker:
         self._body = body
         self._retry_s = retry_s
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._started = False
@@ -34,9 +35,14 @@ class PeriodicWorker:
                 self._started = True
                 self._thread.start()
 
+    def wake(self) -> None:
+        """Have the next call come now."""
+        self._wake.set()
+
     def stop(self) -> None:
         """Ask it to end; `join` waits for it."""
         self._stop.set()
+        self._wake.set()
 
     def join(self, timeout: float = JOIN_TIMEOUT_S) -> bool:
         """True once it has ended (or never began); False after `timeout` seconds."""
@@ -53,4 +59,5 @@ class PeriodicWorker:
             except Exception:
                 log.exception("worker failed", extra={"worker": self._thread.name})
                 delay = self._retry_s
-            self._stop.wait(min(delay, threading.TIMEOUT_MAX))
+            self._wake.wait(min(delay, threading.TIMEOUT_MAX))
+            self._wake.clear()

@@ -26,6 +26,9 @@ class MakesRoom(Protocol):
     def make_room(self, ticket: Ticket) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
 
+    def relieve(self, ticket: Ticket) -> bool:
+        """Unload all others that may go; True if that gave something back."""
+
 
 class Evicting:
     """A Scheduler whose tickets are ready only once their consumer has room.
@@ -50,6 +53,9 @@ class Evicting:
 
     def line(self) -> tuple[LineEntry, ...]:
         return self._inner.line()
+
+    def wait_estimate(self) -> float:
+        return self._inner.wait_estimate()
 
     def stats(self) -> Stats:
         return replace(self._inner.stats(), evictions=self._room.evictions)
@@ -90,6 +96,8 @@ class EvictingTicket:
 
     def wait(self) -> None:
         self._inner.wait()
+        if not self.job.makes_room:
+            return
         began = self._clock.monotonic()
         try:
             self._room.make_room(self)
@@ -98,6 +106,9 @@ class EvictingTicket:
 
     def pause(self, seconds: float) -> None:
         self._inner.pause(seconds)
+
+    def relieve(self) -> bool:
+        return self._room.relieve(self)
 
     def cancel(self, error: BrokerError) -> bool:
         return self._inner.cancel(error)

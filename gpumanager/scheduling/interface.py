@@ -7,9 +7,11 @@ several, in this process or with others. A caller takes a ticket, waits for it, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError
+from gpumanager.ledger import Balance
 from gpumanager.model import Job, LineEntry, Stats
 
 
@@ -51,6 +53,11 @@ class Ticket(Protocol):
         """Have `action` called with the error of a `cancel` that comes while the job runs; at
         once, if it came already. It runs on the cancelling thread, outside any lock."""
 
+    def relieve(self) -> bool:
+        """For a running job whose consumer ran out of memory: unload all others that may go.
+        True if that gave something back, so that the job may be tried again. Raises as `wait`
+        does; False where the scheduler does not evict."""
+
     def close(self) -> None:
         """Leave the line, or give the GPU back. Idempotent, never raises."""
 
@@ -71,6 +78,9 @@ class Scheduler(Protocol):
     def line(self) -> tuple[LineEntry, ...]:
         """Who runs and who waits, in the order of the tickets, as of one instant."""
 
+    def wait_estimate(self) -> float:
+        """Seconds until a job that came now is expected to be granted."""
+
     def stats(self) -> Stats:
         """The counters, as of one instant."""
 
@@ -79,3 +89,66 @@ class Scheduler(Protocol):
 
     def wait_idle(self, timeout: float) -> bool:
         """True as soon as nothing runs; False after `timeout` seconds."""
+
+
+Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What became of an unload. `mib` is the victim's own drop, `expected_mib` what it was taken
+    to give back, `residue_mib` what it still holds, None where that cannot be told; `thief` says
+    who took what it gave. `unverified`: the card cannot be measured; `gone`: its process had
+    ended already."""
+
+    outcome: Outcome
+    mib: int = 0
+    expected_mib: int = 0
+    residue_mib: int | None = None
+    thief: str = ""
+    seconds: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """The victim gave back what it was expected to."""
+        return self.outcome in ("released", "stolen")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVictim:
+    """A consumer that would be unloaded, and the MiB that gives back. `last_used` is monotonic
+    seconds, None if it had no job yet; `reload_s` how long it takes to load again."""
+
+    name: str
+    mib: int
+    last_used: float | None
+    reload_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What would happen if a job of `consumer` had its turn now. `fits`: without unloading
+    anybody; else the `victims` would go, in their order, and if there are none, it is `short_mib`
+    that even unloading all that may go could not give."""
+
+    consumer: str
+    fits: bool
+    victims: tuple[PlannedVictim, ...]
+    short_mib: int
+    needed_mib: int
+    held_mib: int
+    balance: Balance
+    must_load: bool
+
+
+class Moves(Protocol):
+    """Changes who is resident, for the holder of a ticket. Raises BrokerError."""
+
+    def unload(self, name: str, ticket: Ticket) -> Release:
+        """Unload a consumer, whoever it is."""
+
+    def load(self, name: str, ticket: Ticket) -> None:
+        """Load a consumer, where making room for it has not done so already."""
+
+    def preview(self, target: str) -> Preview:
+        """What making room for a consumer would do now. For anybody; acts on nothing."""

@@ -88,6 +88,10 @@ class Line:
             ]
             return (*running, *waiting)
 
+    def wait_estimate(self) -> float:
+        with self._lock:
+            return self._estimates_locked()[-1]
+
     def stats(self) -> Stats:
         with self._lock:
             oldest = next(iter(self._waiting.values()), None)
@@ -143,7 +147,8 @@ class Line:
         else:
             held = now - self._running.pop(number).since
             self._last_run_s = held
-            self._holds.learn(ticket.job.consumer, held)
+            if ticket.job.makes_room:
+                self._holds.learn(ticket.job.consumer, held)
             if not self._running:
                 self._idle.notify_all()
         self._grant_locked()
@@ -220,6 +225,9 @@ class LineTicket:
             self._turn.wait_for(lambda: self._error is not None, seconds)
             if self._error is not None:
                 raise self._error
+
+    def relieve(self) -> bool:
+        return False
 
     def cancel(self, error: BrokerError) -> bool:
         line = self._line

@@ -8,43 +8,39 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.errors import BrokerError, ConsumerUnreachable, InsufficientVram
-from gpumanager.ledger import Balance, balance
+from gpumanager.errors import BrokerError, ConsumerTimeout, InsufficientVram, NoConsumer
+from gpumanager.learning import Learned
+from gpumanager.ledger import Balance, Held, balance, held
 from gpumanager.model import ConsumerState, MemoryReading
 from gpumanager.registry import Registry
-from gpumanager.scheduling.interface import Ticket
-from gpumanager.scheduling.victims import Demand, Plan, Resident, plan_eviction
+from gpumanager.scheduling.evictor import FIRST_POLL_S, Controls, Evictor, Parks
+from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
+from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
 log = logging.getLogger(__name__)
-
-RELEASE_TIMEOUT_S = 10.0
-"""Longest wait for unloaded memory to show as free. Drivers took up to 5 s for it in the field."""
 
 FIRST_PROBES_S = 4.0
 """After the start, the longest wait for the first probes: a little more than one may take."""
 
-FIRST_POLL_S = 0.01
-LONGEST_POLL_S = 0.1
-"""The card is looked at often at first, for releases that are nearly at once, then less so."""
-
-RELEASE_SHARE = 0.9
-"""A victim's memory counts as back once this share of its figure is: declared figures are rough,
-and an in-process unload keeps the CUDA context."""
+READY_POLL_S = 0.25
+RELOAD_S = 5.0
+"""Taken for the time to load a consumer that was never seen to load."""
 
 
-class Controls(Protocol):
-    """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The card and the consumers as of one moment, and what follows from them for a target."""
 
-    def load(self, name: str) -> None:
-        """Have the consumer load its model; returns when it says so."""
-
-    def unload(self, name: str) -> None:
-        """Have the consumer drop its model; returns when it says so, which is not yet proof."""
+    target: str
+    plan: Plan
+    needed_mib: int
+    held_mib: int
+    balance: Balance
 
 
 class RoomMaker:
@@ -58,17 +54,22 @@ class RoomMaker:
         self,
         config: Config,
         registry: Registry,
+        learned: Learned,
         controls: Controls,
+        parks: Parks,
         measure: Callable[[], MemoryReading | None],
         admit: Callable[[str], None],
         clock: Clock,
     ) -> None:
         self._config = config
         self._registry = registry
+        self._learned = learned
         self._controls = controls
+        self._parks = parks
         self._measure = measure
         self._admit = admit
         self._clock = clock
+        self._evictor = Evictor(config, registry, learned, controls, parks, measure, clock)
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
@@ -76,6 +77,8 @@ class RoomMaker:
     @property
     def evictions(self) -> int:
         return self._evictions
+
+    # -- for the holder of the GPU ---------------------------------------------------------
 
     def make_room(self, ticket: Ticket) -> None:
         """Have the ticket's consumer fit and be loaded.
@@ -91,17 +94,80 @@ class RoomMaker:
         self._admit(target)
         tried: set[str] = set()
         while True:
-            plan = self._plan(target, tried)
-            if plan.fits:
+            now = self._look(target, tried)
+            if now.plan.fits:
                 break
-            if not plan.victims:
-                raise self._insufficient(target, plan)
-            victim = plan.victims[0]
+            if not now.plan.victims:
+                raise self._insufficient(now)
+            victim = now.plan.victims[0]
             tried.add(victim.name)
-            self._evict(victim, target, ticket)
+            last = len(now.plan.victims) == 1
+            fits = (lambda: self._look(target).plan.fits) if last else None
+            release = self._evict(victim, ticket, fits)
+            if release is not None and release.outcome == "leaked":
+                self._refuse_if_short(target, victim.name)
             ticket.pause(0)
+        self._bring_back(target, ticket)
         self._load(target)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
+
+    def relieve(self, ticket: Ticket) -> bool:
+        """Unload all others that may go, for a job that ran out of memory; True if that gave
+        anything back. Raises the error the ticket was cancelled with."""
+        target = ticket.job.consumer
+        states, reading = self._registry.snapshot(), self._measure()
+        released = 0
+        for other in candidates(self._residents(states, reading, set())):
+            if other.name != target:
+                release = self._evict(other, ticket)
+                if release is not None and release.outcome == "unverified":
+                    released += release.expected_mib
+                elif release is not None:
+                    released += release.mib
+        return released > 0
+
+    def unload(self, name: str, ticket: Ticket) -> Release:
+        """Unload one consumer, whoever it is. Raises NoConsumer if there is no way to, and
+        InsufficientVram, with the reasons in the log, if none of its ways worked."""
+        consumer = self._config.consumers[name]
+        if not consumer.rungs:
+            raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
+        self._registry.quarantine(name, "")
+        resident = self._resident(name, self._registry.get(name), self._measure(), set())
+        release = self._evict(resident, ticket)
+        if release is None:
+            raise InsufficientVram(f"{name} could not be unloaded", consumer=name)
+        return release
+
+    def load(self, name: str, ticket: Ticket) -> None:
+        """Have a consumer loaded as its next job would, once `make_room` has been: with its
+        `warm` call, where it has no `load`."""
+        if self._config.consumers[name].warm is None or self._registry.get(name).loaded:
+            return
+        self._timed_load(name, self._controls.warm)
+        ticket.pause(0)
+
+    # -- for anybody -----------------------------------------------------------------------
+
+    def preview(self, target: str) -> Preview:
+        """What making room for `target` would do now. Acts on nothing."""
+        now, state = self._look(target), self._registry.get(target)
+        lazy = self._config.consumers[target].load is None
+        return Preview(
+            consumer=target,
+            fits=now.plan.fits,
+            victims=tuple(
+                PlannedVictim(each.name, each.yield_mib, each.last_used, each.reload_s)
+                for each in now.plan.victims
+            ),
+            short_mib=now.plan.short_mib,
+            needed_mib=now.needed_mib,
+            held_mib=now.held_mib,
+            balance=now.balance,
+            must_load=state.parked is not None or not (lazy or state.loaded),
+        )
+
+    # -- inside ----------------------------------------------------------------------------
 
     def _await_first_probes(self, ticket: Ticket) -> None:
         """Just after the start nothing is known yet of what is loaded, and what is assumed may
@@ -113,122 +179,180 @@ class RoomMaker:
             if (consumer.health is not None or consumer.probe is not None)
             and (consumer is target or (target.vram_resident_mib and consumer.vram_resident_mib))
         ]
+
+        def unknown(state: ConsumerState) -> bool:
+            return state.healthy is None and state.parked is None
+
         while self._clock.monotonic() < self._probes_due and any(
-            self._registry.get(name).healthy is None for name in matter
+            unknown(self._registry.get(name)) for name in matter
         ):
             ticket.pause(FIRST_POLL_S)
 
-    def _plan(self, target: str, tried: set[str]) -> Plan:
-        states = self._registry.snapshot()
-        now = self._balance(states)
-        if now.source == "unknown":
-            return Plan(fits=True)
+    def _look(self, target: str, tried: Set[str] = frozenset()) -> _Look:
+        states, reading = self._registry.snapshot(), self._measure()
         consumer = self._config.consumers[target]
-        demand = Demand(
-            target,
-            needed_mib=consumer.vram_resident_mib,
-            held_mib=states[target].credited_mib(consumer.vram_resident_mib),
-            coexists_with=frozenset(consumer.can_coexist_with),
-        )
-        residents = [
-            _resident(name, consumer, states[name], tried)
-            for name, consumer in self._config.consumers.items()
-        ]
-        return plan_eviction(demand, residents, now.free_mib - self._config.gpu.reserved_mib)
+        now = self._balance(states, reading)
+        own = held(target, states[target], consumer.vram_resident_mib, reading)
+        needed = self._needed(target, now)
+        if now.source == "unknown":
+            plan = Plan(fits=True)
+        else:
+            demand = Demand(target, needed, own.surely_mib, frozenset(consumer.can_coexist_with))
+            available = now.free_mib - self._config.gpu.reserved_mib
+            plan = plan_eviction(
+                demand,
+                self._residents(states, reading, tried),
+                available,
+                order=self._config.eviction,
+                now=self._clock.monotonic(),
+            )
+        return _Look(target, plan, needed, own.surely_mib, now)
 
-    def _balance(self, states: Mapping[str, ConsumerState]) -> Balance:
-        return balance(self._measure(), self._config.gpu.total_mib, self._held(states).values())
+    def _needed(self, name: str, now: Balance) -> int:
+        most = now.total_mib - self._config.gpu.reserved_mib if now.total_mib else None
+        return self._learned.needed_mib(name, self._config.consumers[name].vram_resident_mib, most)
 
-    def _held(self, states: Mapping[str, ConsumerState]) -> dict[str, int]:
+    def _balance(
+        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
+    ) -> Balance:
+        mib = [each.mib for each in self._held(states, reading).values()]
+        return balance(reading, self._config.gpu.total_mib, mib)
+
+    def _held(
+        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
+    ) -> dict[str, Held]:
         return {
-            name: states[name].held_mib(consumer.vram_resident_mib)
+            name: held(name, states[name], consumer.vram_resident_mib, reading)
             for name, consumer in self._config.consumers.items()
         }
 
-    def _evict(self, victim: Resident, target: str, ticket: Ticket) -> None:
-        before = self._measure()
-        began = self._clock.monotonic()
-        try:
-            with self._registry.busy(victim.name):
-                self._controls.unload(victim.name)
-        except BrokerError as error:
-            log.warning(
-                "eviction failed",
-                extra={"consumer": victim.name, "target": target, "reason": error.message},
-            )
-            if isinstance(error, ConsumerUnreachable) and error.nothing_listens:
-                self._registry.set_loaded(victim.name, False)  # its process took the memory along
-            return
-        self._registry.set_loaded(victim.name, False)
-        with self._lock:
-            self._evictions += 1
-        released = before is None or self._await_release(before, victim, target, ticket)
-        log.info(
-            "evicted",
-            extra={
-                "consumer": victim.name,
-                "target": target,
-                "mib": victim.held_mib,
-                "released": released,
-                "ms": round((self._clock.monotonic() - began) * 1000),
-            },
+    def _residents(
+        self,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        tried: Set[str],
+    ) -> list[Resident]:
+        return [
+            self._resident(name, states[name], reading, tried) for name in self._config.consumers
+        ]
+
+    def _resident(
+        self, name: str, state: ConsumerState, reading: MemoryReading | None, tried: Set[str]
+    ) -> Resident:
+        consumer = self._config.consumers[name]
+        figures = self._learned.figures(name)
+        return Resident(
+            name=name,
+            loaded=state.loaded,
+            held_mib=held(name, state, consumer.vram_resident_mib, reading).mib,
+            last_used=state.last_used,
+            priority=consumer.priority,
+            evictable=_evictable(consumer, state) and name not in tried,
+            floor_mib=_floor(consumer, figures.residue_mib),
+            reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
         )
 
-    def _await_release(
-        self, before: MemoryReading, victim: Resident, target: str, ticket: Ticket
-    ) -> bool:
-        """True once the card shows the victim's memory back, or the target fits already."""
-        deadline = self._clock.monotonic() + RELEASE_TIMEOUT_S
-        delay = FIRST_POLL_S
-        while self._clock.monotonic() < deadline:
-            reading = self._measure()
-            if reading is None:
-                return True  # the card is gone from view: from here on the ledger decides
-            if reading.free_mib - before.free_mib >= RELEASE_SHARE * victim.held_mib:
-                return True
-            if self._plan(target, set()).fits:
-                return True
-            ticket.pause(delay)
-            delay = min(LONGEST_POLL_S, 2 * delay)
-        return False
+    def _evict(
+        self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
+    ) -> Release | None:
+        release = self._evictor.evict(victim.name, victim.held_mib, victim.floor_mib, ticket, fits)
+        if release is not None and release.outcome not in ("leaked", "gone"):
+            with self._lock:
+                self._evictions += 1
+        return release
+
+    def _refuse_if_short(self, target: str, leaker: str) -> None:
+        """One that does not give back what it holds is no reason to unload somebody else."""
+        now = self._look(target)
+        if not now.plan.fits:
+            raise self._insufficient(now, f"{leaker} was unloaded, but gave nothing back; ")
+
+    def _bring_back(self, target: str, ticket: Ticket) -> None:
+        """Start the target again, if the broker has stopped it, and wait until it is ready."""
+        parked = self._registry.get(target).parked
+        if parked is None:
+            return
+        began = self._clock.monotonic()
+        with self._registry.busy(target):
+            if not self._parks.bring_back(target, parked):
+                self._await_ready(target, ticket)
+        self._registry.unpark(target, resumed=parked.rung == "checkpoint")
+        self._note_load(target, "brought back", began)
+
+    def _await_ready(self, target: str, ticket: Ticket) -> None:
+        limit = self._config.consumers[target].ready_timeout
+        deadline = self._clock.monotonic() + limit
+        while True:
+            try:
+                self._controls.probe(target)
+            except BrokerError as error:
+                if self._clock.monotonic() >= deadline:
+                    raise ConsumerTimeout(
+                        f"{target} was started, but not ready within {limit:g} s: {error.message}",
+                        consumer=target,
+                    ) from error
+                ticket.pause(READY_POLL_S)
+            else:
+                return
 
     def _load(self, target: str) -> None:
         if self._config.consumers[target].load is None or self._registry.get(target).loaded:
             return
+        self._timed_load(target, self._controls.load)
+
+    def _timed_load(self, target: str, call: Callable[[str], None]) -> None:
         began = self._clock.monotonic()
         with self._registry.busy(target):
-            self._controls.load(target)
+            call(target)
         self._registry.set_loaded(target, True)
-        ms = round((self._clock.monotonic() - began) * 1000)
-        log.info("loaded", extra={"consumer": target, "ms": ms})
+        self._note_load(target, "loaded", began)
 
-    def _insufficient(self, target: str, plan: Plan) -> InsufficientVram:
-        states = self._registry.snapshot()
-        held = {name: mib for name, mib in self._held(states).items() if mib and name != target}
-        now = self._balance(states)
-        holders = [f"{name} {mib} MiB" for name, mib in sorted(held.items())]
-        own = states[target].held_mib(self._config.consumers[target].vram_resident_mib)
-        foreign = now.used_mib - sum(held.values()) - own
-        if foreign > 0:
-            holders.append(f"others {foreign} MiB")
+    def _note_load(self, target: str, event: str, began: float) -> None:
+        seconds = self._clock.monotonic() - began
+        self._learned.loaded(target, seconds)
+        log.info(event, extra={"consumer": target, "ms": round(seconds * 1000)})
+
+    def _insufficient(self, now: _Look, why: str = "") -> InsufficientVram:
+        target = now.target
         return InsufficientVram(
-            f"{target} needs {self._config.consumers[target].vram_resident_mib} MiB and is "
-            f"{plan.short_mib} MiB short: {now.free_mib} of {now.total_mib} MiB are free, "
+            f"{why}{target} needs {now.needed_mib} MiB and is "
+            f"{now.plan.short_mib or _short(now, self._config.gpu.reserved_mib)} MiB short: "
+            f"{now.balance.free_mib} of {now.balance.total_mib} MiB are free, "
             f"{self._config.gpu.reserved_mib} of them reserved; "
-            f"held by {', '.join(holders) or 'nobody'}",
+            f"held by {', '.join(self._holders(target)) or 'nobody'}",
             consumer=target,
             retry_after=self._config.health_interval,
         )
 
+    def _holders(self, target: str) -> list[str]:
+        """Who holds the memory, for a person to read: consumers, then the largest of the others."""
+        states, reading = self._registry.snapshot(), self._measure()
+        figures = self._held(states, reading)
+        named = {name: each.mib for name, each in figures.items() if each.mib}
+        listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name != target]
+        others = self._balance(states, reading).used_mib - sum(named.values())
+        holdings = None if reading is None else reading.holdings
+        for process in () if holdings is None else holdings.foreign:
+            listed.append(f"{process.name or 'process'} (pid {process.pid}) {process.mib} MiB")
+            others -= process.mib
+        if others > 0:
+            listed.append(f"others {others} MiB")
+        return listed
 
-def _resident(
-    name: str, consumer: ConsumerConfig, state: ConsumerState, tried: set[str]
-) -> Resident:
-    return Resident(
-        name=name,
-        loaded=state.loaded,
-        held_mib=state.held_mib(consumer.vram_resident_mib),
-        last_used=state.last_used,
-        priority=consumer.priority,
-        evictable=consumer.unload is not None and not consumer.vram_managed and name not in tried,
+
+def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:
+    return (
+        bool(consumer.rungs)
+        and not consumer.vram_managed
+        and not consumer.pinned
+        and not state.quarantine
     )
+
+
+def _floor(consumer: ConsumerConfig, residue_mib: int | None) -> int:
+    """What it keeps after an unload: as declared, else as was seen."""
+    return (residue_mib or 0) if consumer.floor_mib is None else consumer.floor_mib
+
+
+def _short(now: _Look, reserved_mib: int) -> int:
+    return now.needed_mib - now.held_mib - (now.balance.free_mib - reserved_mib)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpumanager.model import CONTEXT_MIB
+
+REUSE_S = 60.0
+"""After so long without a job, a consumer is half as likely to be wanted soon."""
+
+Order = Literal["lru", "cost"]
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
     """A consumer as the choice of victims sees it.
 
-    `held_mib` is what it is taken to hold now; `last_used` the monotonic time of its last real
-    job, None if it had none; `evictable` is False where it manages its own memory, or has no
-    unload call, or its unload was tried just now to no avail.
+    `held_mib` is what it is taken to hold now, `floor_mib` what it keeps after an unload;
+    `last_used` the monotonic time of its last real job, None if it had none; `reload_s` how long
+    it takes to load again; `evictable` is False where it manages its own memory, is pinned, has
+    no way to be unloaded, or one that was tried just now to no avail.
     """
 
     name: str
@@ -21,6 +30,13 @@ class Resident:
     last_used: float | None = None
     priority: int = 0
     evictable: bool = True
+    floor_mib: int = 0
+    reload_s: float = 0.0
+
+    @property
+    def yield_mib(self) -> int:
+        """MiB that unloading it gives back; never negative."""
+        return max(0, self.held_mib - self.floor_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,39 +65,67 @@ class Plan:
     short_mib: int = 0
 
 
-def plan_eviction(demand: Demand, residents: Iterable[Resident], available_mib: int) -> Plan:
+def plan_eviction(
+    demand: Demand,
+    residents: Iterable[Resident],
+    available_mib: int,
+    *,
+    order: Order = "lru",
+    now: float = 0.0,
+) -> Plan:
     """Choose victims so that `demand` fits into `available_mib` (free less the reserve).
 
-    Victims are loaded consumers that are neither the target nor in its `coexists_with`, least
-    recently used first; never used goes before all, a lower priority breaks ties, then the
-    name. Only as many are named as their figures say are needed.
+    Victims are those of `candidates` that are neither the target nor in its `coexists_with`.
+    `lru`: least recently used first; never used goes before all, a lower priority breaks ties,
+    then the name. `cost`: by the seconds that reloading would cost, times the chance that it is
+    wanted soon, for each MiB given back; the cheapest first. Only as many are named as their
+    figures say are needed.
     """
     missing = demand.missing_mib - available_mib
     if demand.missing_mib == 0 or missing <= 0:
         return Plan(fits=True)
-    candidates = sorted(
-        (
-            resident
-            for resident in residents
-            if resident.loaded
-            and resident.evictable
-            and resident.held_mib > 0
-            and resident.name != demand.name
-            and resident.name not in demand.coexists_with
-        ),
-        key=_least_recently_used_first,
-    )
+    may_go = [
+        resident
+        for resident in candidates(residents)
+        if resident.name != demand.name and resident.name not in demand.coexists_with
+    ]
     chosen: list[Resident] = []
-    for candidate in candidates:
+    for candidate in sorted(may_go, key=_order(order, now)):
         if missing <= 0:
             break
         chosen.append(candidate)
-        missing -= candidate.held_mib
+        missing -= candidate.yield_mib
     if missing > 0:
         return Plan(fits=False, short_mib=missing)
     return Plan(fits=False, victims=tuple(chosen))
 
 
+def candidates(residents: Iterable[Resident]) -> list[Resident]:
+    """Those that could be unloaded, and would give something back: more than a bare process
+    holds, if they say that they have nothing loaded."""
+    return [
+        resident
+        for resident in residents
+        if resident.evictable
+        and resident.yield_mib > 0
+        and (resident.loaded or resident.yield_mib > CONTEXT_MIB)
+    ]
+
+
+def _order(order: Order, now: float) -> Callable[[Resident], Any]:
+    if order == "lru":
+        return _least_recently_used_first
+    return lambda resident: (_cost(resident, now), *_least_recently_used_first(resident))
+
+
 def _least_recently_used_first(resident: Resident) -> tuple[bool, float, int, str]:
     used = resident.last_used is not None
     return used, resident.last_used or 0.0, resident.priority, resident.name
+
+
+def _cost(resident: Resident, now: float) -> float:
+    """Expected seconds of reloading for each MiB given back."""
+    if resident.last_used is None:
+        return 0.0
+    chance = REUSE_S / (REUSE_S + max(0.0, now - resident.last_used))
+    return resident.reload_s * chance / resident.yield_mib

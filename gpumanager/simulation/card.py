@@ -10,9 +10,9 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 LOCK_TIMEOUT_S = 5.0
@@ -43,11 +43,12 @@ class CardMemory:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds how much of the card."""
+    """Who holds how much of the card. `leaked`: it was freed, but did not come back."""
 
     owner: str
     pid: int
     mib: int
+    leaked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,13 @@ class _Block:
     pid: int
     born: int
     mib: int
+    leaked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Releasing:
+    pid: int
+    born: int
     mib: int
     until: float
 
@@ -68,6 +72,8 @@ class _Releasing:
 class _State:
     total_mib: int
     release_lag_s: float
+    per_process: bool = True
+    leaks: dict[str, float] = field(default_factory=dict)
     blocks: tuple[_Block, ...] = ()
     releasing: tuple[_Releasing, ...] = ()
 
@@ -108,6 +114,29 @@ class SimulatedCard:
             card._write(_State(total_mib, release_lag_s))
         return card
 
+    def misbehave(
+        self,
+        *,
+        release_lag_s: float | None = None,
+        leaks: Mapping[str, float] | None = None,
+        per_process: bool | None = None,
+    ) -> None:
+        """Change how the card behaves from now on; what is None stays.
+
+        `leaks` gives, by owner, the share (0 to 1) of what it frees that stays taken until its
+        process ends; with `per_process` False nobody can tell which process holds what, as on
+        WSL2 or in a container without the host's processes.
+        """
+        with self._locked():
+            state = self._read()
+            if release_lag_s is not None:
+                state = replace(state, release_lag_s=release_lag_s)
+            if leaks is not None:
+                state = replace(state, leaks=dict(leaks))
+            if per_process is not None:
+                state = replace(state, per_process=per_process)
+            self._write(state)
+
     def allocate(self, owner: str, mib: int) -> None:
         """Take `mib` for `owner` in this process, beside what it has. Raises OutOfMemory."""
         if mib <= 0:
@@ -125,20 +154,29 @@ class SimulatedCard:
             self._write(replace(state, blocks=(*state.blocks, block)))
 
     def free(self, owner: str) -> int:
-        """Give back all that `owner` holds in this process; returns the MiB."""
+        """Give back all that `owner` holds in this process; returns the MiB, less what leaks."""
         pid = os.getpid()
         with self._locked():
             state = self._read()
-            freed = [each for each in state.blocks if (each.owner, each.pid) == (owner, pid)]
-            mib = sum(block.mib for block in freed)
-            if not mib:
+            freed = [
+                each
+                for each in state.blocks
+                if (each.owner, each.pid) == (owner, pid) and not each.leaked
+            ]
+            held = sum(block.mib for block in freed)
+            if not held:
                 return 0
-            releasing = state.releasing
-            if state.release_lag_s:
-                releasing += (_Releasing(mib, self._monotonic() + state.release_lag_s),)
-            kept = tuple(block for block in state.blocks if block not in freed)
-            self._write(replace(state, blocks=kept, releasing=releasing))
-        return mib
+            born = freed[0].born
+            lost = round(held * state.leaks.get(owner, 0.0))
+            kept = [block for block in state.blocks if block not in freed]
+            if lost:
+                kept.append(_Block(owner, pid, born, lost, leaked=True))
+            releasing = list(state.releasing)
+            if state.release_lag_s and held > lost:
+                until = self._monotonic() + state.release_lag_s
+                releasing.append(_Releasing(pid, born, held - lost, until))
+            self._write(replace(state, blocks=tuple(kept), releasing=tuple(releasing)))
+        return held - lost
 
     def memory(self) -> CardMemory:
         """The memory as it is now."""
@@ -146,27 +184,56 @@ class SimulatedCard:
 
     def holders(self) -> tuple[Holder, ...]:
         """Who holds memory now, a row for each allocation, oldest first."""
-        return tuple(Holder(block.owner, block.pid, block.mib) for block in self._read().blocks)
+        return tuple(
+            Holder(block.owner, block.pid, block.mib, block.leaked) for block in self._read().blocks
+        )
+
+    def view(self) -> tuple[CardMemory, dict[int, int] | None]:
+        """The memory, and the MiB of each process by pid, as of one moment; None for the latter
+        where the card does not tell."""
+        state = self._read()
+        if not state.per_process:
+            return state.memory(), None
+        held: dict[int, int] = {}
+        shares = [(each.pid, each.mib) for each in state.blocks]
+        shares += [(each.pid, each.mib) for each in state.releasing]
+        for pid, mib in shares:
+            held[pid] = held.get(pid, 0) + mib
+        return state.memory(), held
 
     def _read(self) -> _State:
         """The state, without what ended since it was written."""
         try:
             raw = json.loads(self.path.read_bytes())
             blocks = [
-                _Block(str(each["owner"]), int(each["pid"]), int(each["born"]), int(each["mib"]))
+                _Block(
+                    str(each["owner"]),
+                    int(each["pid"]),
+                    int(each["born"]),
+                    int(each["mib"]),
+                    bool(each["leaked"]),
+                )
                 for each in raw["blocks"]
             ]
             releasing = [
-                _Releasing(int(each["mib"]), float(each["until"])) for each in raw["releasing"]
+                _Releasing(
+                    int(each["pid"]), int(each["born"]), int(each["mib"]), float(each["until"])
+                )
+                for each in raw["releasing"]
             ]
-            state = _State(int(raw["total_mib"]), float(raw["release_lag_s"]))
-        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+            leaks = {str(owner): float(share) for owner, share in raw["leaks"].items()}
+            state = _State(
+                int(raw["total_mib"]), float(raw["release_lag_s"]), bool(raw["per_process"]), leaks
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise CardLost(f"no simulated card in {self.path}: {error}") from error
         now = self._monotonic()
         return replace(
             state,
             blocks=tuple(block for block in blocks if _born(block.pid) == block.born),
-            releasing=tuple(each for each in releasing if now < each.until),
+            releasing=tuple(
+                each for each in releasing if now < each.until and _born(each.pid) == each.born
+            ),
         )
 
     def _write(self, state: _State) -> None:

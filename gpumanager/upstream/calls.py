@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
 from typing import Any
 
 from gpumanager.clock import Clock
-from gpumanager.config import Call, Config, ConsumerConfig, Probe, Timeouts
-from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.config import (
+    Call,
+    Config,
+    ConsumerConfig,
+    Done,
+    Health,
+    Lost,
+    Probe,
+    Timeouts,
+    UnloadCall,
+    expressions,
+)
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
@@ -20,6 +33,7 @@ PROBE_TIMEOUT_S = 3.0
 UNLOAD_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 120.0
 CANCEL_TIMEOUT_S = 10.0
+BUSY_POLL_S = 0.5
 LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
 LARGEST_FIGURE = 2**63
 _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
@@ -44,35 +58,56 @@ class ControlCalls:
         consumer = self._config.consumers[name]
         report = ProbeReport()
         if consumer.health is not None:
-            report = _contract_report(self._json(name, consumer.health, PROBE_TIMEOUT_S))
+            report = self._ask_health(name, consumer.health)
         if consumer.probe is not None:
             try:
-                answer = self._json(name, consumer.probe, PROBE_TIMEOUT_S)
+                report = self._ask_probe(name, consumer.probe, report)
             except BrokerError:
                 if consumer.health is None:
                     raise
-                return report
-            report = _probe_report(consumer.probe, answer, report)
         return report
 
     def load(self, name: str) -> None:
         """Have the consumer load its model. Raises if it has no `load` call or answers badly."""
-        call = self._config.consumers[name].load
-        if call is None:
+        consumer = self._config.consumers[name]
+        if consumer.load is None:
             raise ConsumerUnreachable(f"{name} has no load call", consumer=name)
-        self._ok(name, call, LOAD_TIMEOUT_S)
+        self._ok(name, consumer.load, LOAD_TIMEOUT_S)
+
+    def warm(self, name: str) -> None:
+        """Have the consumer load its model as its first job would, with its `warm` call."""
+        consumer = self._config.consumers[name]
+        if consumer.warm is None:
+            raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
+        self._ok(name, consumer.warm, LOAD_TIMEOUT_S)
 
     def unload(self, name: str) -> None:
-        """Have the consumer drop its model, or each of the models its probe lists."""
+        """Have the consumer drop its model, or each of the models its probe lists; first, where
+        a job would suffer, wait until it says that it is at rest."""
         consumer = self._config.consumers[name]
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
-        if call.for_each is None:
-            self._ok(name, call, UNLOAD_TIMEOUT_S)
-            return
-        for item in self._items(name, consumer):
-            self._ok(name, call.for_item(item), UNLOAD_TIMEOUT_S)
+        deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
+        if call.when_busy in ("aborts", "unsafe"):
+            self._await_rest(name, deadline)
+        made = [call] if call.for_each is None else map(call.for_item, self._items(name, consumer))
+        for each in made:
+            self._unload_once(name, each, deadline)
+
+    def settled(self, name: str) -> bool:
+        """Whether the consumer's `settled` call says that its unload is over; True if it has
+        none. One look; what it cannot say now is False."""
+        call = self._config.consumers[name].settled
+        if call is None:
+            return True
+        try:
+            # Its own time-out is for all the looks together.
+            status, body = self._call(name, call, PROBE_TIMEOUT_S)
+            self._accept(name, call, status, body)
+        except BrokerError:
+            return False
+        return expressions.search(call.until, _parsed(body)) is True
 
     def cancel(self, name: str) -> None:
         """Make the call of `on_disconnect`. Raises if there is none or it answers badly."""
@@ -84,10 +119,86 @@ class ControlCalls:
     def busy(self, name: str) -> bool | None:
         """Whether the consumer says that it works on something; None if it does not tell."""
         probe = self._config.consumers[name].probe
-        if probe is None:
+        if probe is None or probe.busy is None:
             return None
-        busy = probe.find_busy(self._json(name, probe, PROBE_TIMEOUT_S))
+        call: Call = probe
+        if probe.busy.path is not None:
+            call = Call(path=probe.busy.path, timeout=probe.timeout, headers=probe.headers)
+        busy = expressions.search(probe.busy.expr, self._json(name, call, PROBE_TIMEOUT_S))
         return busy if isinstance(busy, bool) else None
+
+    # -- asynchronous jobs -----------------------------------------------------------------
+
+    def job_result(self, name: str, done: Done, job_id: str) -> bytes | None:
+        """What the consumer says of the job, once that is over; None before."""
+        body = self._ok(name, done.poll.filled("id", job_id), PROBE_TIMEOUT_S)
+        return body if expressions.search(done.until, _parsed(body)) is True else None
+
+    def job_listed(self, name: str, lost: Lost, job_id: str) -> bool:
+        """Whether the consumer still has the job in work; True if it does not say."""
+        listed = expressions.search(lost.listed, self._json(name, lost, PROBE_TIMEOUT_S))
+        return not isinstance(listed, list) or job_id in listed
+
+    def cancel_job(self, name: str, done: Done, job_id: str) -> None:
+        """Make all the calls that stop the job; raises the error of the first that failed."""
+        failed: BrokerError | None = None
+        for call in done.cancel:
+            try:
+                self._ok(name, call.filled("id", job_id), CANCEL_TIMEOUT_S)
+            except BrokerError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _ask_health(self, name: str, health: Health) -> ProbeReport:
+        if health.tcp is None:
+            return _contract_report(self._json(name, health, PROBE_TIMEOUT_S))
+        host, _, port = health.tcp.rpartition(":")
+        timeout = health.timeout or PROBE_TIMEOUT_S
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        except TimeoutError:
+            message = f"{name}: no connection to {health.tcp} within {timeout:g} s"
+            raise ConsumerTimeout(message, consumer=name) from None
+        except OSError as error:
+            raise ConsumerUnreachable(
+                f"{name} does not listen on {health.tcp}: {error.strerror or error}",
+                consumer=name,
+                nothing_listens=isinstance(error, ConnectionRefusedError),
+            ) from None
+        return ProbeReport()
+
+    def _ask_probe(self, name: str, probe: Probe, otherwise: ProbeReport) -> ProbeReport:
+        status, body = self._call(name, probe, probe.timeout or PROBE_TIMEOUT_S)
+        if status in probe.absent:
+            return ProbeReport(loaded=False)
+        self._accept(name, probe, status, body)
+        return _probe_report(probe, _parsed(body), otherwise)
+
+    def _await_rest(self, name: str, deadline: float) -> None:
+        """Return when the consumer is at rest, or does not tell. Raises ConsumerTimeout if it
+        still works at `deadline`: what it works on is not the broker's to kill."""
+        pause = threading.Event()
+        while self.busy(name):
+            if self._clock.monotonic() >= deadline:
+                raise ConsumerTimeout(f"{name} is busy with a job of somebody else", consumer=name)
+            pause.wait(BUSY_POLL_S)
+
+    def _unload_once(self, name: str, call: UnloadCall, deadline: float) -> None:
+        """Make the call; again and again, where it may be refused for being busy."""
+        pause = threading.Event()
+        while True:
+            try:
+                self._ok(name, call, UNLOAD_TIMEOUT_S)
+            except ConsumerUnreachable as error:
+                refused = call.when_busy == "refuses" and not error.nothing_listens
+                if not refused or self._clock.monotonic() >= deadline:
+                    raise
+                pause.wait(BUSY_POLL_S)
+            else:
+                return
 
     def _items(self, name: str, consumer: ConsumerConfig) -> list[str]:
         probe = consumer.probe
@@ -102,22 +213,27 @@ class ControlCalls:
 
     def _json(self, name: str, call: Call, timeout: float) -> Any:
         """The answer as JSON, None where it is none."""
-        try:
-            return json.loads(self._ok(name, call, timeout))
-        except (ValueError, RecursionError):
-            return None
+        return _parsed(self._ok(name, call, timeout))
 
     def _ok(self, name: str, call: Call, timeout: float) -> bytes:
         """Make the call; the body of an answer that the call accepts."""
         status, body = self._call(name, call, call.timeout or timeout)
+        self._accept(name, call, status, body)
+        return body
+
+    def _accept(self, name: str, call: Call, status: int, body: bytes) -> None:
         accepted = status in call.ok if call.ok else 200 <= status < 300
         if not accepted:
             message = f"{name} answered {status} to {call.method} {call.path}"
             raise ConsumerUnreachable(message, consumer=name)
-        return body
+        if call.expect is not None and expressions.search(call.expect, _parsed(body)) is not True:
+            message = f"{name} did not say '{call.expect}' to {call.method} {call.path}"
+            raise ConsumerUnreachable(message, consumer=name)
 
     def _call(self, name: str, call: Call, timeout: float) -> tuple[int, bytes]:
         consumer = self._config.consumers[name]
+        if consumer.model is not None:
+            call = call.filled("model", consumer.model)
         body = None if call.json_body is None else json.dumps(call.json_body).encode()
         headers = list(call.headers.items())
         if body is not None:
@@ -125,7 +241,7 @@ class ControlCalls:
         outbound = Outbound(
             method=call.method,
             base_url=consumer.base_url,
-            target=consumer.base_path + call.path,
+            target=consumer.base_path + call.target,
             headers=headers,
             body=body,
             length=len(body) if body is not None else 0 if call.method != "GET" else None,
@@ -169,7 +285,19 @@ def _probe_report(probe: Probe, answer: Any, otherwise: ProbeReport) -> ProbeRep
     return ProbeReport(
         loaded=loaded if isinstance(loaded, bool) else otherwise.loaded,
         resident_mib=otherwise.resident_mib if resident is None else resident,
+        on_cpu=_names(probe.find_on_cpu(answer)),
     )
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
 
 
 def _mib(figure: Any, unit: str) -> int | None:

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -58,6 +59,8 @@ class Exchange:
     ) -> None:
         self._consumer = consumer
         self._outbound = outbound
+        body = outbound.body
+        self._body_at = 0 if body is None or isinstance(body, bytes) else body.tell()
         self._timeouts = timeouts
         self._watcher = watcher
         self._clock = clock
@@ -71,6 +74,7 @@ class Exchange:
         self._deadline = 0.0
         self._overdue: BrokerError | None = None
         self._raw: Any = None
+        self._ahead: deque[bytes] = deque()
         self.status = 0
         self.reason = ""
         self.headers: list[tuple[str, str]] = []
@@ -117,7 +121,7 @@ class Exchange:
     @property
     def ended(self) -> bool:
         """True once the answer was read to its end, broke off, or was closed."""
-        return self._ended
+        return self._ended and not self._ahead
 
     @property
     def reached(self) -> bool:
@@ -174,6 +178,39 @@ class Exchange:
         Raises ConsumerUnreachable, ConsumerTimeout or the error of `abort` if it breaks off.
         The exchange ends with the last byte, before that byte is returned.
         """
+        return self._ahead.popleft() if self._ahead else self._read_on()
+
+    def read_ahead(self, limit: int) -> bytes | None:
+        """The whole body, if it has no more than `limit` bytes; None if it has. `read` returns
+        what was read here once more. Raises as `read`."""
+        parts: list[bytes] = []
+        size = 0
+        while size <= limit:
+            data = self._read_on()
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+            self._ahead.append(data)
+            size += len(data)
+        return None
+
+    def request_line(self, base_path: str) -> tuple[str, str]:
+        """The method, and the path behind the consumer's base path, without its query."""
+        path = self._outbound.target.partition("?")[0]
+        return self._outbound.method, path.removeprefix(base_path)
+
+    def again(self) -> Exchange | None:
+        """A new exchange, not yet sent, for the same request; None if its body cannot be had a
+        second time."""
+        body = self._outbound.body
+        if body is not None and not isinstance(body, bytes):
+            try:
+                body.seek(self._body_at)
+            except (OSError, ValueError):
+                return None
+        return Exchange(self._consumer, self._outbound, self._timeouts, self._watcher, self._clock)
+
+    def _read_on(self) -> bytes:
         if self._ended:
             return b""
         try:
@@ -194,7 +231,7 @@ class Exchange:
     def ready(self, timeout: float = 0.0) -> bool:
         """True if `read` would not have to wait, within `timeout` seconds."""
         sock, reader = self._sock, getattr(getattr(self._raw, "_fp", None), "fp", None)
-        if self._ended or sock is None or reader is None:
+        if self._ahead or self._ended or sock is None or reader is None:
             return True
         try:
             sock.setblocking(False)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpumanager.admission import Admission
@@ -19,12 +21,14 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     SchedulerError,
 )
+from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler, Ticket
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
+from gpumanager.web.completion import LARGEST_ANSWER_BYTES, Completions, job_id
 from gpumanager.web.departure import Departure, StopsJobs
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
+
+LARGEST_FAILURE_BYTES = 64 * 1024
+"""An answer that says that memory ran out is small; what is larger is handed on unread."""
 
 _CONSUMERS_FAULTS = (ConsumerUnreachable, ConsumerTimeout)
 
@@ -69,35 +76,69 @@ class ClientWatch:
 
 
 class _Hold:
-    """A job's hold on the GPU, to be given back once, by whoever sees its end first."""
+    """A job's hold on the GPU, to be given back once, by whoever sees its end first.
+
+    Once `keep` was called, only `release` gives it back: the job goes on after its answer.
+    """
 
     def __init__(
-        self, ticket: Ticket, registry: Registry, record: RequestRecord, clock: Clock
+        self,
+        ticket: Ticket,
+        registry: Registry,
+        learned: Learned,
+        record: RequestRecord,
+        clock: Clock,
     ) -> None:
         self._ticket = ticket
         self._registry = registry
+        self._learned = learned
         self._record = record
         self._clock = clock
         self._lock = threading.Lock()
         self._done = False
+        self._kept = False
         self.began = clock.monotonic()
         self.before = registry.job_started(ticket.job.consumer)
+        self.ran = False
         self.loaded_nothing = False
         self.process_gone = False
 
+    def keep(self) -> None:
+        with self._lock:
+            self._kept = True
+
     def give_back(self) -> None:
+        with self._lock:
+            if self._kept:
+                return
+        self.release()
+
+    def release(self) -> None:
         with self._lock:
             if self._done:
                 return
             self._done = True
-        self._record.run_s = self._clock.monotonic() - self.began
+        name = self._ticket.job.consumer
+        seconds = self._clock.monotonic() - self.began
+        self._record.run_s = seconds
         # First what the next job's eviction looks at, then the GPU.
         self._registry.job_finished(
-            self._ticket.job.consumer,
+            name,
             unloaded=self.before if self.loaded_nothing else None,
             process_gone=self.process_gone,
         )
         self._ticket.close()
+        if self.ran:
+            self._learned.ran(name, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFailures:
+    """Jobs that ran out of the card's memory: how many there were, and how many of them were
+    done in a second run."""
+
+    seen: int = 0
+    healed: int = 0
 
 
 class JobRunner:
@@ -107,21 +148,35 @@ class JobRunner:
         self,
         scheduler: Scheduler,
         registry: Registry,
+        learned: Learned,
         admission: Admission,
         breakers: Breakers,
         proxy: Proxy,
         calls: StopsJobs,
+        completions: Completions,
         watcher: Watcher,
         clock: Clock,
+        *,
+        after_job: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
         self._calls = calls
         self._admission = admission
         self._breakers = breakers
         self._scheduler = scheduler
         self._registry = registry
+        self._learned = learned
         self._proxy = proxy
+        self._completions = completions
         self._watcher = watcher
         self._clock = clock
+        self._after_job = after_job
+        self._lock = threading.Lock()
+        self._memory_failures = MemoryFailures()
+
+    @property
+    def memory_failures(self) -> MemoryFailures:
+        """So far."""
+        return self._memory_failures
 
     def run(
         self,
@@ -141,11 +196,13 @@ class JobRunner:
         record = record_of(environ)
         client = ClientWatch(environ, self._watcher)
         record.stack.callback(client.stop)
+        until_held = ExitStack()
         try:
             ticket = self._scheduler.enqueue(
                 Job(name, kind, record.client, record.request_id, max_wait)
             )
-            record.stack.callback(ticket.close)
+            record.stack.callback(until_held.close)
+            until_held.callback(ticket.close)
             self._wait(ticket, client, record)
         except BrokerError as error:
             if isinstance(error, _CONSUMERS_FAULTS):
@@ -159,28 +216,53 @@ class JobRunner:
         except BrokerError:
             ticket.close()
             raise
-        hold = _Hold(ticket, self._registry, record, self._clock)
-        departure = Departure(name, consumer, exchange, self._calls, self._clock)
+        hold = _Hold(ticket, self._registry, self._learned, record, self._clock)
+        record.stack.callback(self._after_job, name)
         record.stack.callback(hold.give_back)
-        try:
-            client.when_gone(departure.client_left)
-            ticket.when_cancelled(departure.cancelled)
+        until_held.pop_all()  # the hold sees to the ticket now, maybe for longer than the request
+        followed = self._may_be_followed(consumer, exchange)
+        departures: list[Departure] = []
+
+        def send(exchange: Exchange) -> None:
+            record.stack.callback(exchange.close)
+            departure = Departure(name, consumer, exchange, self._calls, self._clock)
+            departures.append(departure)
+            if followed:
+                client.when_gone(None)  # it goes on in any case, so its id has to be known
+            else:
+                client.when_gone(departure.client_left)
+                ticket.when_cancelled(departure.cancelled)
             self._proxy.send(exchange)
+
+        try:
+            send(exchange)
+            if self._ran_out(name, consumer, exchange):
+                client.when_gone(lambda: ticket.cancel(_gone(name)))
+                again = self._second_try(consumer, exchange, ticket)
+                if again is not None:
+                    exchange = again
+                    send(exchange)
+                    self._count_second(name, consumer, exchange)
+            job = self._taken(consumer, exchange) if followed else None
         except BaseException as error:
             hold.loaded_nothing = not exchange.reached
             hold.process_gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
-            departure.settle()
+            if departures:
+                departures[-1].settle()
             hold.give_back()
             self._judge(name, error)
             raise
         finally:
             record.upstream_s = self._clock.monotonic() - hold.began
+        departure = departures[-1]
         self._breakers.succeeded(name)
         # A job that failed over there, out of memory perhaps, may have loaded nothing. Where the
         # card is measured, taking it for not loaded costs an eviction at worst.
         measured = self._registry.gpu.reading is not None
         hold.loaded_nothing = exchange.status >= 500 and measured and not hold.before.loaded
-        record.stack.callback(exchange.close)
+        hold.ran = exchange.status < 400
+        if job is not None:
+            self._follow(name, consumer, job, ticket, hold)
 
         def give_back() -> None:
             departure.settle()
@@ -192,6 +274,75 @@ class JobRunner:
             on_break=lambda error: self._judge(name, error),
             finish_answer=departure.finish_answer,
         )
+
+    # -- out of memory ---------------------------------------------------------------------
+
+    def _ran_out(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> bool:
+        """Whether the answer says that the card's memory ran out; then that is learned from.
+        Nothing of it was relayed yet."""
+        signs = consumer.out_of_memory
+        if exchange.status not in signs.status:
+            return False
+        body = exchange.read_ahead(LARGEST_FAILURE_BYTES)
+        if body is None or not signs.said_in(body):
+            return False
+        self._learn_ran_out(name, consumer)
+        return True
+
+    def _learn_ran_out(self, name: str, consumer: ConsumerConfig) -> None:
+        needed = self._learned.needed_mib(name, consumer.vram_resident_mib, None)
+        self._learned.ran_out(name, needed)
+        with self._lock:
+            self._memory_failures = replace(
+                self._memory_failures, seen=self._memory_failures.seen + 1
+            )
+        log.warning("out of memory", extra={"consumer": name, "room_was_mib": needed})
+
+    def _second_try(
+        self, consumer: ConsumerConfig, exchange: Exchange, ticket: Ticket
+    ) -> Exchange | None:
+        """The same request once more, for which all others made room; None if that cannot be."""
+        if not consumer.out_of_memory.retry:
+            return None
+        again = exchange.again()
+        return again if again is not None and ticket.relieve() else None
+
+    def _count_second(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> None:
+        if self._ran_out(name, consumer, exchange):
+            return
+        with self._lock:
+            self._memory_failures = replace(
+                self._memory_failures, healed=self._memory_failures.healed + 1
+            )
+        log.info("out of memory healed", extra={"consumer": name})
+
+    # -- asynchronous jobs -----------------------------------------------------------------
+
+    def _may_be_followed(self, consumer: ConsumerConfig, exchange: Exchange) -> bool:
+        """Whether the consumer only takes such a job, and works on it after its answer."""
+        method, path = exchange.request_line(consumer.base_path)
+        return consumer.done is not None and consumer.done.matches(method, path)
+
+    def _taken(self, consumer: ConsumerConfig, exchange: Exchange) -> str | None:
+        """The id of the job, if the consumer has taken it."""
+        if consumer.done is None or exchange.status >= 300:
+            return None
+        answer = exchange.read_ahead(LARGEST_ANSWER_BYTES)
+        return None if answer is None else job_id(consumer.done, answer)
+
+    def _follow(
+        self, name: str, consumer: ConsumerConfig, job: str, ticket: Ticket, hold: _Hold
+    ) -> None:
+        hold.keep()
+
+        def ended(said: bytes | None, process_gone: bool) -> None:
+            if said is not None and consumer.out_of_memory.said_in(said):
+                self._learn_ran_out(name, consumer)  # its answer has gone out: no second try
+            hold.process_gone = process_gone
+            hold.release()
+            self._after_job(name)
+
+        self._completions.follow(name, consumer, job, ticket, ended)
 
     def _judge(self, name: str, error: BaseException) -> None:
         """Tell the breaker what the failure of a call that has begun says of its consumer."""

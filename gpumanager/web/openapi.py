@@ -4,10 +4,11 @@ it cannot fall behind them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from gpumanager import errors
 from gpumanager.config import KINDS, Config
+from gpumanager.scheduling.interface import Outcome
 
 _KIND_WORDS = {
     "tts": "text to speech",
@@ -51,6 +52,13 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     paths["/v1/status"] = {"get": _read("The live state", "Status")}
     paths["/v1/queue"] = {"get": _read("The line: who runs, then who waits", "Queue")}
     paths["/v1/queue/{ticket}"] = {"delete": _cancel()}
+    kind = _path_parameter("kind", {"enum": list(KINDS)})
+    consumer = _path_parameter("consumer", {"type": "string"})
+    paths["/v1/plan/{kind}"] = {"get": _plan(kind)}
+    paths["/v1/consumers/{consumer}/unload"] = {
+        "post": _move("Unload a consumer", "Unloaded", consumer)
+    }
+    paths["/v1/consumers/{consumer}/load"] = {"post": _move("Load a consumer", "Loaded", consumer)}
     paths[config.audio_path_prefix + "{file}"] = {"get": _audio()}
     paths["/healthz"] = {"get": _health()}
     paths["/openapi.json"] = {
@@ -130,6 +138,34 @@ def _read(summary: str, schema: str) -> dict[str, Any]:
     return {"summary": summary, "responses": {"200": _json(summary, _ref(schema)), **_errors([])}}
 
 
+def _path_parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _plan(kind: dict[str, Any]) -> dict[str, Any]:
+    summary = "What would happen to a job that came now: would it fit, and who would go"
+    return {
+        "summary": summary,
+        "parameters": [kind],
+        "responses": {
+            "200": _json(summary, _ref("Plan")),
+            **_errors([errors.NotFound, errors.NoConsumer]),
+        },
+    }
+
+
+def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "description": "Waits in line like a job.",
+        "parameters": [consumer],
+        "responses": {
+            "200": _json("It was done", _ref(schema)),
+            **_errors([errors.NotFound, errors.ConsumerTimeout, *_JOB], forwarding=False),
+        },
+    }
+
+
 def _cancel() -> dict[str, Any]:
     done = {
         "type": "object",
@@ -170,12 +206,17 @@ def _any(description: str) -> dict[str, Any]:
     return {"description": description, "content": {"*/*": {"schema": {}}}}
 
 
-def _errors(more: Iterable[type[errors.BrokerError]]) -> dict[str, Any]:
-    """The broker's own answers by status. A consumer may use any of them for its own ends."""
+def _errors(
+    more: Iterable[type[errors.BrokerError]], *, forwarding: bool | None = None
+) -> dict[str, Any]:
+    """The broker's own answers by status. Where a consumer's answer is handed on (`forwarding`),
+    it may use any of them for its own ends."""
+    more = list(more)
     codes: dict[int, list[str]] = {}
     for error in (*_EVERYWHERE, *more):
         codes.setdefault(error.status, []).append(error.code)
-    forwarding = errors.ConsumerUnreachable in more
+    if forwarding is None:
+        forwarding = errors.ConsumerUnreachable in more
     answers: dict[str, Any] = {}
     for status in sorted(codes):
         words = ", ".join(f"`{code}`" for code in dict.fromkeys(codes[status]))
@@ -205,6 +246,7 @@ def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) ->
 
 def _schemas() -> dict[str, Any]:
     text, flag = {"type": "string"}, {"type": "boolean"}
+    times = _object(dict.fromkeys(("p50", "p95", "count"), _COUNT))
     error_codes = sorted({error.code for error in (*_EVERYWHERE, *_JOB)} | {"not_found"})
     return {
         "Error": _object(
@@ -216,7 +258,7 @@ def _schemas() -> dict[str, Any]:
             {
                 "ticket": _COUNT,
                 "consumer": text,
-                "kind": {"enum": list(KINDS)},
+                "kind": {"enum": [*KINDS, "load", "unload", "restore", "idle-unload"]},
                 "client": text,
                 "request_id": text,
                 "state": {"enum": ["running", "waiting"]},
@@ -246,7 +288,56 @@ def _schemas() -> dict[str, Any]:
                 "reserved_mib": _COUNT,
                 "source": {"enum": ["measured", "ledger", "unknown"]},
             },
-            {"last_sample": _TIME, "name": text, "utilization_percent": _COUNT, "err": text},
+            {
+                "last_sample": _TIME,
+                "name": text,
+                "utilization_percent": _COUNT,
+                "attribution": _object(
+                    {"source": {"enum": ["processes", "totals"]}}, {"reason": text}
+                ),
+                "foreign": {
+                    "type": "array",
+                    "items": _object({"pid": _COUNT, "name": text, "mib": _COUNT}),
+                },
+                "err": text,
+            },
+        ),
+        "Plan": _object(
+            {
+                "kind": {"enum": list(KINDS)},
+                "consumer": text,
+                "fits": flag,
+                "fits_now": flag,
+                **dict.fromkeys(("needed_mib", "held_mib", "free_mib", "reserved_mib"), _COUNT),
+                "short_mib": _COUNT,
+                "source": {"enum": ["measured", "ledger", "unknown"]},
+                "victims": {
+                    "type": "array",
+                    "items": _object(
+                        {"consumer": text, "mib": _COUNT, "why": text, "estimate_ms": _COUNT}
+                    ),
+                },
+                "must_load": flag,
+                "estimate_ms": _object(dict.fromkeys(("wait", "evict", "load"), _COUNT)),
+            }
+        ),
+        "Unloaded": _object(
+            {
+                "consumer": text,
+                "outcome": {"enum": list(get_args(Outcome))},
+                "mib": _COUNT,
+                "ms": _COUNT,
+            },
+            {"thief": text},
+        ),
+        "Loaded": _object({"consumer": text, "loaded": flag, "ms": _COUNT}),
+        "Learned": _object(
+            {},
+            {
+                "peak_mib": _COUNT,
+                "residue_mib": _COUNT,
+                **dict.fromkeys(("load_ms", "unload_ms", "run_ms"), times),
+            },
         ),
         "Consumer": _object(
             {
@@ -257,14 +348,23 @@ def _schemas() -> dict[str, Any]:
                 "breaker": {"enum": ["closed", "open", "trial"]},
                 "loaded": flag,
                 "gpu_resident_mib": _COUNT,
-                "resident_source": {"enum": ["declared", "reported"]},
+                "resident_source": {"enum": ["declared", "measured", "reported"]},
                 "vram_budget_mib": _COUNT,
                 "active": _COUNT,
                 "total_requests": _COUNT,
                 "priority": {"type": "integer"},
                 "can_coexist_with": {"type": "array", "items": text},
+                "pinned": flag,
+                "learned": _ref("Learned"),
             },
-            {"last_used": _TIME, "last_probe": _TIME, "last_error": text},
+            {
+                "last_used": _TIME,
+                "last_probe": _TIME,
+                "last_error": text,
+                "parked": {"enum": ["unit", "container", "signal", "checkpoint"]},
+                "quarantine": text,
+                "on_cpu": {"type": "array", "items": text},
+            },
         ),
         "Scheduler": _object(
             {
@@ -272,6 +372,7 @@ def _schemas() -> dict[str, Any]:
                 **dict.fromkeys(("queue_depth", "in_flight", "total_jobs", "evictions"), _COUNT),
                 "last_wait_ms": _COUNT,
                 "last_run_ms": _COUNT,
+                "out_of_memory": _object({"seen": _COUNT, "healed": _COUNT}),
                 "oldest_queued": {"anyOf": [_TIME, {"type": "null"}]},
             }
         ),

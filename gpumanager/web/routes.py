@@ -19,6 +19,7 @@ from gpumanager.web import boundary, dashboard, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.openapi import describe
+from gpumanager.web.operations import Operations
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
@@ -44,6 +45,7 @@ class Services:
     admission: Admission
     proxy: Proxy
     jobs: JobRunner
+    operations: Operations
     status: StatusView
     watcher: Watcher
     keyring: Keyring
@@ -68,6 +70,7 @@ def create_app(services: Services) -> Flask:
             provide_automatic_options=False,
         )
     _control_routes(app, services)
+    _operator_routes(app, services.operations)
     _audio_routes(app, services)
     return app
 
@@ -129,6 +132,26 @@ def _control_routes(app: Flask, services: Services) -> None:
         if dashboard.wanted():
             return dashboard.response()
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
+
+
+def _operator_routes(app: Flask, operations: Operations) -> None:
+    def plan(kind: Kind) -> Response:
+        return json_response(operations.plan(kind))
+
+    app.add_url_rule(
+        f"/v1/plan/<any({', '.join(KINDS)}):kind>",
+        view_func=plan,
+        methods=["GET"],
+        provide_automatic_options=False,
+    )
+
+    @app.post("/v1/consumers/<name>/unload", provide_automatic_options=False)
+    def unload(name: str) -> Response:
+        return json_response(operations.unload(request.environ, name))
+
+    @app.post("/v1/consumers/<name>/load", provide_automatic_options=False)
+    def load(name: str) -> Response:
+        return json_response(operations.load(request.environ, name))
 
 
 def _audio_routes(app: Flask, services: Services) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.ledger import balance
+from gpumanager.learning import Figures, Learned
+from gpumanager.ledger import Held, balance, held
 from gpumanager.model import ConsumerState, LineEntry
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler
+from gpumanager.web.jobs import MemoryFailures
 
 
 class StatusView:
@@ -20,14 +23,18 @@ class StatusView:
         self,
         config: Config,
         registry: Registry,
+        learned: Learned,
         scheduler: Scheduler,
         breakers: Breakers,
+        memory_failures: Callable[[], MemoryFailures],
         clock: Clock,
         version: str,
     ) -> None:
         self._config = config
         self._registry = registry
+        self._learned = learned
         self._scheduler = scheduler
+        self._memory_failures = memory_failures
         self._breakers = breakers
         self._clock = clock
         self._version = version
@@ -35,15 +42,20 @@ class StatusView:
     def snapshot(self) -> dict[str, Any]:
         """The whole answer, ready for JSON."""
         consumers = self._config.consumers
-        states = self._registry.snapshot()
+        states, reading = self._registry.snapshot(), self._registry.gpu.reading
+        holds = {
+            name: held(name, states[name], consumer.vram_resident_mib, reading)
+            for name, consumer in consumers.items()
+        }
         return {
             "listen": self._config.listen,
             "time": rfc3339(self._clock.now()),
             "version": self._version,
-            "gpu": self._gpu({n: _held(c, states[n]) for n, c in consumers.items()}),
+            "gpu": self._gpu([each.mib for each in holds.values()]),
             "routing": dict(self._config.routing),
             "consumers": [
-                self._consumer(name, consumers[name], states[name]) for name in sorted(consumers)
+                self._consumer(name, consumers[name], states[name], holds[name])
+                for name in sorted(consumers)
             ],
             "scheduler": self._stats(),
             "line": self.line(),
@@ -53,9 +65,9 @@ class StatusView:
         """Who runs, then who waits, in their order."""
         return [self._entry(entry) for entry in self._scheduler.line()]
 
-    def _gpu(self, held: dict[str, int]) -> dict[str, Any]:
+    def _gpu(self, held_mib: list[int]) -> dict[str, Any]:
         gpu = self._registry.gpu
-        figures = balance(gpu.reading, self._config.gpu.total_mib, held.values())
+        figures = balance(gpu.reading, self._config.gpu.total_mib, held_mib)
         view: dict[str, Any] = {
             "total_mib": figures.total_mib,
             "used_mib": figures.used_mib,
@@ -69,12 +81,19 @@ class StatusView:
             view["name"] = gpu.reading.name
         if gpu.reading is not None and gpu.reading.utilization_percent is not None:
             view["utilization_percent"] = gpu.reading.utilization_percent
+        if gpu.reading is not None and (holdings := gpu.reading.holdings) is not None:
+            view["attribution"] = {"source": "totals" if holdings.reason else "processes"}
+            if holdings.reason:
+                view["attribution"]["reason"] = holdings.reason
+            view["foreign"] = [
+                {"pid": each.pid, "name": each.name, "mib": each.mib} for each in holdings.foreign
+            ]
         if gpu.err:
             view["err"] = gpu.err + _CONSEQUENCE.get(figures.source, "")
         return view
 
     def _consumer(
-        self, name: str, consumer: ConsumerConfig, state: ConsumerState
+        self, name: str, consumer: ConsumerConfig, state: ConsumerState, holds: Held
     ) -> dict[str, Any]:
         view: dict[str, Any] = {
             "name": name,
@@ -83,14 +102,22 @@ class StatusView:
             "probed": state.healthy is not None,
             "breaker": self._breakers.state(name),
             "loaded": state.loaded,
-            "gpu_resident_mib": _held(consumer, state),
-            "resident_source": "declared" if state.resident_mib is None else "reported",
+            "gpu_resident_mib": holds.mib,
+            "resident_source": holds.source,
             "vram_budget_mib": consumer.vram_resident_mib,
             "active": state.active,
             "total_requests": state.total_requests,
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
+            "pinned": consumer.pinned,
+            "learned": _learned(self._learned.figures(name)),
         }
+        if state.parked is not None:
+            view["parked"] = state.parked.rung
+        if state.quarantine:
+            view["quarantine"] = state.quarantine
+        if state.on_cpu:
+            view["on_cpu"] = list(state.on_cpu)
         if state.last_used is not None:
             view["last_used"] = self._time(state.last_used)
         if state.last_probe is not None:
@@ -100,7 +127,7 @@ class StatusView:
         return view
 
     def _stats(self) -> dict[str, Any]:
-        stats = self._scheduler.stats()
+        stats, failures = self._scheduler.stats(), self._memory_failures()
         oldest = stats.oldest_queued
         return {
             "kind": self._config.scheduler.kind,
@@ -111,6 +138,7 @@ class StatusView:
             "last_run_ms": stats.last_run_ms,
             "oldest_queued": None if oldest is None else rfc3339(oldest),
             "evictions": stats.evictions,
+            "out_of_memory": {"seen": failures.seen, "healed": failures.healed},
         }
 
     def _entry(self, entry: LineEntry) -> dict[str, Any]:
@@ -137,5 +165,19 @@ _CONSEQUENCE = {
 }
 
 
-def _held(consumer: ConsumerConfig, state: ConsumerState) -> int:
-    return state.held_mib(consumer.vram_resident_mib)
+def _learned(figures: Figures) -> dict[str, Any]:
+    """What is known so far, times in ms."""
+    view: dict[str, Any] = {}
+    if figures.peak_mib is not None:
+        view["peak_mib"] = figures.peak_mib
+    if figures.residue_mib is not None:
+        view["residue_mib"] = figures.residue_mib
+    times = {"load_ms": figures.load_s, "unload_ms": figures.unload_s, "run_ms": figures.run_s}
+    for name, took in times.items():
+        if took is not None:
+            view[name] = {
+                "p50": round(took.p50 * 1000),
+                "p95": round(took.p95 * 1000),
+                "count": took.count,
+            }
+    return view

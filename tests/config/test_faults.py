@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gpumanager.config import ConfigError, load_config, parse_config
 from gpumanager.config.loading import LARGEST_BYTES
+from gpumanager.config.presets import names
 
 
 def faults(text: str | bytes) -> list[tuple[int | None, str, str]]:
@@ -67,7 +68,8 @@ consumers:
     assert "known: image, llm, stt, tts" in words["routing.video"]
     assert "did you mean 'vram_resident_mib'?" in words["consumers.mvoice.vram_residnet_mib"]
     assert "did you mean 'ollama'?" in words["consumers.mvoice.can_coexist_with[2]"]
-    assert "known: comfyui, ollama" in words["consumers.ollama.preset"]
+    preset = words["consumers.ollama.preset"]
+    assert preset == f"unknown preset 'olama'; did you mean 'ollama'? known: {', '.join(names())}"
     assert words["consumers.nameless.url"] == "is required"
 
 

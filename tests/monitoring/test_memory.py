@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gpumanager.model import MemoryReading
+from gpumanager.model import GpuProcess, MemoryReading
 from gpumanager.monitoring.memory import (
     MIB,
     GpuMemory,
@@ -27,6 +27,10 @@ class NotSupported(NVMLError):
     pass
 
 
+def _process(pid: int, mib: int | None) -> Any:
+    return SimpleNamespace(pid=pid, usedGpuMemory=None if mib is None else mib * MIB)
+
+
 class FakeNvml:
     """As much of pynvml as is used. `failing` maps a function's name to what it raises."""
 
@@ -36,6 +40,8 @@ class FakeNvml:
     def __init__(self) -> None:
         self.failing: dict[str, Exception] = {}
         self.calls: list[str] = []
+        self.compute: list[tuple[int, int | None]] = []
+        self.graphics: list[tuple[int, int | None]] = []
 
     def _answer(self, name: str, value: Any) -> Any:
         self.calls.append(name)
@@ -63,6 +69,12 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle: str) -> Any:  # noqa: N802
         return self._answer("name", f"NVIDIA {handle}")
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> Any:  # noqa: N802
+        return self._answer("compute", [_process(*each) for each in self.compute])
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: str) -> Any:  # noqa: N802
+        return self._answer("graphics", [_process(*each) for each in self.graphics])
+
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
         return self._answer("utilization", SimpleNamespace(gpu=37))
 
@@ -73,8 +85,38 @@ def card(nvml: FakeNvml, device: int | str = 0) -> NvmlCard:
 
 def test_a_reading_in_mib() -> None:
     assert card(FakeNvml()).read() == MemoryReading(
-        24576, 4576, 20000, name="NVIDIA card 0", utilization_percent=37
+        24576, 4576, 20000, name="NVIDIA card 0", utilization_percent=37, processes=()
     )
+
+
+def test_the_processes_of_both_lists_count_each_figure_once() -> None:
+    nvml = FakeNvml()
+    nvml.compute = [(7, 1000), (8, 500), (9, 300)]
+    nvml.graphics = [(8, 500), (9, 40), (10, 60)]  # 8 is told of twice, 9 has two contexts
+    assert card(nvml).read().processes == (
+        GpuProcess(7, 1000),
+        GpuProcess(8, 500),
+        GpuProcess(9, 340),
+        GpuProcess(10, 60),
+    )
+
+
+def test_a_platform_that_keeps_one_figure_back_gives_none() -> None:
+    nvml = FakeNvml()
+    nvml.compute = [(7, 1000), (8, None)]
+    assert card(nvml).read().processes is None
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"), [(NotSupported("no"), None), (NVMLError("odd"), "processes: odd")]
+)
+def test_without_a_list_of_processes_the_totals_remain(
+    error: Exception, fault: str | None
+) -> None:
+    nvml = FakeNvml()
+    nvml.failing = {"compute": error}
+    reading = card(nvml).read()
+    assert (reading.processes, reading.free_mib, reading.fault) == (None, 20000, fault)
 
 
 def test_a_card_is_chosen_by_uuid() -> None:

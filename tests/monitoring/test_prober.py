@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ProbeReport
+from gpumanager.ledger import held
+from gpumanager.model import ConsumerState, ProbeReport
 from gpumanager.monitoring.prober import Prober
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
@@ -16,6 +17,10 @@ from tests.support.clock import FakeClock
 TIMEOUT = ConsumerTimeout("mvoice: no answer within 3 s")
 REFUSED = ConsumerUnreachable("mvoice refused the connection", nothing_listens=True)
 BROKEN = ConsumerUnreachable("mvoice answered 500 to GET /health")
+
+
+def held_mib(state: ConsumerState, declared: int) -> int:
+    return held("mvoice", state, declared, None).mib
 
 
 class ScriptedProbes:
@@ -113,11 +118,11 @@ def test_one_that_went_and_came_back_is_a_fresh_process(
     prober.probe()
     probes.answer = REFUSED
     prober.probe()
-    assert registry.get("mvoice").held_mib(2800) == 0
+    assert held_mib(registry.get("mvoice"), 2800) == 0
     probes.answer = ProbeReport()
     prober.probe()
     assert registry.get("mvoice").healthy is True
-    assert registry.get("mvoice").held_mib(3000) == 3000
+    assert held_mib(registry.get("mvoice"), 3000) == 3000
 
 
 def test_transitions_are_events_and_nothing_else_is(

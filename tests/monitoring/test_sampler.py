@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from gpumanager.learning import Learned
 from gpumanager.model import MemoryReading
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.monitoring.sampler import Sampler
@@ -33,7 +34,7 @@ def make(*answers: MemoryReading | str) -> tuple[Sampler, Registry, FakeClock]:
     clock = FakeClock()
     registry = Registry({}, clock)
     memory = GpuMemory(ScriptedCard(*answers), clock)
-    return Sampler(memory, registry, clock, interval=2.0), registry, clock
+    return Sampler(memory, registry, Learned(()), clock, interval=2.0), registry, clock
 
 
 def test_a_sample_is_published_with_its_time() -> None:

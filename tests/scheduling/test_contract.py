@@ -28,6 +28,9 @@ class NoRoomNeeded:
     def make_room(self, ticket: Ticket) -> None:
         pass
 
+    def relieve(self, ticket: Ticket) -> bool:
+        return True
+
 
 class RoomRefused(NoRoomNeeded):
     def make_room(self, ticket: Ticket) -> None:
@@ -492,6 +495,9 @@ class Refuses:
         self.error = error
 
     def make_room(self, ticket: Ticket) -> None:
+        raise self.error
+
+    def relieve(self, ticket: Ticket) -> bool:
         raise self.error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
-from gpumanager.config import parse_config
+from gpumanager.config import Rung, parse_config
 from gpumanager.errors import (
     BrokerError,
     ClientGone,
@@ -20,17 +21,21 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     InsufficientVram,
 )
-from gpumanager.model import Job, MemoryReading, ProbeReport
+from gpumanager.learning import Learned
+from gpumanager.model import GpuProcess, Holdings, Job, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
+from gpumanager.scheduling.evictor import RELEASE_TIMEOUT_S
 from gpumanager.scheduling.factory import locked
-from gpumanager.scheduling.room import RELEASE_TIMEOUT_S, RoomMaker
+from gpumanager.scheduling.room import RoomMaker
 from tests.support.clock import FakeClock
 
 
 class Bench:
     """A RoomMaker over consumers that obey, on a card that may be slow, or not measurable.
 
-    `lag` is the number of looks at the card before an unload shows; None means never.
+    `lag` is the number of looks at the card before an unload shows; None means never. `keeps` is
+    what a consumer holds on to, `stolen` what a foreign process takes as soon as anything comes
+    back; `attributed`: the card tells figures per process.
     """
 
     def __init__(
@@ -47,6 +52,12 @@ class Bench:
         self.leave_after: int | None = None
         self.on_pause: Callable[[], None] = lambda: None
         self.holds: dict[str, int] = {}
+        self.attributed = False
+        self.keeps: dict[str, int] = {}
+        self.stolen = 0
+        self.unsettled = 0
+        self.failing_rungs: dict[str, BrokerError] = {}
+        self.not_ready: list[BrokerError] = []
         self._pending: list[list[Any]] = []
         call = {"path": "/x"}
         config = {
@@ -59,9 +70,17 @@ class Bench:
         }
         self.config = parse_config(yaml.safe_dump(config))
         self.registry = Registry(dict.fromkeys(consumers, False), self.clock)
+        self.learned = Learned(consumers)
         admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
         self.room = RoomMaker(
-            self.config, self.registry, self, self.measure, admission.check, self.clock
+            self.config,
+            self.registry,
+            self.learned,
+            self,
+            self,
+            self.measure,
+            admission.check,
+            self.clock,
         )
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
 
@@ -75,9 +94,59 @@ class Bench:
         for name, looks in list(self._pending):
             if looks < 0:
                 self._pending.remove([name, looks])
-                self.holds.pop(name, None)
-        used = sum(self.holds.values()) + self.foreign
-        return MemoryReading(self.total, used, self.total - used)
+                self._release(name)
+        return self._reading()
+
+    def _release(self, name: str) -> None:
+        held = self.holds.pop(name, 0)
+        if kept := self.keeps.get(name, 0):
+            self.holds[name] = min(held, kept)
+        self.foreign += self.stolen
+        self.stolen = 0
+
+    def _reading(self) -> MemoryReading:
+        held = {name: max(0, mib) for name, mib in self.holds.items()}
+        used = sum(held.values()) + self.foreign
+        reading = MemoryReading(self.total, used, self.total - used)
+        if not self.attributed:
+            return reading
+        names = list(self.config.consumers)
+        processes = [GpuProcess(10 + names.index(name), mib) for name, mib in held.items() if mib]
+        if self.foreign:
+            processes.append(GpuProcess(999, self.foreign, "game"))
+        holdings = Holdings(
+            {name: held.get(name, 0) for name in names},
+            {name: (10 + names.index(name),) for name in held if held[name]},
+            tuple(each for each in processes if each.pid == 999),
+        )
+        return replace(reading, processes=tuple(processes), holdings=holdings)
+
+    def park(self, name: str, rung: Rung) -> Parked:
+        self.calls.append(f"{rung.name} {name}")
+        if name in self.failing_rungs:
+            raise self.failing_rungs[name]
+        self.holds.pop(name, None)
+        return Parked(rung.name)
+
+    def bring_back(self, name: str, parked: Parked) -> bool:
+        self.calls.append(f"start {name} by {parked.rung}")
+        self.holds[name] = self.config.consumers[name].vram_resident_mib
+        return parked.rung == "checkpoint"
+
+    def probe(self, name: str) -> None:
+        self.calls.append(f"probe {name}")
+        if self.not_ready:
+            raise self.not_ready.pop(0)
+
+    def settled(self, name: str) -> bool:
+        if self.unsettled:
+            self.unsettled -= 1
+            return False
+        return True
+
+    def warm(self, name: str) -> None:
+        self.calls.append(f"warm {name}")
+        self.holds[name] = self.config.consumers[name].vram_resident_mib
 
     def load(self, name: str) -> None:
         self.calls.append(f"load {name}")
@@ -112,7 +181,7 @@ class Bench:
         class Watched:
             number, job, waited_s, prepared_s = ticket.number, ticket.job, 0.0, 0.0
             wait, cancel, close = ticket.wait, ticket.cancel, ticket.close
-            when_cancelled = ticket.when_cancelled
+            when_cancelled, relieve = ticket.when_cancelled, ticket.relieve
 
             def pause(self, seconds: float) -> None:
                 bench.clock.advance(seconds)
@@ -350,7 +419,7 @@ def test_evictions_are_events(caplog: pytest.LogCaptureFixture) -> None:
     (event,) = [record for record in caplog.records if record.message == "evicted"]
     fields = vars(event)
     assert (fields["consumer"], fields["target"], fields["mib"]) == ("tts", "llm", 3000)
-    assert fields["released"] is True
+    assert (fields["rung"], fields["outcome"]) == ("http", "released")
 
 
 def test_what_is_assumed_gives_way_to_the_first_probes() -> None:

@@ -1,0 +1,280 @@
+"""What is learned of each consumer while it works: how much memory its jobs take, what it keeps
+after an unload, how long it loads, unloads and runs. Declared values are the prior."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpumanager.model import Parked
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 50
+"""Figures of each kind: enough for a p95, few enough to follow a change of models."""
+
+RAISE = 1.25
+"""By how much the footprint of a consumer is raised that ran out of memory, as long as nobody
+measured what it really needs."""
+
+_VERSION = 1
+_TIMES = ("load_s", "unload_s", "run_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long something took, in seconds: median, 95th percentile, and of how many."""
+
+    p50: float
+    p95: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was learned of one consumer; None where nothing was yet. `peak_mib` is the most that
+    its recent jobs held, `residue_mib` what it kept after its latest unload."""
+
+    peak_mib: int | None = None
+    residue_mib: int | None = None
+    load_s: Times | None = None
+    unload_s: Times | None = None
+    run_s: Times | None = None
+
+
+class _Record:
+    def __init__(self) -> None:
+        self.peaks: deque[int] = deque(maxlen=REMEMBERED)
+        self.current_peak = 0
+        self.residue_mib: int | None = None
+        self.times = {name: deque[float](maxlen=REMEMBERED) for name in _TIMES}
+
+
+class Learned:
+    """The figures of all consumers. Safe from any thread."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._lock = threading.Lock()
+        self._records = {name: _Record() for name in names}
+        self._changed = False
+
+    def figures(self, name: str) -> Figures:
+        """What is known of one consumer."""
+        with self._lock:
+            record = self._records[name]
+            return Figures(
+                peak_mib=_peak(record),
+                residue_mib=record.residue_mib,
+                **{each: _times(record.times[each]) for each in _TIMES},
+            )
+
+    def needed_mib(self, name: str, declared_mib: int, most_mib: int | None) -> int:
+        """What it needs to be resident and work: the declared figure, or more, if its jobs held
+        more. Not less: a peak so far is a lower bound of the next one. Not more than `most_mib`,
+        what the card can give at all, unless that is declared."""
+        with self._lock:
+            learned = _peak(self._records[name]) or 0
+        if most_mib is not None:
+            learned = min(learned, most_mib)
+        return max(declared_mib, learned)
+
+    def held(self, name: str, mib: int) -> None:
+        """Its processes hold so much, during a job."""
+        with self._lock:
+            record = self._records[name]
+            record.current_peak = max(record.current_peak, mib)
+
+    def ran(self, name: str, seconds: float) -> None:
+        """A job of it has ended."""
+        with self._lock:
+            record = self._records[name]
+            record.times["run_s"].append(seconds)
+            if record.current_peak:
+                record.peaks.append(record.current_peak)
+                record.current_peak = 0
+            self._changed = True
+
+    def loaded(self, name: str, seconds: float) -> None:
+        """It was loaded."""
+        self._took(name, "load_s", seconds)
+
+    def unloaded(self, name: str, seconds: float, residue_mib: int | None) -> None:
+        """It was unloaded, and kept `residue_mib`; None where that was not measured."""
+        self._took(name, "unload_s", seconds)
+        if residue_mib is not None:
+            with self._lock:
+                self._records[name].residue_mib = residue_mib
+
+    def ran_out(self, name: str, needed_mib: int) -> None:
+        """A job ran out of memory although there was room for `needed_mib`: it takes more."""
+        with self._lock:
+            record = self._records[name]
+            record.peaks.append(max(record.current_peak, math.ceil(needed_mib * RAISE)))
+            self._changed = True
+
+    def _took(self, name: str, what: str, seconds: float) -> None:
+        with self._lock:
+            self._records[name].times[what].append(seconds)
+            self._changed = True
+
+    # -- over restarts ---------------------------------------------------------------------
+
+    def take_changed(self) -> bool:
+        """Whether something was learned since the last call."""
+        with self._lock:
+            changed, self._changed = self._changed, False
+        return changed
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        with self._lock:
+            return {
+                name: {
+                    "peaks_mib": list(record.peaks),
+                    "residue_mib": record.residue_mib,
+                    **{
+                        each: [round(seconds, 4) for seconds in record.times[each]]
+                        for each in _TIMES
+                    },
+                }
+                for name, record in self._records.items()
+            }
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        """Take over what `as_data` gave; consumers that are not configured any more are passed
+        over. Raises ValueError, TypeError, KeyError or AttributeError for what it never gave."""
+        for name, entry in data.items():
+            if name not in self._records:
+                continue
+            record = _Record()
+            record.peaks.extend(_count(mib) for mib in entry["peaks_mib"])
+            residue = entry["residue_mib"]
+            record.residue_mib = None if residue is None else _count(residue)
+            for each in _TIMES:
+                record.times[each].extend(_seconds(value) for value in entry[each])
+            with self._lock:
+                self._records[name] = record
+
+
+class StateFile:
+    """What outlives the broker: what was learned, and which consumers it has stopped."""
+
+    def __init__(
+        self,
+        path: Path,
+        learned: Learned,
+        parked: Callable[[], Mapping[str, Parked]],
+    ) -> None:
+        self._path = path
+        self._learned = learned
+        self._parked = parked
+        self._saved: Mapping[str, Parked] = {}
+        self._lock = threading.Lock()
+
+    def load(self) -> Mapping[str, Parked]:
+        """Restore what was learned; returns the consumers that were stopped. A file that cannot
+        be understood is put aside, with a warning, and nothing is restored."""
+        try:
+            text = self._path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            log.warning("state not read", extra={"file": str(self._path), "reason": str(error)})
+            return {}
+        try:
+            data = json.loads(text)
+            if data["version"] != _VERSION:
+                raise ValueError(f"version {data['version']!r}")
+            self._learned.restore(data["consumers"])
+            self._saved = {
+                name: Parked(
+                    str(entry["rung"]),
+                    tuple((int(pid), float(born)) for pid, born in entry["processes"]),
+                )
+                for name, entry in data["parked"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            aside = self._path.with_name(self._path.name + ".bad")
+            with contextlib.suppress(OSError):
+                self._path.replace(aside)
+            reason = f"not understood ({error}), put aside as {aside.name}"
+            log.warning("state not read", extra={"file": str(self._path), "reason": reason})
+            return {}
+        return self._saved
+
+    def save(self) -> None:
+        """Write it, if anything changed: whole or not at all. Never raises."""
+        with self._lock:
+            parked = dict(self._parked())
+            if not self._learned.take_changed() and parked == self._saved:
+                return
+            try:
+                self._write(parked)
+                self._saved = parked
+            except OSError as error:
+                extra = {"file": str(self._path), "reason": str(error)}
+                log.warning("state not saved", extra=extra)
+
+    def _write(self, parked: Mapping[str, Parked]) -> None:
+        data = {
+            "version": _VERSION,
+            "consumers": self._learned.as_data(),
+            "parked": {
+                name: {"rung": each.rung, "processes": each.processes}
+                for name, each in parked.items()
+            },
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._path.with_name(self._path.name + ".new")
+        with open(draft, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)
+
+
+def state_path(configured: str | None, listen: str, environ: Mapping[str, str]) -> Path:
+    """Where the state is kept: as configured, else in systemd's state directory, else in the
+    user's, by the address the broker listens on, so that two brokers do not share one."""
+    if configured is not None:
+        return Path(configured)
+    name = "state-" + "".join(c if c.isalnum() else "-" for c in listen) + ".json"
+    if systemd := environ.get("STATE_DIRECTORY"):
+        return Path(systemd.partition(":")[0]) / name
+    home = environ.get("XDG_STATE_HOME")
+    base = Path(home) if home else Path(environ.get("HOME", "/tmp")) / ".local" / "state"  # noqa: S108
+    return base / "gpumanager" / name
+
+
+def _peak(record: _Record) -> int | None:
+    return max((*record.peaks, record.current_peak)) or None
+
+
+def _times(values: Iterable[float]) -> Times | None:
+    """By the nearest rank."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
+    return Times(p50, p95, len(ordered))
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ValueError(f"{value!r} is no time")
+    return float(value)

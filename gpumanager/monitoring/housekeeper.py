@@ -1,0 +1,128 @@
+"""What the broker does in quiet times: unload who has been idle for long, and load again who is to
+be resident."""
+
+from __future__ import annotations
+
+import logging
+
+from gpumanager.clock import Clock
+from gpumanager.config import Config
+from gpumanager.errors import BrokerError
+from gpumanager.model import ConsumerState, Job
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+PATIENCE_S = 1.0
+"""Longest wait in line: if a job came first after all, it is quiet no longer."""
+
+
+class Housekeeper:
+    """`tidy` is the body of a periodic worker. Whatever it does, it waits in line for."""
+
+    def __init__(
+        self, config: Config, registry: Registry, scheduler: Scheduler, moves: Moves, clock: Clock
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._scheduler = scheduler
+        self._moves = moves
+        self._clock = clock
+        self._started = clock.monotonic()
+        self._seen_idle: dict[str, float] = {}
+        self._restored_after: dict[str, float] = {}
+        self.needed = bool(config.default_resident) or any(
+            consumer.idle_unload is not None for consumer in config.consumers.values()
+        )
+
+    def tidy(self) -> float:
+        """Do the one thing that is due, if nobody is in line; returns the seconds until the next
+        look."""
+        if not self._scheduler.line():
+            for name in self._config.consumers:
+                if self._is_idle(name):
+                    self._unload(name)
+                    return INTERVAL_S
+            for name in self._config.default_resident:
+                if self._is_missed(name):
+                    self._restore(name)
+                    return INTERVAL_S
+        return INTERVAL_S
+
+    def _is_idle(self, name: str) -> bool:
+        """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
+        yet, for longer than it was seen loaded."""
+        limit = self._config.consumers[name].idle_unload
+        state = self._registry.get(name)
+        if limit is None or not _is_at_rest(state) or not state.loaded or state.quarantine:
+            self._seen_idle.pop(name, None)
+            return False
+        now = self._clock.monotonic()
+        since = self._seen_idle.setdefault(name, now)
+        return now - max(since, state.last_used or since) >= limit
+
+    def _is_missed(self, name: str) -> bool:
+        """Not loaded, and nobody had a job for longer than `restore_after`. Tried once in each
+        quiet time, and never at the cost of another one that is to be resident."""
+        quiet_since = self._quiet_since()
+        state = self._registry.get(name)
+        if (
+            state.loaded
+            or not _is_at_rest(state)
+            or state.healthy is False
+            or self._restored_after.get(name) == quiet_since
+            or self._clock.monotonic() - quiet_since < self._config.restore_after
+        ):
+            return False
+        victims = {victim.name for victim in self._moves.preview(name).victims}
+        return victims.isdisjoint(self._config.default_resident)
+
+    def _quiet_since(self) -> float:
+        used = [state.last_used for state in self._registry.snapshot().values()]
+        return max((each for each in used if each is not None), default=self._started)
+
+    def _unload(self, name: str) -> None:
+        self._seen_idle.pop(name, None)
+        ticket = self._take_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False))
+        if ticket is not None:
+            try:
+                self._moves.unload(name, ticket)
+            except BrokerError as error:
+                self._failed("idle unload", name, error)
+            finally:
+                ticket.close()
+
+    def _restore(self, name: str) -> None:
+        self._restored_after[name] = self._quiet_since()
+        ticket = self._take_turn(Job(name, "restore", max_wait=PATIENCE_S))
+        if ticket is not None:
+            try:
+                self._moves.load(name, ticket)
+            except BrokerError as error:
+                self._failed("restore", name, error)
+            finally:
+                ticket.close()
+
+    def _take_turn(self, job: Job) -> Ticket | None:
+        try:
+            ticket = self._scheduler.enqueue(job)
+        except BrokerError:
+            return None  # it shuts down
+        try:
+            ticket.wait()
+        except BaseException as error:
+            ticket.close()
+            if not isinstance(error, BrokerError):
+                raise
+            self._failed(job.kind, job.consumer, error)
+            return None
+        return ticket
+
+    def _failed(self, what: str, name: str, error: BrokerError) -> None:
+        log.warning(f"{what} failed", extra={"consumer": name, "reason": error.message})
+
+
+def _is_at_rest(state: ConsumerState) -> bool:
+    return not state.active and not state.busy

@@ -1,0 +1,118 @@
+"""The processes of this machine, and which of them a consumer runs in."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import psutil
+
+from gpumanager.config import Config
+
+_FRONTS = frozenset(
+    {"systemd", "init", "docker-proxy", "rootlessport", "conmon", "pasta", "slirp4netns", "ssh"}
+)
+"""Processes that hold a port for another one, which is not their descendant."""
+
+Address = tuple[str, int]
+
+
+class ProcessTable(Protocol):
+    """What there is to know of this machine's processes. Never raises."""
+
+    def listeners(self) -> Mapping[Address, tuple[int, ...]]:
+        """Who listens on which TCP address, as far as it may be seen."""
+
+    def ancestry(self, pid: int) -> tuple[int, ...]:
+        """`pid`, its parent, and so on; empty if there is no such process."""
+
+    def name(self, pid: int) -> str:
+        """The name of the program; empty if it is not known."""
+
+    def cgroup(self, pid: int) -> str:
+        """The path of its cgroup; empty if it is not known."""
+
+
+class SystemProcesses:
+    """The processes of this machine, or of this PID namespace."""
+
+    def listeners(self) -> Mapping[Address, tuple[int, ...]]:
+        found: dict[Address, set[int]] = {}
+        try:
+            for row in psutil.net_connections("tcp"):
+                if row.status == psutil.CONN_LISTEN and row.pid is not None and row.laddr:
+                    found.setdefault((row.laddr.ip, row.laddr.port), set()).add(row.pid)
+        except (psutil.Error, OSError):
+            return {}
+        return {address: tuple(sorted(pids)) for address, pids in found.items()}
+
+    def ancestry(self, pid: int) -> tuple[int, ...]:
+        try:
+            return (pid, *(parent.pid for parent in psutil.Process(pid).parents()))
+        except (psutil.Error, OSError):
+            return ()
+
+    def name(self, pid: int) -> str:
+        try:
+            return psutil.Process(pid).name()
+        except (psutil.Error, OSError):
+            return ""
+
+    def cgroup(self, pid: int) -> str:
+        try:
+            lines = Path(f"/proc/{pid}/cgroup").read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        paths = dict(line.split(":", 2)[::2] for line in lines if line.count(":") >= 2)
+        return paths.get("0", "")  # the unified hierarchy
+
+
+class ConsumerProcesses:
+    """The processes that listen where the consumers are. Safe from any thread."""
+
+    def __init__(self, config: Config, table: ProcessTable) -> None:
+        self._addresses = {
+            name: address
+            for name, consumer in config.consumers.items()
+            if (address := _local_address(consumer.base_url)) is not None
+        }
+        self._table = table
+
+    def find(self) -> dict[str, tuple[int, ...]]:
+        """The listening processes of each consumer of this machine, where they can be seen and
+        are its own."""
+        return dict(self._find(self._addresses))
+
+    def of(self, name: str) -> tuple[int, ...]:
+        """The listening processes of one consumer; empty if they cannot be seen."""
+        address = self._addresses.get(name)
+        return () if address is None else dict(self._find({name: address})).get(name, ())
+
+    def _find(self, addresses: Mapping[str, Address]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        listeners = self._table.listeners()
+        for name, (host, port) in addresses.items():
+            anywhere = "::" if ":" in host else "0.0.0.0"  # noqa: S104  # looked for, not bound
+            for ip in (host, f"::ffff:{host}", anywhere, "::"):
+                if pids := listeners.get((ip, port)):
+                    own = tuple(pid for pid in pids if self._table.name(pid) not in _FRONTS)
+                    if own:
+                        yield name, own
+                    break
+
+
+def _local_address(base_url: str) -> Address | None:
+    """The IP and port a consumer of this machine is reached at; None for another machine's."""
+    parts = urlsplit(base_url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    if host == "localhost":
+        return "127.0.0.1", port
+    try:
+        found = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        return None  # a name: that of another machine, as far as can be told without asking
+    address = str(found[0][4][0])
+    own = {each.address for rows in psutil.net_if_addrs().values() for each in rows}
+    return (address, port) if address in own or address.startswith("127.") else None

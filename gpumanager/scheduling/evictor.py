@@ -1,0 +1,207 @@
+"""Unloads one consumer, and sees to it that its memory comes back.
+
+Runs on the thread of the job that holds the GPU. All calls to consumers and all waits happen here,
+outside any lock, each with a bound.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from gpumanager.clock import Clock
+from gpumanager.config import Config, Rung
+from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.learning import Learned
+from gpumanager.model import MemoryReading, Parked
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Release, Ticket
+from gpumanager.scheduling.release import LEAKED_SHARE, judge
+
+log = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 10.0
+"""Longest wait for unloaded memory to show as free. Drivers took up to 5 s for it in the field."""
+
+STABLE_S = 0.5
+"""A release that has begun is over once nothing changed for so long: most land in one step, some
+in two."""
+
+FIRST_POLL_S = 0.01
+LONGEST_POLL_S = 0.1
+"""The card is looked at often at first, for releases that are nearly at once, then less so."""
+
+
+class Controls(Protocol):
+    """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
+
+    def load(self, name: str) -> None:
+        """Have the consumer load its model; returns when it says so."""
+
+    def warm(self, name: str) -> None:
+        """As `load`, for a consumer that loads with its first job."""
+
+    def unload(self, name: str) -> None:
+        """Have the consumer drop its model; returns when it says so, which is not yet proof."""
+
+    def settled(self, name: str) -> bool:
+        """Whether it says that the unload is over; True if it does not tell."""
+
+    def probe(self, name: str) -> object:
+        """Ask it how it is."""
+
+
+class Parks(Protocol):
+    """Stops consumers, and starts them again. Both raise BrokerError on failure."""
+
+    def park(self, name: str, rung: Rung) -> Parked:
+        """Stop it by a rung other than `http`."""
+
+    def bring_back(self, name: str, parked: Parked) -> bool:
+        """Start it again; True if it can be used at once, False if it has yet to get ready."""
+
+
+class Evictor:
+    """`measure` returns a fresh reading of the card, or None where it cannot be measured."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        learned: Learned,
+        controls: Controls,
+        parks: Parks,
+        measure: Callable[[], MemoryReading | None],
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._learned = learned
+        self._controls = controls
+        self._parks = parks
+        self._measure = measure
+        self._clock = clock
+
+    def evict(
+        self,
+        name: str,
+        held_mib: int,
+        floor_mib: int,
+        ticket: Ticket,
+        fits: Callable[[], bool] | None = None,
+    ) -> Release | None:
+        """Unload the consumer, climbing its `evict` rungs until one gives its memory back; None
+        if not one of them could be carried out.
+
+        `held_mib` is what it is taken to hold, `floor_mib` what it may keep. `fits` says whether
+        the room is enough now: until it is, a release that looks complete is given a little
+        longer, in case more comes; None does without that. One that gave nothing back, by any
+        rung, is put into quarantine. Raises the error the ticket was cancelled with.
+        """
+        release: Release | None = None
+        tried = []
+        for rung in self._config.consumers[name].rungs:
+            before = self._measure()
+            began = self._clock.monotonic()
+            try:
+                self._carry_out(name, rung)
+            except BrokerError as error:
+                if self._gone(name, error):
+                    return Release("gone")
+                log.warning(
+                    "eviction failed",
+                    extra={
+                        "consumer": name,
+                        "target": ticket.job.consumer,
+                        "rung": rung.name,
+                        "reason": error.message,
+                    },
+                )
+                continue
+            tried.append(rung.name)
+            own = None if before is None else before.measured_mib(name)
+            expected = max(0, (held_mib if own is None else own) - floor_mib)
+            release = self._await(name, before, expected, ticket, fits)
+            release = replace(release, seconds=self._clock.monotonic() - began)
+            self._take_note(name, rung, release, ticket.job.consumer)
+            if release.outcome != "leaked":
+                return release
+        if release is not None:
+            held = release.residue_mib
+            kept = "" if held is None else f", and holds {held} MiB"
+            reason = f"gave back {release.mib} of {release.expected_mib} MiB"
+            self._registry.quarantine(name, f"{reason} after {', '.join(tried)}{kept}")
+        return release
+
+    def _carry_out(self, name: str, rung: Rung) -> None:
+        with self._registry.busy(name):
+            if rung.http:
+                self._controls.unload(name)
+                self._registry.set_loaded(name, False)
+            else:
+                self._registry.park(name, self._parks.park(name, rung))
+
+    def _gone(self, name: str, error: BrokerError) -> bool:
+        """Its process has ended, and took the memory along."""
+        if isinstance(error, ConsumerUnreachable) and error.nothing_listens:
+            self._registry.set_loaded(name, False)
+            return True
+        return False
+
+    def _await(
+        self,
+        name: str,
+        before: MemoryReading | None,
+        expected_mib: int,
+        ticket: Ticket,
+        fits: Callable[[], bool] | None,
+    ) -> Release:
+        """Poll until the memory is back, or will not come."""
+        now = self._clock.monotonic()
+        deadline, stable_since, began = now + RELEASE_TIMEOUT_S, now, now
+        delay, last_mib = FIRST_POLL_S, 0
+        while True:
+            settled = self._controls.settled(name)
+            reading = None if before is None else self._measure()
+            now = self._clock.monotonic()
+            if before is None or reading is None:
+                # The card is out of view: what the consumer says is all there is.
+                if settled or now >= deadline:
+                    return Release("unverified", expected_mib=expected_mib)
+            else:
+                release = judge(name, before, reading, expected_mib)
+                if release.mib != last_mib:
+                    last_mib, stable_since = release.mib, now
+                stable = now - stable_since >= STABLE_S
+                begun = release.mib > LEAKED_SHARE * expected_mib or expected_mib == 0
+                if settled and begun and stable:
+                    return release
+                if settled and release.complete and (fits is None or fits()):
+                    return release
+                if fits is not None and not begun and now - began >= STABLE_S and fits():
+                    # Somebody else made room meanwhile: whatever this one does, the job can run.
+                    return replace(release, outcome="partial")
+                if now >= deadline:
+                    return release
+            ticket.pause(delay)
+            delay = min(LONGEST_POLL_S, 2 * delay)
+
+    def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
+        residue = release.residue_mib if rung.http and release.complete else None
+        self._learned.unloaded(name, release.seconds, residue)
+        log.log(
+            logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,
+            "evicted",
+            extra={
+                "consumer": name,
+                "target": target,
+                "rung": rung.name,
+                "outcome": release.outcome,
+                "mib": release.mib,
+                "expected_mib": release.expected_mib,
+                "ms": round(release.seconds * 1000),
+                **({"thief": release.thief} if release.thief else {}),
+            },
+        )

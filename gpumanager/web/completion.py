@@ -1,0 +1,164 @@
+"""Jobs that are answered at once and worked on afterwards: the GPU stays held until the consumer
+says that the job is over (its `done` rule), though its client has long had its answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from gpumanager.clock import Clock
+from gpumanager.config import ConsumerConfig, Done, Lost, expressions
+from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.scheduling.interface import Ticket
+
+log = logging.getLogger(__name__)
+
+LARGEST_ANSWER_BYTES = 1024 * 1024
+"""An answer that only says that a job was taken is small. A larger one is handed on as it comes."""
+
+CANCEL_SETTLE_S = 30.0
+"""What a cancelled job is given to end, from being told to."""
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""What may go into a path as it is; ids seen in the field are UUIDs and numbers."""
+
+
+class FollowsJobs(Protocol):
+    """The calls about one asynchronous job. They raise BrokerError on failure."""
+
+    def job_result(self, name: str, done: Done, job_id: str) -> bytes | None:
+        """What the consumer says of the job, once it is over; None before."""
+
+    def job_listed(self, name: str, lost: Lost, job_id: str) -> bool:
+        """Whether it still has the job in work."""
+
+    def cancel_job(self, name: str, done: Done, job_id: str) -> None:
+        """Make the calls that stop it."""
+
+
+def job_id(done: Done, answer: bytes) -> str | None:
+    """The job's id in the answer to it; None if there is none, so that nothing was begun."""
+    try:
+        found = expressions.search(done.id, json.loads(answer))
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, int) and not isinstance(found, bool):
+        found = str(found)
+    return found if isinstance(found, str) and _ID.fullmatch(found) else None
+
+
+class Completions:
+    """Follows asynchronous jobs to their end, each on a thread of its own, named after the
+    ticket. `stop` ends the threads; the jobs go on."""
+
+    def __init__(self, calls: FollowsJobs, clock: Clock) -> None:
+        self._calls = calls
+        self._clock = clock
+        self._stopped = threading.Event()
+
+    def follow(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        job_id: str,
+        ticket: Ticket,
+        ended: Callable[[bytes | None, bool], object],
+    ) -> None:
+        """Return at once; call `ended` when the job is over: with what the consumer said of it,
+        None where that is not known, and True if its process is gone."""
+        assert consumer.done is not None  # noqa: S101  # the caller found the id with it
+        following = _Following(
+            self._calls, self._clock, self._stopped, name, consumer.done, job_id, ended
+        )
+        limit = consumer.done.timeout or consumer.timeouts.total
+        ticket.when_cancelled(lambda _: following.cancel())
+        thread = threading.Thread(
+            target=following.run, args=(limit,), name=f"done-{name}-{ticket.number}", daemon=True
+        )
+        thread.start()
+
+    def stop(self) -> None:
+        """Follow no more."""
+        self._stopped.set()
+
+
+class _Following:
+    def __init__(
+        self,
+        calls: FollowsJobs,
+        clock: Clock,
+        stopped: threading.Event,
+        name: str,
+        done: Done,
+        job_id: str,
+        ended: Callable[[bytes | None, bool], object],
+    ) -> None:
+        self._calls = calls
+        self._clock = clock
+        self._stopped = stopped
+        self._name = name
+        self._done = done
+        self._job_id = job_id
+        self._ended = ended
+        self._cancelled = threading.Event()
+        self._unlisted = 0
+        self._said: bytes | None = None
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def run(self, limit: float) -> None:
+        gone = False
+        try:
+            gone = self._until_over(self._clock.monotonic() + limit)
+        finally:
+            self._ended(self._said, gone)
+
+    def _until_over(self, deadline: float) -> bool:
+        """Return when the job is over; True if its consumer's process is gone."""
+        told = False
+        while not self._stopped.is_set():
+            if self._cancelled.is_set() and not told:
+                told = True
+                deadline = min(deadline, self._clock.monotonic() + CANCEL_SETTLE_S)
+                self._tell()
+            try:
+                if self._is_over():
+                    return False
+            except ConsumerUnreachable as error:
+                if error.nothing_listens:
+                    return True
+            except BrokerError:
+                pass  # too busy to say, which is an answer
+            if self._clock.monotonic() >= deadline:
+                self._log("job not over in time")
+                if not told:
+                    self._tell()
+                return False
+            # Once cancelled there is nothing more to be woken for.
+            (self._stopped if told else self._cancelled).wait(self._done.poll.every)
+        return False
+
+    def _is_over(self) -> bool:
+        self._said = self._calls.job_result(self._name, self._done, self._job_id)
+        if self._said is not None:
+            return True
+        if self._done.lost is None:
+            return False
+        # Between the two looks it may have ended, so that it is in neither: look once more.
+        listed = self._calls.job_listed(self._name, self._done.lost, self._job_id)
+        self._unlisted = 0 if listed else self._unlisted + 1
+        return self._unlisted >= 2
+
+    def _tell(self) -> None:
+        try:
+            self._calls.cancel_job(self._name, self._done, self._job_id)
+        except BrokerError as error:
+            self._log("cancel failed", reason=error.message)
+
+    def _log(self, event: str, **more: str) -> None:
+        log.warning(event, extra={"consumer": self._name, "job": self._job_id, **more})

@@ -1,0 +1,163 @@
+"""What an operator asks for: would it fit, load it, unload it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gpumanager.clock import Clock
+from gpumanager.config import Config, Kind
+from gpumanager.errors import ClientGone, NoConsumer, NotFound
+from gpumanager.learning import Learned
+from gpumanager.model import Job
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
+from gpumanager.watcher import Watcher
+from gpumanager.web.jobs import ClientWatch
+from gpumanager.web.record import record_of
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+
+T = TypeVar("T")
+
+UNLOAD_S = 1.0
+"""Taken for the time to unload a consumer that was never seen to be."""
+
+LOAD_S = 5.0
+"""Likewise to load."""
+
+
+class Operations:
+    """The operator's requests. Each that changes something waits in line like a job."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        learned: Learned,
+        scheduler: Scheduler,
+        moves: Moves,
+        watcher: Watcher,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._learned = learned
+        self._scheduler = scheduler
+        self._moves = moves
+        self._watcher = watcher
+        self._clock = clock
+
+    def unload(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
+        """Unload a consumer. Raises NotFound, NoConsumer if there is no way to, or what waiting
+        and unloading raise."""
+        self._known(name)
+        release = self._in_turn(environ, name, "unload", lambda it: self._moves.unload(name, it))
+        answer = {
+            "consumer": name,
+            "outcome": release.outcome,
+            "mib": release.mib,
+            "ms": round(release.seconds * 1000),
+        }
+        return {**answer, "thief": release.thief} if release.thief else answer
+
+    def load(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
+        """Make room for a consumer and load it. Raises as above."""
+        self._known(name)
+        consumer = self._config.consumers[name]
+        parked = self._registry.get(name).parked is not None
+        if consumer.load is None and consumer.warm is None and not parked:
+            raise NoConsumer(
+                f"consumer {name} has neither a load nor a warm call: it loads with its first job",
+                consumer=name,
+            )
+        began = self._clock.monotonic()
+        self._in_turn(environ, name, "load", lambda it: self._moves.load(name, it))
+        seconds = self._clock.monotonic() - began
+        return {
+            "consumer": name,
+            "loaded": self._registry.get(name).loaded,
+            "ms": round(seconds * 1000),
+        }
+
+    def plan(self, kind: Kind) -> dict[str, Any]:
+        """What would happen to a job of `kind` that came now. Acts on nothing."""
+        name = self._config.routing.get(kind)
+        if name is None:
+            raise NoConsumer(f"no consumer routes {kind}")
+        now = self._moves.preview(name)
+        fits = now.fits or bool(now.victims)
+        unload_s = {victim.name: self._unload_s(victim.name) for victim in now.victims}
+        load_s = self._load_s(name) if now.must_load else 0.0
+        wait_s = self._wait_s()
+        return {
+            "kind": kind,
+            "consumer": name,
+            "fits": fits,
+            "fits_now": now.fits,
+            "needed_mib": now.needed_mib,
+            "held_mib": now.held_mib,
+            "free_mib": now.balance.free_mib,
+            "reserved_mib": self._config.gpu.reserved_mib,
+            "short_mib": now.short_mib,
+            "source": now.balance.source,
+            "victims": [
+                {
+                    "consumer": victim.name,
+                    "mib": victim.mib,
+                    "why": self._why(victim.last_used, victim.reload_s),
+                    "estimate_ms": round(unload_s[victim.name] * 1000),
+                }
+                for victim in now.victims
+            ],
+            "must_load": now.must_load,
+            "estimate_ms": {
+                "wait": round(wait_s * 1000),
+                "evict": round(sum(unload_s.values()) * 1000),
+                "load": round(load_s * 1000),
+            },
+        }
+
+    def _why(self, last_used: float | None, reload_s: float) -> str:
+        idle = "never used"
+        if last_used is not None:
+            idle = f"idle for {self._clock.monotonic() - last_used:.0f} s"
+        if self._config.eviction == "cost":
+            return f"cheapest to reload for what it frees: {reload_s:.1f} s, {idle}"
+        return f"least recently used: {idle}"
+
+    def _unload_s(self, name: str) -> float:
+        times = self._learned.figures(name).unload_s
+        return UNLOAD_S if times is None else times.p50
+
+    def _load_s(self, name: str) -> float:
+        times = self._learned.figures(name).load_s
+        return LOAD_S if times is None else times.p50
+
+    def _wait_s(self) -> float:
+        """Until a job that came now had its turn: when the last in line has had his."""
+        return self._scheduler.wait_estimate()
+
+    def _known(self, name: str) -> None:
+        if name not in self._config.consumers:
+            known = ", ".join(sorted(self._config.consumers)) or "none"
+            raise NotFound(f"there is no consumer '{name}'; known: {known}")
+
+    def _in_turn(
+        self, environ: WSGIEnvironment, name: str, kind: str, act: Callable[[Ticket], T]
+    ) -> T:
+        record = record_of(environ)
+        record.consumer = name
+        client = ClientWatch(environ, self._watcher)
+        record.stack.callback(client.stop)
+        job = Job(name, kind, record.client, record.request_id, makes_room=kind != "unload")
+        ticket = self._scheduler.enqueue(job)
+        record.stack.callback(ticket.close)
+        client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))
+        try:
+            ticket.wait()
+            return act(ticket)
+        finally:
+            ticket.close()
