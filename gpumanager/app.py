@@ -80,13 +80,16 @@ class Broker:
         calls = ControlCalls(config, self.watcher, clock)
         self.breakers = Breakers(clock)
         admission = Admission(self.registry, self.breakers, retry_s=config.health_interval)
+        sampler = Sampler(
+            self.memory, self.registry, self.learned, clock, interval=config.gpu.sample_interval
+        )
         room = RoomMaker(
             config,
             self.registry,
             self.learned,
             calls,
             Ladder(config, listening=consumer_processes.of, on_card=self._pids_on_card),
-            self.memory.measure,
+            sampler.look,
             admission.check,
             clock,
         )
@@ -105,6 +108,7 @@ class Broker:
             self._completions,
             self.watcher,
             clock,
+            look=sampler.look,
             after_job=self._after_job,
         )
         self._state = (
@@ -154,7 +158,7 @@ class Broker:
             draining=draining,
             unfinished=self.guard.unfinished,
         )
-        self._workers = self._make_workers(calls, room, clock)
+        self._workers = self._make_workers(sampler, calls, room, clock)
         self._lock = threading.Lock()
         self._restored = False
 
@@ -199,16 +203,9 @@ class Broker:
         return STATE_INTERVAL_S
 
     def _make_workers(
-        self, calls: ControlCalls, moves: Moves, clock: Clock
+        self, sampler: Sampler, calls: ControlCalls, moves: Moves, clock: Clock
     ) -> list[PeriodicWorker]:
         config = self.config
-        sampler = Sampler(
-            self.memory,
-            self.registry,
-            self.learned,
-            clock,
-            interval=config.gpu.sample_interval,
-        )
         workers = [
             PeriodicWorker("watcher", self.watcher.sweep, retry_s=1.0),
             PeriodicWorker("gpu-sampler", sampler.sample, retry_s=config.gpu.sample_interval),

@@ -614,12 +614,14 @@ class ConsumerConfig(_Model):
 
 class GpuConfig(_Model):
     """The card. `total_mib` 0: ask NVML; `reserved_mib` is promised to nobody; `device` is
-    NVML's index, a UUID or `simulated:FILE`; `sample_interval` in seconds."""
+    NVML's index, a UUID or `simulated:FILE`; `sample_interval` in seconds; `release_timeout` the
+    longest wait, in seconds, for unloaded memory to show as free."""
 
     total_mib: Mib = 0
     reserved_mib: Mib = 256
     device: Annotated[StrictInt | StrictStr, BeforeValidator(_device)] = 0
     sample_interval: Seconds = 2.0
+    release_timeout: Seconds = 10.0
 
 
 class SchedulerConfig(_Model):

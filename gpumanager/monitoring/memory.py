@@ -64,6 +64,7 @@ class NvmlCard:
         faults: list[str] = []
         name = self._optional(faults, "name", self._nvml.nvmlDeviceGetName)
         rates = self._optional(faults, "utilization", self._nvml.nvmlDeviceGetUtilizationRates)
+        processes = self._processes(faults)
         return MemoryReading(
             total_mib=memory.total // MIB,
             used_mib=(memory.total - memory.free) // MIB,
@@ -71,7 +72,7 @@ class NvmlCard:
             name=name.decode() if isinstance(name, bytes) else name,
             utilization_percent=None if rates is None else rates.gpu,
             fault="; ".join(faults) or None,
-            processes=self._processes(faults),
+            processes=processes,
         )
 
     def _processes(self, faults: list[str]) -> tuple[GpuProcess, ...] | None:

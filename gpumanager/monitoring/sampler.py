@@ -19,7 +19,8 @@ BUSY_INTERVAL_S = 0.5
 
 
 class Sampler:
-    """`sample` is the body of a periodic worker; `interval` in seconds."""
+    """`sample` is the body of a periodic worker; `interval` in seconds. `look` is for those who
+    have to know now, from any thread."""
 
     def __init__(
         self,
@@ -36,8 +37,8 @@ class Sampler:
         self._clock = clock
         self._interval = interval
 
-    def sample(self) -> float:
-        """Take one sample; returns the seconds until the next."""
+    def look(self) -> MemoryReading | None:
+        """Take one sample now; None where the card cannot be measured."""
         before = self._registry.gpu
         try:
             reading = self._memory.read()
@@ -53,6 +54,11 @@ class Sampler:
                 log.warning("gpu unavailable", extra={"reason": after.err})
             else:
                 log.info("gpu available")
+        return after.reading
+
+    def sample(self) -> float:
+        """Take one sample; returns the seconds until the next."""
+        self.look()
         if any(state.active for state in self._registry.snapshot().values()):
             return min(self._interval, BUSY_INTERVAL_S)
         return self._interval

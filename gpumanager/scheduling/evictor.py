@@ -22,9 +22,6 @@ from gpumanager.scheduling.release import LEAKED_SHARE, judge
 
 log = logging.getLogger(__name__)
 
-RELEASE_TIMEOUT_S = 10.0
-"""Longest wait for unloaded memory to show as free. Drivers took up to 5 s for it in the field."""
-
 STABLE_S = 0.5
 """A release that has begun is over once nothing changed for so long: most land in one step, some
 in two."""
@@ -160,7 +157,7 @@ class Evictor:
     ) -> Release:
         """Poll until the memory is back, or will not come."""
         now = self._clock.monotonic()
-        deadline, stable_since, began = now + RELEASE_TIMEOUT_S, now, now
+        deadline, stable_since, began = now + self._config.gpu.release_timeout, now, now
         delay, last_mib = FIRST_POLL_S, 0
         while True:
             settled = self._controls.settled(name)
@@ -189,7 +186,7 @@ class Evictor:
             delay = min(LONGEST_POLL_S, 2 * delay)
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
-        residue = release.residue_mib if rung.http and release.complete else None
+        residue = release.residue_mib if rung.http and release.outcome != "leaked" else None
         self._learned.unloaded(name, release.seconds, residue)
         log.log(
             logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,

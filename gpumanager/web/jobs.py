@@ -157,6 +157,7 @@ class JobRunner:
         watcher: Watcher,
         clock: Clock,
         *,
+        look: Callable[[], object] = lambda: None,
         after_job: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
         self._calls = calls
@@ -169,6 +170,7 @@ class JobRunner:
         self._completions = completions
         self._watcher = watcher
         self._clock = clock
+        self._look = look
         self._after_job = after_job
         self._lock = threading.Lock()
         self._memory_failures = MemoryFailures()
@@ -310,6 +312,7 @@ class JobRunner:
     def _count_second(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> None:
         if self._ran_out(name, consumer, exchange):
             return
+        self._look()  # while it holds what it really needs
         with self._lock:
             self._memory_failures = replace(
                 self._memory_failures, healed=self._memory_failures.healed + 1

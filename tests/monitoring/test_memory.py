@@ -110,9 +110,7 @@ def test_a_platform_that_keeps_one_figure_back_gives_none() -> None:
 @pytest.mark.parametrize(
     ("error", "fault"), [(NotSupported("no"), None), (NVMLError("odd"), "processes: odd")]
 )
-def test_without_a_list_of_processes_the_totals_remain(
-    error: Exception, fault: str | None
-) -> None:
+def test_without_a_list_of_processes_the_totals_remain(error: Exception, fault: str | None) -> None:
     nvml = FakeNvml()
     nvml.failing = {"compute": error}
     reading = card(nvml).read()

@@ -1,0 +1,364 @@
+"""Whole cycles with faithful fakes of real servers, on a simulated card: probe, job, evict, settle,
+reload, with the traps of each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from gpumanager.simulation.card import SimulatedCard
+from tests.support.broker import LiveBroker, live_broker
+from tests.support.fake_servers import Running, command, fake_server
+from tests.support.threads import Outcome, eventually
+
+KINDS = {"comfyui": "image", "ollama": "llm", "vllm": "llm", "plain": "tts"}
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> SimulatedCard:
+    return SimulatedCard.create(tmp_path / "card.json", 10_000, release_lag_s=0.05)
+
+
+@contextmanager
+def box(
+    card: SimulatedCard, consumers: dict[str, dict[str, Any]], **top: Any
+) -> Iterator[tuple[LiveBroker, dict[str, Running]]]:
+    """A broker in front of fakes: by name, with `fake` (its kind; None: one that runs already),
+    `mib`, and config keys."""
+    with ExitStack() as stack:
+        fakes, configured, routing = {}, {}, {}
+        for name, settings in consumers.items():
+            kind, mib = settings.pop("fake"), settings.pop("mib")
+            if kind is not None:
+                fakes[name] = stack.enter_context(fake_server(kind, card.path, name, mib))
+                settings["url"] = fakes[name].url
+            route = settings.pop("kind", KINDS[kind or "plain"])
+            defaults: dict[str, Any] = {"preset": kind}
+            if kind in ("plain", None):
+                paths = {route: "/job"}
+                defaults = {"health": "/health", "unload": "/unload", "paths": paths}
+            configured[name] = {"vram_resident_mib": mib, **defaults, **settings}
+            routing[route] = name
+        text = yaml.safe_dump(
+            {
+                "gpu": {
+                    "device": f"simulated:{card.path}",
+                    "sample_interval": 0.2,
+                    "release_timeout": 1,
+                },
+                "health_interval": 0.2,
+                "routing": routing,
+                "consumers": configured,
+                **top,
+            }
+        )
+        broker = stack.enter_context(live_broker(text))
+        eventually(lambda: all(c["probed"] for c in broker.get("/v1/status").json()["consumers"]))
+        yield broker, fakes
+
+
+@contextmanager
+def detached(start: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that ends with the block, and so does whatever was started in its place."""
+    first = subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield first
+    finally:
+        first.kill()
+        first.wait(5)
+        for child in psutil.Process().children():
+            if child.cmdline() == start:
+                child.kill()
+                child.wait(5)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def status_of(broker: LiveBroker, name: str) -> dict[str, Any]:
+    consumers = broker.get("/v1/status").json()["consumers"]
+    found: dict[str, Any] = next(each for each in consumers if each["name"] == name)
+    return found
+
+
+def job(broker: LiveBroker, kind: str, body: Any = None) -> Any:
+    return broker.post(f"/v1/{kind}", json={} if body is None else body)
+
+
+# -- Ollama --------------------------------------------------------------------------------------
+
+
+def test_ollamas_memory_is_waited_for_though_its_list_is_empty_before(
+    card: SimulatedCard,
+) -> None:
+    consumers = {
+        "ollama": {"fake": "ollama", "mib": 7000},
+        "voice": {"fake": "plain", "mib": 5000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["ollama"].set(unload_lag_s=0.6)
+        assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
+        eventually(lambda: status_of(broker, "ollama")["gpu_resident_mib"] == 7000)
+        assert status_of(broker, "ollama")["resident_source"] == "measured"  # a child holds it
+        for _ in range(2):
+            assert job(broker, "tts").status_code == 200
+            assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
+        learned = status_of(broker, "ollama")["learned"]
+        assert learned["unload_ms"]["p50"] >= 500
+        assert learned["peak_mib"] == 7000
+        assert broker.get("/v1/status").json()["scheduler"]["evictions"] == 4
+
+
+def test_a_model_that_went_to_the_cpu_is_reported(
+    card: SimulatedCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    with box(card, {"ollama": {"fake": "ollama", "mib": 3000}}) as (broker, fakes):
+        fakes["ollama"].set(needs=14_000)  # the half of it fits
+        assert job(broker, "llm", {"model": "llama3:70b"}).status_code == 200
+        eventually(lambda: status_of(broker, "ollama").get("on_cpu") == ["llama3:70b"])
+        assert "partly on the CPU" in caplog.text
+        broker.post("/v1/consumers/ollama/unload")
+        assert "on_cpu" not in status_of(broker, "ollama")
+
+
+# -- ComfyUI -------------------------------------------------------------------------------------
+
+PROMPT = {"prompt": {"1": {"class_type": "KSampler"}}}
+
+
+def test_comfyui_holds_the_gpu_until_its_render_is_done(card: SimulatedCard) -> None:
+    consumers = {
+        "comfyui": {"fake": "comfyui", "mib": 6000},
+        "voice": {"fake": "plain", "mib": 6000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["comfyui"].set(paused=True)
+        answer = job(broker, "image", PROMPT)
+        prompt = answer.json()["prompt_id"]
+        assert answer.status_code == 200
+        assert broker.stats.in_flight == 1  # the client has its answer, the render goes on
+        speech = Outcome(lambda: job(broker, "tts").status_code)
+        broker.await_waiting(1)
+        fakes["comfyui"].set(paused=False)
+        assert speech.result() == 200  # evicted only after the render
+        history = fakes["comfyui"].ask("GET", f"/history/{prompt}")
+        assert history[prompt]["status"]["status_str"] == "success"
+        assert status_of(broker, "comfyui")["gpu_resident_mib"] == 0
+        assert broker.get("/v1/status").json()["scheduler"]["out_of_memory"]["seen"] == 0
+
+
+def test_a_prompt_that_is_refused_holds_nothing(card: SimulatedCard) -> None:
+    with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, _):
+        assert job(broker, "image", {"prompt": {}}).status_code == 400
+        broker.await_idle()
+
+
+def test_a_prompt_deleted_while_pending_gives_the_gpu_back(card: SimulatedCard) -> None:
+    with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, fakes):
+        fakes["comfyui"].set(paused=True)
+        prompt = job(broker, "image", PROMPT).json()["prompt_id"]
+        fakes["comfyui"].ask("POST", "/queue", {"delete": [prompt]})  # in the queue no more
+        broker.await_idle()
+        assert fakes["comfyui"].ask("GET", f"/history/{prompt}") == {}
+
+
+def test_a_render_can_be_cancelled_through_the_line(card: SimulatedCard) -> None:
+    with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, fakes):
+        fakes["comfyui"].set(job_s=600)
+        prompt = job(broker, "image", PROMPT).json()["prompt_id"]
+        eventually(lambda: fakes["comfyui"].ask("GET", "/queue")["queue_running"] != [])
+        (entry,) = broker.get("/v1/queue").json()["line"]
+        assert broker.delete(f"/v1/queue/{entry['ticket']}").status_code == 200
+        broker.await_idle()
+        history = fakes["comfyui"].ask("GET", f"/history/{prompt}")
+        assert history[prompt]["status"]["status_str"] == "error"  # interrupted
+
+
+def test_a_render_without_end_gives_the_gpu_back_in_time(
+    card: SimulatedCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    timeouts = {"total": 1.0}
+    consumers = {"comfyui": {"fake": "comfyui", "mib": 6000, "timeouts": timeouts}}
+    with box(card, consumers) as (broker, fakes):
+        fakes["comfyui"].set(job_s=600)
+        job(broker, "image", PROMPT)
+        broker.await_idle()
+        assert "job not over in time" in caplog.text
+
+
+def test_a_render_that_ran_out_of_memory_is_learned_from(card: SimulatedCard) -> None:
+    with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, fakes):
+        fakes["comfyui"].set(needs=20_000)
+        job(broker, "image", PROMPT)
+        broker.await_idle()
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 0}  # its answer had gone out
+        assert status_of(broker, "comfyui")["learned"]["peak_mib"] == 7500
+
+
+# -- vLLM ----------------------------------------------------------------------------------------
+
+
+def test_vllm_is_put_to_sleep_and_woken_before_its_job(card: SimulatedCard) -> None:
+    consumers = {
+        "vllm": {"fake": "vllm", "mib": 7000},
+        "voice": {"fake": "plain", "mib": 6000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        for _ in range(2):
+            assert job(broker, "tts").status_code == 200
+            assert fakes["vllm"].ask("GET", "/is_sleeping") == {"is_sleeping": True}
+            assert status_of(broker, "vllm")["gpu_resident_mib"] == 1200
+            # Asleep it would queue the job for ever.
+            assert job(broker, "llm").status_code == 200
+        assert status_of(broker, "vllm")["learned"]["residue_mib"] == 1200
+        # What it keeps is known by now, so it is not promised again.
+        eventually(lambda: broker.get("/v1/plan/tts").json()["victims"][0]["mib"] == 5800)
+
+
+# -- out of memory -------------------------------------------------------------------------------
+
+
+def test_a_job_that_ran_out_of_memory_is_healed(card: SimulatedCard) -> None:
+    consumers = {
+        "voice": {"fake": "plain", "mib": 3000},
+        "small": {"fake": "plain", "mib": 4000, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "stt").status_code == 200
+        fakes["voice"].set(needs=8000)  # far more than declared: the room made is too small
+        answer = job(broker, "tts")
+        assert (answer.status_code, answer.json()) == (200, {"done_by": "voice"})
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 1}
+        assert not status_of(broker, "small")["loaded"]
+        # It is known now: the next time room is made at once.
+        assert job(broker, "stt").status_code == 200
+        assert job(broker, "tts").status_code == 200
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 1}
+
+
+def test_with_nobody_to_make_room_the_failure_passes(card: SimulatedCard) -> None:
+    with box(card, {"voice": {"fake": "plain", "mib": 3000}}) as (broker, fakes):
+        fakes["voice"].set(needs=11_000)
+        answer = job(broker, "tts")
+        assert answer.status_code == 500
+        assert "CUDA out of memory" in answer.json()["error"]
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 0}
+
+
+def test_it_is_never_tried_a_third_time(card: SimulatedCard) -> None:
+    consumers = {
+        "voice": {"fake": "plain", "mib": 3000},
+        "small": {"fake": "plain", "mib": 4000, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        job(broker, "stt")
+        fakes["voice"].set(needs=11_000)
+        assert job(broker, "tts").status_code == 500
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 2, "healed": 0}
+
+
+def test_healing_can_be_switched_off_and_is_learned_from_all_the_same(
+    card: SimulatedCard,
+) -> None:
+    consumers = {
+        "voice": {"fake": "plain", "mib": 3000, "oom": {"retry": False}},
+        "small": {"fake": "plain", "mib": 6200, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        job(broker, "stt")
+        fakes["voice"].set(needs=3900)
+        assert job(broker, "tts").status_code == 500
+        assert job(broker, "tts").status_code == 200
+
+
+# -- leaks, thefts, foreigners -------------------------------------------------------------------
+
+
+def test_one_that_leaks_is_quarantined_and_nobody_else_goes_for_it(card: SimulatedCard) -> None:
+    consumers = {
+        "leaky": {"fake": "plain", "mib": 4000},
+        "small": {"fake": "plain", "mib": 3000, "kind": "stt"},
+        "big": {"fake": "plain", "mib": 6000, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, _):
+        job(broker, "tts")
+        job(broker, "stt")
+        card.misbehave(leaks={"leaky": 1.0})
+        answer = job(broker, "llm")
+        assert answer.status_code == 503
+        message = answer.json()["message"]
+        assert "leaky was unloaded, but gave nothing back" in message
+        assert "leaky 4000 MiB" in message
+        assert "gave back 0 of 4000 MiB after http" in status_of(broker, "leaky")["quarantine"]
+        assert status_of(broker, "small")["loaded"]
+
+
+def test_one_that_leaks_is_ended_by_its_next_rung_and_started_again(
+    card: SimulatedCard,
+) -> None:
+    port = free_port()
+    start = [*command("plain", card.path, "leaky", 4000, port), "detached"]
+    with detached(start) as first:
+        evict = ["http", {"signal": "TERM", "grace": 2, "start": start}]
+        url = f"http://127.0.0.1:{port}"
+        consumers: dict[str, dict[str, Any]] = {
+            "leaky": {"fake": None, "mib": 4000, "url": url, "evict": evict, "ready_timeout": 10},
+            "big": {"fake": "plain", "mib": 7000, "kind": "llm"},
+        }
+        with box(card, consumers) as (broker, _):
+            eventually(lambda: status_of(broker, "leaky")["healthy"])
+            assert job(broker, "tts").status_code == 200
+            card.misbehave(leaks={"leaky": 1.0})
+            assert job(broker, "llm").status_code == 200
+            assert not psutil.pid_exists(first.pid)
+            leaky = status_of(broker, "leaky")
+            assert leaky["parked"] == "signal"
+            assert "quarantine" not in leaky
+            # A job of it starts it again.
+            assert job(broker, "tts").status_code == 200
+            leaky = status_of(broker, "leaky")
+            assert "parked" not in leaky
+            assert leaky["healthy"]
+
+
+def test_a_foreigner_on_the_card_is_named(card: SimulatedCard) -> None:
+    card.allocate("game", 5000)
+    with box(card, {"voice": {"fake": "plain", "mib": 3000}}) as (broker, _):
+        eventually(lambda: "foreign" in broker.get("/v1/status").json()["gpu"])
+        gpu = broker.get("/v1/status").json()["gpu"]
+        assert gpu["attribution"] == {"source": "processes"}
+        (foreign,) = gpu["foreign"]
+        assert (foreign["pid"], foreign["mib"]) == (os.getpid(), 5000)
+        assert foreign["name"]
+
+
+def test_without_figures_per_process_the_totals_have_to_do(card: SimulatedCard) -> None:
+    consumers = {
+        "voice": {"fake": "plain", "mib": 6000},
+        "big": {"fake": "plain", "mib": 6000, "kind": "llm"},
+    }
+    card.misbehave(per_process=False)
+    with box(card, consumers) as (broker, _):
+        for kind in ("tts", "llm", "tts"):
+            assert job(broker, kind).status_code == 200
+        gpu = broker.get("/v1/status").json()["gpu"]
+        assert gpu["attribution"]["source"] == "totals"
+        assert "per process" in gpu["attribution"]["reason"]
+        assert gpu["foreign"] == []
+        eventually(lambda: status_of(broker, "voice")["resident_source"] == "reported")

@@ -1,0 +1,377 @@
+"""Faithful fakes of real servers, each as its own process, whose models take memory of a simulated
+card: with the traps that the real ones have.
+
+`python -m tests.support.fake_servers KIND CARD NAME MIB` prints its port and serves until its
+standard input ends. `POST /_fake` with JSON sets how it behaves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import requests
+
+from gpumanager.simulation.card import OutOfMemory, SimulatedCard
+
+ROOT = Path(__file__).parent.parent.parent
+MIB = 1024 * 1024
+
+RUNNER = """
+import sys
+from gpumanager.simulation.card import OutOfMemory, SimulatedCard
+try:
+    SimulatedCard(sys.argv[1]).allocate(sys.argv[2], int(sys.argv[3]))
+except OutOfMemory as error:
+    print(f"cudaMalloc failed: {error}", flush=True)
+else:
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+Answer = tuple[int, Any]
+
+
+class Fake:
+    """What the fakes have in common. `needs` is what a job takes now, which may be more than
+    what was declared; `job_s` how long it works."""
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        self.card, self.name, self.needs = card, name, mib
+        self.job_s = 0.0
+        self.pause = threading.Event()
+        self.settings: dict[str, Any] = {}
+
+    def configure(self, settings: dict[str, Any]) -> Answer:
+        self.settings.update(settings)
+        self.needs = settings.get("needs", self.needs)
+        self.job_s = settings.get("job_s", self.job_s)
+        return 200, {}
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        raise NotImplementedError
+
+    def work(self) -> None:
+        self.pause.wait(self.job_s)
+
+
+class Plain(Fake):
+    """A server of the contract: health with figures, a job that loads, an unload."""
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.lock = threading.Lock()
+        self.held = 0
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if path == "/health":
+            return 200, {"loaded": self.held > 0, "gpu_resident_mib": self.held}
+        with self.lock:
+            if path == "/unload":
+                self.card.free(self.name)
+                self.held = 0
+                return 200, {"loaded": False}
+            try:
+                if self.needs > self.held:
+                    self.card.allocate(self.name, self.needs - self.held)
+                    self.held = self.needs
+            except OutOfMemory as error:
+                return 500, {"error": f"CUDA out of memory. {error}"}
+            self.work()
+            return 200, {"done_by": self.name}
+
+
+class Ollama(Fake):
+    """The memory belongs to a child process; /api/ps is empty before it is back; what does not
+    fit goes to the CPU without a word."""
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.lock = threading.Lock()
+        self.runner: subprocess.Popen[str] | None = None
+        self.model = ""
+        self.on_card = 0
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if path == "/api/version":
+            return 200, {"version": "0.33.0"}
+        if path == "/api/ps":
+            loaded = {
+                "name": self.model,
+                "size": self.needs * MIB,
+                "size_vram": self.on_card * MIB,
+            }
+            return 200, {"models": [loaded] if self.model else []}
+        if path == "/api/generate" and body.get("keep_alive") == 0:
+            with self.lock:
+                runner, self.runner, self.model = self.runner, None, ""
+            lag = float(self.settings.get("unload_lag_s", 0.2))
+            if runner is not None:
+                threading.Timer(lag, self._end, (runner,)).start()
+            return 200, {"done": True, "done_reason": "unload"}
+        if path in ("/api/generate", "/api/chat"):
+            with self.lock:
+                if not self.model:
+                    self._load(body.get("model", "llama3:8b"))
+            self.work()
+            return 200, {"message": {"content": "hello"}, "done": True}
+        return 404, {"error": "not found"}
+
+    def _load(self, model: str) -> None:
+        for mib in (self.needs, self.needs // 2, 0):
+            self.model, self.on_card = model, mib
+            if not mib:
+                return
+            self.runner = subprocess.Popen(
+                [sys.executable, "-c", RUNNER, str(self.card.path), self.name, str(mib)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            assert self.runner.stdout is not None
+            if "ready" in self.runner.stdout.readline():
+                return
+            self._end(self.runner)
+
+    @staticmethod
+    def _end(runner: subprocess.Popen[str]) -> None:
+        runner.kill()
+        runner.communicate(timeout=10)
+
+
+class ComfyUI(Fake):
+    """/prompt answers at once; one that was deleted while it was pending never enters the history;
+    /free answers an empty 200 and only sets a flag."""
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.changed = threading.Condition()
+        self.pending: list[list[Any]] = []
+        self.running: list[Any] | None = None
+        self.history: dict[str, Any] = {}
+        self.number = 0
+        self.free_wanted = False
+        self.held = 0
+        self.interrupted = threading.Event()
+        threading.Thread(target=self._render_all, name="renderer", daemon=True).start()
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        with self.changed:
+            if path == "/system_stats":
+                device = {"name": "cuda:0", "index": 0, "torch_vram_total": self.held * MIB}
+                return 200, {"system": {}, "devices": [device]}
+            if (method, path) == ("GET", "/prompt"):
+                busy = len(self.pending) + (self.running is not None)
+                return 200, {"exec_info": {"queue_remaining": busy}}
+            if path == "/prompt":
+                if not body.get("prompt"):
+                    return 400, {"error": {"type": "no_prompt"}, "node_errors": {}}
+                self.number += 1
+                job = str(uuid.uuid4())
+                self.pending.append([self.number, job, body["prompt"], {}, []])
+                self.changed.notify_all()
+                return 200, {"prompt_id": job, "number": self.number, "node_errors": {}}
+            if (method, path) == ("GET", "/queue"):
+                running = [] if self.running is None else [self.running]
+                return 200, {"queue_running": running, "queue_pending": self.pending}
+            if path == "/queue":
+                gone = body.get("delete", [])
+                self.pending = [each for each in self.pending if each[1] not in gone]
+                return 200, None
+            if path == "/interrupt":
+                if self.running is not None and self.running[1] == body.get("prompt_id"):
+                    self.interrupted.set()
+                return 200, None
+            if path == "/free":
+                self.free_wanted = True
+                self.changed.notify_all()
+                return 200, None
+            if found := re.fullmatch(r"/history/([^/]+)", path):
+                entry = self.history.get(found[1])
+                return 200, {} if entry is None else {found[1]: entry}
+        return 404, {"error": "not found"}
+
+    def _render_all(self) -> None:
+        while True:
+            with self.changed:
+                if self.free_wanted:
+                    self.free_wanted = False
+                    self.card.free(self.name)
+                    self.held = 0
+                if not self.pending or self.settings.get("paused"):
+                    self.changed.wait(0.05)
+                    continue
+                self.running = self.pending.pop(0)
+                self.interrupted.clear()
+            entry = self._render()
+            with self.changed:
+                self.history[self.running[1]] = entry
+                self.running = None
+
+    def _render(self) -> dict[str, Any]:
+        try:
+            if not self.held:
+                self.card.allocate(self.name, self.needs)
+                self.held = self.needs
+        except OutOfMemory as error:
+            messages = [["execution_error", {"exception_message": f"Allocation on device {error}"}]]
+            return {"outputs": {}, "status": {"status_str": "error", "messages": messages}}
+        word = "error" if self.interrupted.wait(self.job_s) else "success"
+        return {"outputs": {}, "status": {"status_str": word, "completed": word == "success"}}
+
+
+class Vllm(Fake):
+    """Asleep it keeps a residue, and queues requests without a word."""
+
+    RESIDUE = 1200
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.awake = threading.Event()
+        self.aborted = 0
+        self.active = 0
+        self._wake()
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if path == "/health":
+            return 200, None
+        if path == "/is_sleeping":
+            return 200, {"is_sleeping": not self.awake.is_set()}
+        if path == "/sleep":
+            if query.get("mode") != ["wait"]:
+                self.aborted += self.active
+            self.awake.clear()
+            self.card.free(self.name)
+            self.card.allocate(self.name, self.RESIDUE)
+            return 200, None
+        if path == "/wake_up":
+            if not self.awake.is_set():
+                try:
+                    self.card.free(self.name)
+                    self._wake()
+                except OutOfMemory as error:
+                    self.card.allocate(self.name, self.RESIDUE)
+                    return 500, {"error": f"CUDA out of memory: {error}"}
+            return 200, None
+        if path == "/v1/chat/completions":
+            self.awake.wait()
+            self.active += 1
+            self.work()
+            self.active -= 1
+            return 200, {"choices": [{"message": {"content": "hello"}}]}
+        return 404, {"error": "not found"}
+
+    def _wake(self) -> None:
+        self.card.allocate(self.name, self.needs)
+        self.awake.set()
+
+
+FAKES: dict[str, Callable[[SimulatedCard, str, int], Fake]] = {
+    "plain": Plain,
+    "ollama": Ollama,
+    "comfyui": ComfyUI,
+    "vllm": Vllm,
+}
+
+
+def main() -> None:
+    kind, path, name, mib = sys.argv[1:5]
+    fake = FAKES[kind](SimulatedCard(path), name, int(mib))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = urlsplit(self.path)
+            body = json.loads(raw) if raw else {}
+            if parts.path == "/_fake":
+                status, said = fake.configure(body)
+            else:
+                query = parse_qs(parts.query)
+                status, said = fake.handle(self.command, parts.path, query, body)
+            data = b"" if said is None else json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = answer  # noqa: N815  # http.server's names
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[5]) if sys.argv[5:] else 0), Handler)
+    threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
+    print(server.server_port, flush=True)
+    if sys.argv[6:] == ["detached"]:
+        threading.Event().wait()
+    sys.stdin.read()
+
+
+@dataclass
+class Running:
+    """A fake that runs."""
+
+    url: str
+    pid: int
+    port: int
+
+    def set(self, **settings: Any) -> None:
+        """Change how it behaves."""
+        self.ask("POST", "/_fake", settings)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Ask it directly, as a user beside the broker."""
+        with requests.Session() as session:
+            session.trust_env = False
+            answer = session.request(method, self.url + path, json=body, timeout=20)
+            return answer.json() if answer.content else None
+
+
+def command(kind: str, card: Path, name: str, mib: int, port: int = 0) -> list[str]:
+    """How to start one."""
+    module = "tests.support.fake_servers"
+    return [sys.executable, "-m", module, kind, str(card), name, str(mib), str(port)]
+
+
+@contextmanager
+def fake_server(kind: str, card: Path, name: str, mib: int) -> Iterator[Running]:
+    """Run one until the block is left."""
+    process = subprocess.Popen(
+        command(kind, card, name, mib),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        port = int(process.stdout.readline())
+        yield Running(f"http://127.0.0.1:{port}", process.pid, port)
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(5)
+
+
+if __name__ == "__main__":
+    main()
