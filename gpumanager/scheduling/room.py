@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.errors import BrokerError, ConsumerTimeout, InsufficientVram, NoConsumer
+from gpumanager.errors import (
+    BrokerError,
+    ConsumerTimeout,
+    ConsumerUnreachable,
+    InsufficientVram,
+    NoConsumer,
+)
 from gpumanager.learning import Learned
 from gpumanager.ledger import Balance, Held, balance, held
 from gpumanager.model import ConsumerState, MemoryReading
@@ -128,7 +134,7 @@ class RoomMaker:
 
     def unload(self, name: str, ticket: Ticket) -> Release:
         """Unload one consumer, whoever it is. Raises NoConsumer if there is no way to, and
-        InsufficientVram, with the reasons in the log, if none of its ways worked."""
+        ConsumerUnreachable, with the reasons in the log, if none of its ways worked."""
         consumer = self._config.consumers[name]
         if not consumer.rungs:
             raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
@@ -136,7 +142,7 @@ class RoomMaker:
         resident = self._resident(name, self._registry.get(name), self._measure(), set())
         release = self._evict(resident, ticket)
         if release is None:
-            raise InsufficientVram(f"{name} could not be unloaded", consumer=name)
+            raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
         return release
 
     def load(self, name: str, ticket: Ticket) -> None:

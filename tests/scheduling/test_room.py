@@ -20,11 +20,13 @@ from gpumanager.errors import (
     ConsumerUnhealthy,
     ConsumerUnreachable,
     InsufficientVram,
+    NoConsumer,
 )
 from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, Holdings, Job, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.scheduling.factory import locked
+from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.room import RoomMaker
 from tests.support.clock import FakeClock
 
@@ -173,7 +175,8 @@ class Bench:
             self.registry.job_finished(name)
             self.clock.advance(used)
 
-    def make_room(self, name: str) -> None:
+    def ticket(self, name: str) -> Ticket:
+        """A ticket that was granted, and whose pauses pass at once."""
         ticket = self.scheduler.enqueue(Job(name, "tts"))
         bench = self
 
@@ -190,8 +193,26 @@ class Bench:
                     ticket.cancel(ClientGone("left"))
                 ticket.pause(0)
 
+        return Watched()
+
+    def make_room(self, name: str) -> None:
+        ticket = self.ticket(name)
         try:
-            self.room.make_room(Watched())
+            self.room.make_room(ticket)
+        finally:
+            ticket.close()
+
+    def relieve(self, name: str) -> bool:
+        ticket = self.ticket(name)
+        try:
+            return self.room.relieve(ticket)
+        finally:
+            ticket.close()
+
+    def unload_for_operator(self, name: str) -> Release:
+        ticket = self.ticket(name)
+        try:
+            return self.room.unload(name, ticket)
         finally:
             ticket.close()
 
@@ -470,3 +491,311 @@ def test_a_client_that_leaves_while_the_model_loads_has_nothing_sent() -> None:
     with pytest.raises(ClientGone):
         bench.make_room("llm")
     assert bench.calls == ["load llm"]
+
+
+# -- by the victim's own memory, and rung by rung ------------------------------------------------
+
+LADDER = ["http", {"unit": "tts.service"}]
+
+
+def attributed(consumers: dict[str, dict[str, Any]], *, total: int) -> Bench:
+    bench = Bench(consumers, total=total)
+    bench.attributed = True
+    return bench
+
+
+def outcome(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    events = [vars(record) for record in caplog.records if record.message == "evicted"]
+    return [(event["rung"], event["outcome"]) for event in events]
+
+
+def test_the_room_itself_is_what_the_processes_hold() -> None:
+    bench = attributed(THREE, total=9500)
+    bench.resident("tts", used=50)
+    bench.holds["tts"] = 200  # whatever it declares
+    bench.make_room("llm")
+    assert bench.calls == []
+
+
+def test_what_leaks_goes_to_its_next_rung(caplog: pytest.LogCaptureFixture) -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=9000)
+    bench.lag = None
+    bench.resident("tts", used=50)
+    with caplog.at_level(logging.INFO):
+        bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unit tts"]
+    assert outcome(caplog) == [("http", "leaked"), ("unit", "released")]
+    state = bench.registry.get("tts")
+    assert (state.parked, state.quarantine, state.loaded) == (Parked("unit"), "", False)
+    assert bench.room.evictions == 1
+
+
+def test_what_leaks_by_every_rung_is_quarantined_and_nobody_goes_in_its_place() -> None:
+    bench = attributed(THREE, total=11_500)
+    bench.lag = None
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.foreign = 400
+    with pytest.raises(InsufficientVram) as refused:
+        bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+    message = refused.value.message
+    assert message.startswith("tts was unloaded, but gave nothing back; llm needs 6000 MiB")
+    assert "100 MiB short" in message
+    assert "tts 3000 MiB" in message
+    assert "game (pid 999) 400 MiB" in message
+    reason = bench.registry.get("tts").quarantine
+    assert reason == "gave back 0 of 3000 MiB after http, and holds 3000 MiB"
+    # From now on it is not asked, and a plan without it is made.
+    bench.lag = 0
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload stt"]
+
+
+def test_in_quarantine_it_still_does_its_own_jobs() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=50)
+    bench.registry.quarantine("tts", "gave nothing back")
+    bench.make_room("tts")
+    assert bench.calls == []
+
+
+def test_a_rung_that_cannot_be_carried_out_leads_to_the_next() -> None:
+    rungs = ["http", {"container": "tts"}]
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": rungs}}, total=9000)
+    bench.resident("tts", used=50)
+    bench.failing["tts"] = ConsumerUnreachable("tts answered 500")
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "container tts"]
+
+
+def test_rungs_that_all_fail_leave_the_next_candidate() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=9500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.failing["tts"] = ConsumerUnreachable("tts answered 500")
+    bench.failing_rungs["tts"] = ConsumerUnreachable("no such unit")
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unit tts", "unload stt"]
+    assert bench.registry.get("tts").loaded
+
+
+@pytest.mark.parametrize("rung", [{"unit": "tts.service"}, {"checkpoint": True}])
+def test_who_was_stopped_is_brought_back_for_its_job(rung: dict[str, Any]) -> None:
+    tts = {"vram_resident_mib": 3000, "evict": [rung], "health": "/health"}
+    bench = attributed({**THREE, "tts": tts}, total=9000)
+    bench.registry.probe_succeeded("tts", ProbeReport(), seen_version=0)
+    bench.resident("tts", used=50)
+    bench.make_room("llm")
+    kind = next(iter(rung))
+    assert bench.calls == [f"{kind} tts"]
+    bench.resident("llm", used=10)
+    bench.not_ready = [ConsumerUnreachable("tts refused")] * 3
+    bench.calls.clear()
+    bench.make_room("tts")
+    probes = [] if kind == "checkpoint" else ["probe tts"] * 4
+    assert bench.calls == ["unload llm", f"start tts by {kind}", *probes]
+    state = bench.registry.get("tts")
+    assert (state.parked, state.healthy) == (None, True)
+    assert bench.learned.figures("tts").load_s is not None
+
+
+def test_who_never_gets_ready_is_the_jobs_failure() -> None:
+    tts = {"vram_resident_mib": 3000, "evict": [{"unit": "t.service"}], "ready_timeout": 2}
+    bench = attributed({**THREE, "tts": tts}, total=9000)
+    bench.registry.park("tts", Parked("unit"))
+    bench.not_ready = [ConsumerUnreachable("tts refused")] * 100
+    with pytest.raises(ConsumerTimeout, match="not ready within 2 s: tts refused"):
+        bench.make_room("tts")
+    assert bench.registry.get("tts").parked == Parked("unit")
+
+
+def test_a_release_in_two_steps_is_waited_for_not_another_victim() -> None:
+    """Nine tenths come at once, and that is not enough; the rest comes a little later."""
+    bench = attributed(THREE, total=11_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.holds["tts"] = 3000
+    bench.keeps["tts"] = 250
+    bench.foreign = 0
+
+    def the_rest_comes() -> None:
+        if bench.pauses.count(0.1) >= 2:
+            bench.holds.pop("tts", None)
+
+    bench.on_pause = the_rest_comes
+    bench.total = 3000 + 2000 + 3200  # 6000 and the reserve need all of tts
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+
+
+def test_what_a_victim_keeps_is_known_the_next_time() -> None:
+    bench = attributed(THREE, total=6500)
+    bench.keeps["tts"] = 900
+    bench.resident("tts", used=50)
+    with pytest.raises(InsufficientVram, match="600 MiB short"):
+        bench.make_room("llm")  # 3000 from tts would do, 2100 do not
+    assert bench.learned.figures("tts").residue_mib == 900
+    bench.resident("tts", used=50)
+    bench.calls.clear()
+    with pytest.raises(InsufficientVram):
+        bench.make_room("llm")
+    assert bench.calls == []  # known to be in vain
+
+
+def test_what_is_declared_to_stay_is_not_expected_back(caplog: pytest.LogCaptureFixture) -> None:
+    llm = {"vram_resident_mib": 7000, "floor_mib": 5800}
+    bench = attributed({"llm": llm, "tts": {"vram_resident_mib": 1000}}, total=7500)
+    bench.keeps["llm"] = 5800
+    bench.resident("llm", used=50)
+    with caplog.at_level(logging.INFO):
+        bench.make_room("tts")
+    assert outcome(caplog) == [("http", "released")]
+
+
+def test_a_thief_is_named_and_the_plan_made_anew(caplog: pytest.LogCaptureFixture) -> None:
+    bench = attributed(THREE, total=8500)
+    bench.stolen = 3000
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    with caplog.at_level(logging.INFO), pytest.raises(InsufficientVram):
+        bench.make_room("llm")
+    assert outcome(caplog) == [("http", "stolen")]
+    assert bench.registry.get("tts").quarantine == ""
+    assert bench.registry.get("stt").loaded  # its 2000 would not be enough either
+
+
+def test_memory_that_somebody_else_gives_back_lets_the_job_run() -> None:
+    bench = attributed(THREE, total=9500)
+    bench.lag = None
+    bench.resident("tts", used=50)
+    bench.foreign = 3000
+
+    def the_game_ends() -> None:
+        bench.foreign = 0
+
+    bench.on_pause = the_game_ends
+    began = bench.clock.monotonic()
+    bench.total = 12_000
+    bench.make_room("llm")
+    assert bench.clock.monotonic() - began < 2
+    assert bench.registry.get("tts").quarantine == ""
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_consumers_own_word_is_waited_for_too(measured: bool) -> None:
+    bench = Bench(THREE, total=9000, measured=measured)
+    bench.resident("tts", used=50)
+    bench.unsettled = 7
+    bench.make_room("llm")
+    assert bench.unsettled == 0
+    assert bench.registry.get("tts").quarantine == ""
+
+
+def test_one_that_does_not_say_so_is_lost_from_view_but_not_waited_for_for_ever() -> None:
+    bench = Bench(THREE, total=9000, measured=False)
+    bench.resident("tts", used=50)
+    bench.unsettled = 1000
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.clock.monotonic() - began < bench.config.gpu.release_timeout + 1
+
+
+def test_what_jobs_were_seen_to_hold_counts_as_needed() -> None:
+    bench = attributed(THREE, total=10_000)
+    bench.resident("tts", used=50)
+    bench.learned.held("llm", 6900)
+    bench.make_room("llm")  # 6000 would fit beside the 3000 of tts
+    assert bench.calls == ["unload tts"]
+
+
+def test_what_was_learned_never_asks_for_more_than_the_card_has() -> None:
+    bench = attributed(THREE, total=7000)
+    bench.learned.ran_out("llm", 6000)  # 7500 from now on
+    bench.make_room("llm")
+
+
+def test_relief_unloads_all_others_but_those_that_may_not_go() -> None:
+    bench = attributed(
+        {
+            **THREE,
+            "pinned": {"vram_resident_mib": 500, "pinned": True},
+            "friend": {"vram_resident_mib": 500},
+            "llm": {"vram_resident_mib": 3000, "can_coexist_with": ["friend"]},
+        },
+        total=20_000,
+    )
+    for name in ("tts", "stt", "pinned", "friend", "llm"):
+        bench.resident(name, used=5)
+    assert bench.relieve("llm")
+    assert sorted(bench.calls) == ["unload friend", "unload stt", "unload tts"]
+    assert not bench.relieve("llm")  # nobody is left
+
+
+def test_relief_that_gives_nothing_back_is_none() -> None:
+    bench = attributed(THREE, total=20_000)
+    bench.lag = None
+    bench.resident("tts", used=5)
+    assert not bench.relieve("llm")
+
+
+def test_a_preview_acts_on_nothing() -> None:
+    bench = attributed({**THREE, "llm": {"vram_resident_mib": 6000, "load": "/l"}}, total=9500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    preview = bench.room.preview("llm")
+    assert (preview.fits, preview.short_mib, preview.must_load) == (False, 0, True)
+    assert [(victim.name, victim.mib) for victim in preview.victims] == [("tts", 3000)]
+    assert (preview.needed_mib, preview.held_mib, preview.balance.free_mib) == (6000, 0, 4500)
+    bench.foreign = 3600
+    preview = bench.room.preview("llm")
+    assert (preview.fits, preview.victims, preview.short_mib) == (False, (), 300)
+    assert bench.calls == []
+
+
+def test_who_is_pinned_never_goes() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "pinned": True}}, total=9000)
+    bench.resident("tts", used=50)
+    with pytest.raises(InsufficientVram):
+        bench.make_room("llm")
+    assert bench.calls == []
+
+
+def test_an_operators_unload_lifts_a_quarantine_that_was_in_error() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=5)
+    bench.registry.quarantine("tts", "gave nothing back")
+    release = bench.unload_for_operator("tts")
+    assert (release.outcome, release.mib) == ("released", 3000)
+    assert bench.registry.get("tts").quarantine == ""
+
+
+def test_an_operators_unload_that_cannot_be_is_told() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "unload": None}}, total=9000)
+    with pytest.raises(NoConsumer, match="no way to be unloaded"):
+        bench.unload_for_operator("tts")
+    bench.failing["stt"] = ConsumerUnreachable("stt answered 500")
+    with pytest.raises(ConsumerUnreachable, match="could not be unloaded"):
+        bench.unload_for_operator("stt")
+
+
+def test_an_operators_load_warms_who_loads_with_its_first_job() -> None:
+    bench = attributed({**THREE, "llm": {"vram_resident_mib": 6000, "warm": "/w"}}, total=9000)
+    bench.make_room("llm")
+    assert bench.calls == []
+    bench.room.load("llm", bench.ticket("llm"))
+    assert bench.calls == ["warm llm"]
+    assert bench.registry.get("llm").loaded
+
+
+def test_the_cheapest_to_reload_goes_first_where_that_is_wanted() -> None:
+    bench = attributed(THREE, total=9500)
+    bench.config = bench.config.model_copy(update={"eviction": "cost"})
+    bench.room._config = bench.config
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=40)
+    bench.learned.loaded("tts", 60)
+    bench.learned.loaded("stt", 1)
+    bench.total = 3000 + 2000 + 5200  # 6200 with the reserve: either would do
+    bench.make_room("llm")
+    assert bench.calls == ["unload stt"]
