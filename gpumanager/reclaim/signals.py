@@ -56,12 +56,14 @@ def start(command: Sequence[str]) -> None:
 
 
 def _with_descendants(pids: Iterable[int]) -> list[psutil.Process]:
+    """Never the broker, nor what it runs under: their descendants are everybody's processes."""
+    spared = {1, os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found: list[psutil.Process] = []
-    for pid in pids:
+    for pid in set(pids) - spared:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
             found += [process, *process.children(recursive=True)]
-    return [each for each in _unique(found) if each.pid not in (1, os.getpid())]
+    return [each for each in _unique(found) if each.pid not in spared]
 
 
 def _group(process: psutil.Process) -> int | None:

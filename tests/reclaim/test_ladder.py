@@ -1,0 +1,129 @@
+"""Which rung is carried out how, and what is needed to undo it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from gpumanager.config import parse_config
+from gpumanager.errors import ConsumerUnreachable
+from gpumanager.model import Parked
+from gpumanager.reclaim import checkpoint, containers, signals, units
+from gpumanager.reclaim.errors import ReclaimFailed
+from gpumanager.reclaim.ladder import Ladder
+
+ME = os.getpid()
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was done to whom, instead of doing it."""
+    calls: list[tuple[Any, ...]] = []
+
+    def note(what: str) -> Callable[..., None]:
+        return lambda *arguments: calls.append((what, *arguments))
+
+    for module in (units, containers):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "stop", note(f"{name}.stop"))
+        monkeypatch.setattr(module, "start", note(f"{name}.start"))
+    monkeypatch.setattr(signals, "end", note("signals.end"))
+    monkeypatch.setattr(signals, "start", note("signals.start"))
+    monkeypatch.setattr(checkpoint, "suspend", note("suspend"))
+    monkeypatch.setattr(checkpoint, "resume", note("resume"))
+    return calls
+
+
+def ladder(*rungs: Any, on_card: tuple[int, ...] = (ME,)) -> Ladder:
+    consumer = {"url": "http://127.0.0.1:1", "evict": list(rungs), "ready_timeout": 9}
+    config = parse_config(yaml.safe_dump({"consumers": {"it": consumer}}))
+    return Ladder(config, listening=lambda name: [7, 8], on_card=lambda name: on_card)
+
+
+@pytest.mark.parametrize(
+    ("rung", "stopped", "started"),
+    [
+        (
+            {"unit": "it.service", "scope": "system", "grace": 3},
+            ("units.stop", "it.service", "system", 3),
+            ("units.start", "it.service", "system", 9),
+        ),
+        (
+            {"container": "it", "socket": "/run/x.sock"},
+            ("containers.stop", "it", "/run/x.sock", 10),
+            ("containers.start", "it", "/run/x.sock", 9),
+        ),
+        (
+            {"signal": "INT", "start": ["serve", "it"]},
+            ("signals.end", [7, 8], "INT", 10),
+            ("signals.start", ("serve", "it")),
+        ),
+        ({"signal": "TERM"}, ("signals.end", [7, 8], "TERM", 10), None),
+    ],
+)
+def test_who_is_stopped_can_be_started(
+    done: list[tuple[Any, ...]], rung: Any, stopped: Any, started: Any
+) -> None:
+    one = ladder(rung)
+    config_rung = one._config.consumers["it"].rungs[0]
+    parked = one.park("it", config_rung)
+    assert parked == Parked(config_rung.name)
+    assert not one.bring_back("it", parked)  # it has yet to get ready
+    assert done == [stopped] if started is None else [stopped, started]
+
+
+def test_a_checkpoint_remembers_whom_it_holds(done: list[tuple[Any, ...]]) -> None:
+    one = ladder({"checkpoint": True, "grace": 20})
+    parked = one.park("it", one._config.consumers["it"].rungs[0])
+    assert parked.processes == ((ME, psutil.Process(ME).create_time()),)
+    assert one.bring_back("it", parked)
+    assert done == [("suspend", [ME], 20), ("resume", [ME], 20)]
+
+
+def test_a_pid_that_is_another_process_by_now_is_left_alone(done: list[tuple[Any, ...]]) -> None:
+    one = ladder({"checkpoint": True})
+    one.bring_back("it", Parked("checkpoint", ((ME, 12345.0), (2**22 + 7, 1.0))))
+    assert done == [("resume", [], 10)]
+
+
+def if_parked(one: Ladder, parked: Parked | None) -> None:
+    if parked is None:
+        one.park("it", one._config.consumers["it"].rungs[0])
+    else:
+        one.bring_back("it", parked)
+
+
+@pytest.mark.parametrize(
+    ("rung", "parked", "words"),
+    [
+        ({"checkpoint": True}, None, "it: its processes on the card cannot be seen"),
+        ({"unit": "it.service"}, Parked("container"), "which `evict` no longer names"),
+        ({"unit": "it.service"}, None, "it: no such unit"),
+    ],
+)
+def test_what_cannot_be_done_is_told(
+    done: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    rung: Any,
+    parked: Parked | None,
+    words: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ReclaimFailed("no such unit")
+
+    monkeypatch.setattr(units, "stop", fail)
+    one = ladder(rung, on_card=())
+    with pytest.raises(ConsumerUnreachable, match=words):
+        if_parked(one, parked)
+
+
+def test_an_unload_call_is_no_way_to_stop_a_process() -> None:
+    from gpumanager.config.schema import HTTP
+
+    with pytest.raises(ConsumerUnreachable, match="http is no way"):
+        ladder({"unit": "it.service"}).park("it", HTTP)

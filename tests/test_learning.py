@@ -1,0 +1,189 @@
+"""What is learned, what follows from it, and what is left of it after a restart."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumanager.learning import REMEMBERED, Learned, StateFile, Times, state_path
+from gpumanager.model import Parked
+
+
+def test_nothing_is_known_at_first() -> None:
+    learned = Learned(["tts"])
+    figures = learned.figures("tts")
+    assert (figures.peak_mib, figures.residue_mib, figures.run_s) == (None, None, None)
+    assert learned.needed_mib("tts", 2800, 24_000) == 2800
+
+
+def test_a_peak_counts_from_the_moment_it_is_seen() -> None:
+    learned = Learned(["tts"])
+    learned.held("tts", 3000)
+    learned.held("tts", 2900)
+    assert learned.needed_mib("tts", 2800, 24_000) == 3000
+    assert learned.needed_mib("tts", 4000, 24_000) == 4000  # a declaration is never undercut
+    assert learned.needed_mib("tts", 0, 24_000) == 3000  # and need not be there
+    assert learned.needed_mib("tts", 2800, 2900) == 2900  # the card has no more
+
+
+def test_old_peaks_are_forgotten() -> None:
+    learned = Learned(["tts"])
+    learned.held("tts", 9000)
+    learned.ran("tts", 1)
+    for _ in range(REMEMBERED):
+        learned.held("tts", 3000)
+        learned.ran("tts", 1)
+    assert learned.figures("tts").peak_mib == 3000
+
+
+def test_running_out_raises_what_is_needed() -> None:
+    learned = Learned(["tts"])
+    learned.ran_out("tts", 3001)
+    assert learned.needed_mib("tts", 3001, None) == 3752
+    learned.held("tts", 8000)
+    learned.ran_out("tts", 3752)
+    assert learned.needed_mib("tts", 3001, None) == 8000
+
+
+def test_times_by_the_nearest_rank() -> None:
+    learned = Learned(["tts"])
+    for seconds in range(1, 21):
+        learned.loaded("tts", seconds)
+    learned.unloaded("tts", 0.5, 300)
+    learned.unloaded("tts", 0.7, None)
+    learned.ran("tts", 2)
+    figures = learned.figures("tts")
+    assert figures.load_s == Times(10, 19, 20)
+    assert figures.unload_s == Times(0.5, 0.7, 2)
+    assert figures.run_s == Times(2, 2, 1)
+    assert figures.residue_mib == 300
+
+
+# -- over a restart ------------------------------------------------------------------------------
+
+
+def filled() -> Learned:
+    learned = Learned(["tts", "llm"])
+    learned.held("tts", 3000)
+    learned.ran("tts", 1.5)
+    learned.loaded("llm", 7.25)
+    learned.unloaded("llm", 0.5, 400)
+    return learned
+
+
+def test_all_of_it_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state.json"
+    parked = {"llm": Parked("checkpoint", ((17, 1763.25),))}
+    before = filled()
+    StateFile(path, before, lambda: parked).save()
+    after = Learned(["tts", "llm", "new"])
+    assert StateFile(path, after, dict).load() == parked
+    for name in ("tts", "llm"):
+        assert after.figures(name) == before.figures(name)
+    assert after.figures("new").peak_mib is None
+    assert [each.name for each in path.parent.iterdir()] == ["state.json"]
+
+
+def test_it_is_written_only_if_there_is_something_new(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    learned, parked = filled(), dict[str, Parked]()
+    state = StateFile(path, learned, lambda: parked)
+    state.save()
+    path.unlink()
+    state.save()
+    assert not path.exists()
+    parked["llm"] = Parked("unit")
+    state.save()
+    assert path.exists()
+    path.unlink()
+    learned.ran("tts", 1)
+    state.save()
+    assert path.exists()
+
+
+def test_a_consumer_that_is_gone_from_the_config_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    StateFile(path, filled(), dict).save()
+    only = Learned(["llm"])
+    StateFile(path, only, dict).load()
+    assert only.figures("llm").residue_mib == 400
+
+
+def test_without_a_file_nothing_is_known(tmp_path: Path) -> None:
+    assert StateFile(tmp_path / "none", Learned([]), dict).load() == {}
+
+
+def broken() -> list[Any]:
+    good = {
+        "version": 1,
+        "consumers": {
+            "tts": {
+                "peaks_mib": [1],
+                "residue_mib": None,
+                "load_s": [],
+                "unload_s": [],
+                "run_s": [1],
+            }
+        },
+        "parked": {},
+    }
+    tts: Any = good["consumers"]["tts"]  # type: ignore[index]
+    return [
+        [],
+        {},
+        {**good, "version": 2},
+        {**good, "consumers": {"tts": {**tts, "peaks_mib": [-1]}}},
+        {**good, "consumers": {"tts": {**tts, "peaks_mib": [True]}}},
+        {**good, "consumers": {"tts": {**tts, "run_s": ["1"]}}},
+        {**good, "consumers": {"tts": {**tts, "run_s": None}}},
+        {**good, "consumers": {"tts": 5}},
+        {**good, "parked": {"tts": {"rung": "unit"}}},
+        {**good, "parked": {"tts": {"rung": "unit", "processes": [[1]]}}},
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff", *map(json.dumps, broken())])
+def test_a_file_that_cannot_be_understood_is_put_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(text, encoding="latin-1")
+    learned = Learned(["tts"])
+    with caplog.at_level(logging.WARNING):
+        assert StateFile(path, learned, dict).load() == {}
+    assert "state not read" in caplog.text
+    assert not path.exists()
+    assert (tmp_path / "state.json.bad").exists()
+
+
+def test_a_place_that_cannot_be_read_or_written_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    state = StateFile(tmp_path / "file" / "state.json", filled(), dict)
+    with caplog.at_level(logging.WARNING):
+        assert state.load() == {}
+        state.save()
+    assert "state not read" in caplog.text
+    assert "state not saved" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("configured", "environ", "path"),
+    [
+        ("/var/x.json", {"HOME": "/home/a"}, "/var/x.json"),
+        (None, {"HOME": "/home/a"}, "/home/a/.local/state/gpumanager/state-127-0-0-1-8770.json"),
+        (None, {"XDG_STATE_HOME": "/s"}, "/s/gpumanager/state-127-0-0-1-8770.json"),
+        (
+            None,
+            {"STATE_DIRECTORY": "/var/lib/g:/x", "HOME": "/home/a"},
+            "/var/lib/g/state-127-0-0-1-8770.json",
+        ),
+    ],
+)
+def test_where_it_is_kept(configured: str | None, environ: dict[str, str], path: str) -> None:
+    assert str(state_path(configured, "127.0.0.1:8770", environ)) == path
