@@ -1,88 +1,251 @@
-"""Presets: what they fill in, and that their expressions fit the servers' real answers."""
+"""Presets: what they fill in; and that their expressions fit the servers' answers, as recorded in
+`answers/` from the servers' source and documents."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import responses
 import yaml
 
-from gpumanager.config import ConsumerConfig, parse_config
+from gpumanager.clock import SystemClock
+from gpumanager.config import Config, ConfigError, ConsumerConfig, parse_config
 from gpumanager.config.presets import names
+from gpumanager.errors import ConsumerUnreachable
+from gpumanager.model import ProbeReport
+from gpumanager.upstream.calls import ControlCalls
+from gpumanager.watcher import Watcher
+from gpumanager.web.completion import job_id
 
-GIB = 1024**3
+URL = "http://127.0.0.1:8188"
+ANSWERS = Path(__file__).parent / "answers"
+PROMISED = (
+    "ollama comfyui a1111 forge llama-server llama-router vllm sglang localai llama-swap tabby "
+    "tgwui koboldcpp speaches whispercpp kokoro triton invokeai tgi tei openedai-speech xtts alltalk"
+)
 
-OLLAMA_PS = {
-    "models": [
-        {
-            "name": "llama3.1:8b",
-            "model": "llama3.1:8b",
-            "size": 6654289920,
-            "digest": "46e0c10c039e",
-            "details": {
-                "family": "llama",
-                "parameter_size": "8.0B",
-                "quantization_level": "Q4_K_M",
-            },
-            "expires_at": "2026-05-11T11:38:39.120Z",
-            "size_vram": 6654289920,
-            "context_length": 4096,
-        },
-        {"name": "nomic-embed-text:latest", "size": 577000000, "size_vram": 0},
-    ]
-}
-COMFYUI_STATS = {
-    "system": {"os": "posix", "comfyui_version": "0.3.60", "pytorch_version": "2.8.0+cu128"},
-    "devices": [
-        {
-            "name": "cuda:0 NVIDIA GeForce RTX 4090 : cudaMallocAsync",
-            "type": "cuda",
-            "index": 0,
-            "vram_total": 24 * GIB,
-            "vram_free": 17 * GIB,
-            "torch_vram_total": 6 * GIB,
-            "torch_vram_free": 1 * GIB,
-        }
-    ],
-}
+
+def recorded(preset: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ANSWERS / f"{preset}.yaml").read_text("utf-8"))
+    return found
+
+
+def having(*keys: str) -> list[Any]:
+    """A parameter for each preset and each example of it under `keys`."""
+    found = []
+    for preset in names():
+        value: Any = recorded(preset)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        examples = value if isinstance(value, list) else [] if value is None else [value]
+        found += [pytest.param(preset, e, id=f"{preset}-{i}") for i, e in enumerate(examples)]
+    assert found
+    return found
+
+
+def config_of(preset: str, **keys: Any) -> Config:
+    consumer = {"preset": preset, "url": URL, "model": "m/x", **keys}
+    return parse_config(yaml.safe_dump({"consumers": {"it": consumer}}))
 
 
 def consumer(preset: str, **keys: Any) -> ConsumerConfig:
-    document = {"consumers": {"it": {"preset": preset, "url": "http://127.0.0.1:1", **keys}}}
-    return parse_config(yaml.safe_dump(document)).consumers["it"]
+    return config_of(preset, **keys).consumers["it"]
+
+
+def calls(preset: str) -> ControlCalls:
+    return ControlCalls(config_of(preset), Watcher(), SystemClock())
+
+
+@pytest.fixture
+def server() -> Iterator[responses.RequestsMock]:
+    with responses.RequestsMock() as mock:
+        yield mock
+
+
+def answer(
+    server: responses.RequestsMock, method: str, target: str, body: Any, status: int = 200
+) -> None:
+    text = "" if body is None else body if isinstance(body, str) else json.dumps(body)
+    server.add(method, URL + target, body=text, status=status)
+
+
+def sent(server: responses.RequestsMock) -> tuple[str | None, str, Any]:
+    """Method, target and JSON of the latest call."""
+    request = server.calls[-1].request
+    target = str(request.url).removeprefix(URL)
+    return request.method, target, json.loads(request.body) if request.body else None
+
+
+# -- what there is -------------------------------------------------------------------------------
+
+
+def test_every_server_that_was_promised_has_a_preset_and_its_answers() -> None:
+    assert sorted(PROMISED.split()) == sorted(names())
+    assert sorted(path.stem for path in ANSWERS.iterdir()) == sorted(names())
 
 
 @pytest.mark.parametrize("preset", names())
 def test_a_url_is_enough(preset: str) -> None:
-    filled = consumer(preset)
+    config = parse_config(yaml.safe_dump({"consumers": {"it": {"preset": preset, "url": URL}}}))
+    filled = config.consumers["it"]
     assert filled.health is not None
     assert filled.paths
 
 
-def test_ollama() -> None:
-    ollama = consumer("ollama")
-    assert ollama.probe is not None
-    assert ollama.unload is not None
-    assert ollama.probe.find_loaded(OLLAMA_PS) is True
-    assert ollama.probe.find_loaded({"models": []}) is False
-    assert ollama.probe.find_loaded({"error": "odd"}) is None
-    assert ollama.probe.find_resident(OLLAMA_PS) == 6654289920
-    assert ollama.probe.find_resident({"models": []}) == 0
-    items = ollama.probe.find_items(OLLAMA_PS)
-    assert items == ["llama3.1:8b", "nomic-embed-text:latest"]
-    call = ollama.unload.for_item(items[0])
-    assert (call.method, call.path) == ("POST", "/api/generate")
-    assert call.json_body == {"model": "llama3.1:8b", "keep_alive": 0}
+@pytest.mark.parametrize("preset", names())
+def test_whatever_a_preset_has_is_recorded(preset: str) -> None:
+    """No expression without an answer that it was tested against."""
+    filled, answers = consumer(preset), recorded(preset)
+    assert "health" in answers
+    for key in ("probe", "unload", "settled", "done"):
+        assert (getattr(filled, key) is None) == (key not in answers), key
+    if filled.probe is not None:
+        assert (filled.probe.busy is None) == ("busy" not in answers)
+        for key in ("items", "on_cpu"):
+            recorded_too = any(key in example for example in answers["probe"])
+            assert (getattr(filled.probe, key) is None) != recorded_too, key
 
 
-def test_comfyui() -> None:
-    comfyui = consumer("comfyui")
-    assert comfyui.probe is not None
-    assert comfyui.unload is not None
-    assert comfyui.probe.find_resident(COMFYUI_STATS) == 6 * GIB
-    assert comfyui.probe.find_loaded(COMFYUI_STATS) is None
-    assert comfyui.unload.json_body == {"unload_models": True, "free_memory": True}
-    assert comfyui.on_disconnect == "none"
+# -- their expressions, on the answers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", names())
+def test_the_health_answer_says_nothing_of_the_memory(
+    server: responses.RequestsMock, preset: str
+) -> None:
+    filled = consumer(preset)
+    assert filled.health is not None
+    answer(server, "GET", filled.health.path, recorded(preset)["health"])
+    without_probe = ControlCalls(
+        config_of(preset, probe=None, unload=None), Watcher(), SystemClock()
+    )
+    assert without_probe.probe("it") == ProbeReport()
+
+
+@pytest.mark.parametrize(("preset", "example"), having("probe"))
+def test_the_probe(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
+    filled = consumer(preset)
+    assert filled.health is not None
+    assert filled.probe is not None
+    if filled.health.path != filled.probe.path:
+        answer(server, "GET", filled.health.path, None)
+    status = example.get("status", 200)
+    answer(server, filled.probe.method, filled.probe.path, example["answer"], status)
+    on_cpu = tuple(example.get("on_cpu", ()))
+    expected = ProbeReport(example["loaded"], example["resident_mib"], on_cpu)
+    assert calls(preset).probe("it") == expected
+    if "items" in example:
+        assert filled.probe.find_items(example["answer"]) == example["items"]
+
+
+@pytest.mark.parametrize(("preset", "example"), having("busy"))
+def test_busy(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
+    answer(server, "GET", example["target"], example["answer"])
+    assert calls(preset).busy("it") is example["is"]
+
+
+@pytest.mark.parametrize(("preset", "example"), having("unload"))
+def test_the_unload(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
+    prepare_unload(server, preset, example)
+    answer(server, example["method"], example["target"].partition("?")[0], example["answer"])
+    calls(preset).unload("it")
+    assert sent(server) == (example["method"], example["target"], example["json"])
+
+
+@pytest.mark.parametrize(("preset", "example"), having("unload"))
+def test_an_unload_that_fails_is_noticed(
+    server: responses.RequestsMock,
+    preset: str,
+    example: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpumanager.upstream.calls.UNLOAD_TIMEOUT_S", 0.01)
+    prepare_unload(server, preset, example)
+    status, body = (200, example["refused"]) if "refused" in example else (500, {"error": "no"})
+    answer(server, example["method"], example["target"].partition("?")[0], body, status)
+    with pytest.raises(ConsumerUnreachable):
+        calls(preset).unload("it")
+
+
+def prepare_unload(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
+    """What is asked before: whether it is at rest, and what there is to unload."""
+    filled, answers = consumer(preset), recorded(preset)
+    assert filled.unload is not None
+    if "busy" in answers and filled.unload.when_busy in ("aborts", "unsafe"):
+        at_rest = next(each for each in answers["busy"] if not each["is"])
+        answer(server, "GET", at_rest["target"], at_rest["answer"])
+    if filled.unload.for_each is not None:
+        assert filled.probe is not None
+        first = answers["probe"][0]
+        kept = json.loads(json.dumps(first["answer"]))
+        answer(server, filled.probe.method, filled.probe.path, _only(kept, example["item"], first))
+
+
+def _only(body: Any, item: str, example: dict[str, Any]) -> Any:
+    """The probe's answer with one item instead of all of them."""
+    text = json.dumps(body)
+    for other in example["items"]:
+        text = text.replace(json.dumps(other), json.dumps(item))
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("key", ["load", "warm"])
+@pytest.mark.parametrize("preset", names())
+def test_load_and_warm(server: responses.RequestsMock, preset: str, key: str) -> None:
+    example = recorded(preset).get(key)
+    if getattr(consumer(preset), key) is None:
+        assert example is None
+        server.reset()
+        return
+    assert example is not None
+    answer(server, example["method"], example["target"], example.get("answer"))
+    getattr(calls(preset), key)("it")
+    assert sent(server) == (example["method"], example["target"], example["json"])
+
+
+@pytest.mark.parametrize(("preset", "example"), having("settled"))
+def test_settled(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
+    settled = consumer(preset).settled
+    assert settled is not None
+    answer(server, settled.method, settled.path, example["answer"])
+    assert calls(preset).settled("it") is example["is"]
+
+
+@pytest.mark.parametrize(("preset", "example"), having("done"))
+def test_asynchronous_jobs(
+    server: responses.RequestsMock, preset: str, example: dict[str, Any]
+) -> None:
+    filled = consumer(preset)
+    done, asked = filled.done, calls(preset)
+    assert done is not None
+    (route,) = filled.paths.values()
+    assert done.matches(route.method or "POST", route.path)
+    assert not done.matches("GET", route.path)
+    assert job_id(done, json.dumps(example["taken"]).encode()) == example["id"]
+    assert job_id(done, json.dumps(example["refused"]).encode()) is None
+    answer(server, "GET", example["poll"], example["working"])
+    assert asked.job_result("it", done, example["id"]) is None
+    answer(server, "GET", example["poll"], example["over"])
+    assert asked.job_result("it", done, example["id"]) is not None
+    if done.lost is not None:
+        answer(server, "GET", example["listed"]["target"], example["listed"]["with"])
+        assert asked.job_listed("it", done.lost, example["id"])
+        answer(server, "GET", example["listed"]["target"], example["listed"]["without"])
+        assert not asked.job_listed("it", done.lost, example["id"])
+    for call in example["cancel"]:
+        answer(server, call["method"], call["target"], None)
+    asked.cancel_job("it", done, example["id"])
+    made = [call.request for call in server.calls][-len(example["cancel"]) :]
+    assert [(each.method, json.loads(each.body or b"null")) for each in made] == [
+        (call["method"], call["json"]) for call in example["cancel"]
+    ]
+
+
+# -- overriding ----------------------------------------------------------------------------------
 
 
 def test_any_key_can_be_overridden() -> None:
@@ -102,3 +265,11 @@ def test_any_key_can_be_overridden() -> None:
 
 def test_a_path_of_ones_own_leaves_the_presets_others() -> None:
     assert set(consumer("ollama", paths={"image": "/x"}).paths) == {"image", "llm"}
+
+
+def test_what_is_about_a_model_needs_one() -> None:
+    text = yaml.safe_dump({"consumers": {"it": {"preset": "ollama", "url": URL}}})
+    assert parse_config(text).consumers["it"].warm is None
+    own = {"url": URL, "load": {"path": "/load", "json": {"name": "{model}"}}}
+    with pytest.raises(ConfigError, match=r"holds \{model\}, but the consumer has no 'model'"):
+        parse_config(yaml.safe_dump({"consumers": {"it": own}}))
