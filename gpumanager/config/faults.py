@@ -147,7 +147,8 @@ def _plain(error: ErrorDetails, context: Mapping[str, Any]) -> str:
 def _choices(context: Mapping[str, Any]) -> list[str]:
     """The choices of a Literal, from pydantic's `'a', 'b' or 'c'`."""
     text = str(context.get("expected", "")).replace(" or ", ", ")
-    return [choice.strip("'") for choice in text.split(", ")]
+    words = [choice.strip("'") for choice in text.split(", ")]
+    return [{"True": "true", "False": "false"}.get(word, word) for word in words]  # as YAML does
 
 
 def _names_at(model: type[BaseModel], path: Path) -> list[str]:

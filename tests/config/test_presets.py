@@ -25,7 +25,8 @@ URL = "http://127.0.0.1:8188"
 ANSWERS = Path(__file__).parent / "answers"
 PROMISED = (
     "ollama comfyui a1111 forge llama-server llama-router vllm sglang localai llama-swap tabby "
-    "tgwui koboldcpp speaches whispercpp kokoro triton invokeai tgi tei openedai-speech xtts alltalk"
+    "tgwui koboldcpp speaches whispercpp kokoro triton invokeai tgi tei openedai-speech xtts "
+    "alltalk"
 )
 
 

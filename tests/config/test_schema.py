@@ -10,6 +10,7 @@ import yaml
 
 from gpumanager.config import (
     KINDS,
+    Call,
     Config,
     ConfigError,
     ConsumerConfig,
@@ -243,6 +244,151 @@ def test_what_is_not_allowed(where: str, value: Any, words: str) -> None:
     assert fault.path == where
     assert fault.line is not None
     assert words in fault.message
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ("consumers.mvoice.health", {"tcp": "8188"}, "must be HOST:PORT"),
+        ("consumers.mvoice.health", {"method": "GET"}, "either a path or tcp"),
+        ("consumers.mvoice.health", {"path": "/", "tcp": "h:1"}, "either a path or tcp"),
+        ("consumers.mvoice.floor_mib", -1, "at least 0"),
+        ("consumers.mvoice.pinned", "yes", "true or false"),
+        ("consumers.mvoice.idle_unload", "15", "such as 90s or 15m"),
+        ("consumers.mvoice.idle_unload", "1y", "such as 90s or 15m"),
+        ("consumers.mvoice.idle_unload", "0s", "greater than 0"),
+        ("consumers.mvoice.idle_unload", "15m", "needs an 'unload' call"),
+        ("consumers.mvoice.evict", "http", "has no 'unload' call"),
+        ("consumers.mvoice.evict", ["stop"], "must be http, or have exactly one of unit"),
+        ("consumers.mvoice.evict", [{}], "exactly one of unit"),
+        ("consumers.mvoice.evict", [{"unit": "a.service", "signal": "TERM"}], "exactly one of"),
+        ("consumers.mvoice.evict", [{"unit": "-x"}], "name of a systemd unit"),
+        ("consumers.mvoice.evict", [{"unit": "a b"}], "name of a systemd unit"),
+        ("consumers.mvoice.evict", [{"container": "../x"}], "name or id of a container"),
+        ("consumers.mvoice.evict", [{"container": "x", "socket": "x.sock"}], "absolute path"),
+        ("consumers.mvoice.evict", [{"container": "x", "scope": "user"}], "belongs to unit"),
+        ("consumers.mvoice.evict", [{"signal": "STOP"}], "must be one of TERM, INT, QUIT"),
+        ("consumers.mvoice.evict", [{"signal": "TERM", "start": "serve"}], "must be a list"),
+        ("consumers.mvoice.evict", [{"signal": "TERM", "start": [""]}], "without a shell"),
+        ("consumers.mvoice.evict", [{"unit": "a.service", "start": ["x"]}], "belongs to signal"),
+        ("consumers.mvoice.evict", [{"checkpoint": False}], "must be one of true"),
+        ("consumers.mvoice.oom", {"patterns": ["("]}, "must be a regular expression"),
+        ("consumers.mvoice.oom", {"status": [99]}, "at least 100"),
+        ("consumers.mvoice.settled", "/x", "is required"),
+        ("consumers.mvoice.done", {"id": "x"}, "is required"),
+        ("eviction", "random", "must be one of lru, cost"),
+        ("default_resident", ["mvoice"], "neither a load nor a warm call"),
+        ("default_resident", ["voice"], "unknown consumer 'voice'"),
+        ("restore_after", -1, "greater than 0"),
+        ("gpu.release_timeout", 0, "greater than 0"),
+    ],
+)
+def test_what_is_not_allowed_of_memory(where: str, value: Any, words: str) -> None:
+    """The fault may lie deeper in what was given."""
+    document: dict[str, Any] = {
+        "consumers": {"mvoice": {"url": "http://127.0.0.1:8766"}},
+        "gpu": {},
+    }
+    *parents, last = where.split(".")
+    inner = document
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    if last == "idle_unload" and value != "15m":
+        inner["unload"] = "/unload"
+    with pytest.raises(ConfigError) as refused:
+        parse_config(yaml.safe_dump(document))
+    assert words in refused.value.faults[0].message
+    assert {fault.path.startswith(where) for fault in refused.value.faults} == {True}
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(7, 7), (1.5, 1.5), ("90s", 90), ("15m", 900), ("1.5 h", 5400), ("200ms", 0.2)],
+)
+def test_a_duration_may_have_a_unit(value: object, seconds: float) -> None:
+    assert consumer(idle_unload=value, unload="/u").idle_unload == pytest.approx(seconds)
+
+
+def test_the_ways_to_evict() -> None:
+    assert consumer().rungs == ()
+    assert [rung.name for rung in consumer(unload="/u").rungs] == ["http"]
+    assert consumer(unload="/u", evict=[]).rungs == ()
+    rungs = consumer(
+        unload="/u",
+        evict=["http", {"unit": "a@1.service", "scope": "system"}, {"checkpoint": True}],
+    ).rungs
+    assert [rung.name for rung in rungs] == ["http", "unit", "checkpoint"]
+    assert (rungs[1].scope, rungs[1].grace) == ("system", 10)
+    (single,) = consumer(evict={"signal": "TERM", "start": ["serve", "--it"]}).rungs
+    assert (single.name, single.start) == ("signal", ("serve", "--it"))
+
+
+def test_one_stands_for_a_list_of_it() -> None:
+    done = consumer(
+        done={
+            "match": {"path": "/prompt"},
+            "id": "prompt_id",
+            "poll": "/history/{id}",
+            "until": "length(@) > `0`",
+            "cancel": {"path": "/cancel/{id}"},
+        }
+    ).done
+    assert done is not None
+    assert done.match.path == ("/prompt",)
+    assert done.cancel[0].filled("id", "a/b").path == "/cancel/a%2Fb"
+
+
+def test_placeholders_and_query() -> None:
+    call = Call.model_validate(
+        {
+            "path": "/m/{model}?x=1",
+            "query": {"q": "{model}", "n": 2, "f": True},
+            "json": ["{model}"],
+        }
+    ).filled("model", "a/b &c")
+    assert call.target == "/m/a%2Fb%20%26c?x=1&q=a%2Fb+%26c&n=2&f=true"
+    assert call.json_body == ["a/b &c"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 23.65 GiB total capacity)",
+        "RuntimeError: CUDA error: out of memory",
+        "HIP out of memory. Tried to allocate 512 MiB",
+        "torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory",
+        "llama runner process has terminated: cudaMalloc failed: out of memory",
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 4 MiB: hipMallocAsync failed",
+        "cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED",
+        "unable to allocate CUDA0 buffer",
+        "out of memory on CUDA device 0",
+        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    ],
+)
+def test_the_words_for_out_of_memory(text: str) -> None:
+    signs = consumer().out_of_memory
+    assert signs.said_in(f'{{"error": "{text}"}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model requires more system memory (12 GiB) than is available (8 GiB)",
+        "the prompt is out of scope",
+        "internal error",
+        "rate limit exceeded",
+    ],
+)
+def test_other_words(text: str) -> None:
+    assert not consumer().out_of_memory.said_in(text.encode())
+
+
+def test_a_consumer_may_have_its_own_words() -> None:
+    signs = consumer(oom={"status": [418], "patterns": ["teapot is full"]}).out_of_memory
+    assert signs.status == (418,)
+    assert signs.said_in(b"The TEAPOT is full")
+    assert not signs.said_in(b"CUDA out of memory")
 
 
 @pytest.mark.parametrize(
