@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gpumanager.ledger import held
-from gpumanager.model import ConsumerState, GpuState, ProbeReport
+from gpumanager.ledger import Held, held
+from gpumanager.model import (
+    ConsumerState,
+    GpuState,
+    Holdings,
+    MemoryReading,
+    Parked,
+    ProbeReport,
+)
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
 from tests.support.threads import Outcome
@@ -180,3 +187,83 @@ def test_a_return_that_was_seen_too_late_undoes_no_job() -> None:
     registry.job_started("mvoice")
     registry.process_returned("mvoice", seen_version=seen)
     assert registry.get("mvoice").loaded
+
+
+# -- stopped by the broker, and in quarantine ----------------------------------------------------
+
+PARKED = Parked("unit")
+
+
+def test_who_was_stopped_is_not_unhealthy_for_not_answering() -> None:
+    registry, _ = make()
+    probe(registry)
+    registry.park("mvoice", PARKED)
+    assert not registry.probe_failed("mvoice", "refused", process_gone=True)
+    state = registry.get("mvoice")
+    assert (state.healthy, state.parked, state.loaded, state.last_error) == (
+        None,
+        PARKED,
+        False,
+        "",
+    )
+    assert registry.parked() == {"mvoice": PARKED}
+    registry.unpark("mvoice", resumed=False)
+    state = registry.get("mvoice")
+    assert (state.healthy, state.parked, state.loaded) == (True, None, True)  # as assumed
+
+
+def test_who_goes_on_where_it_was_has_its_model() -> None:
+    registry, _ = make(loaded=False)
+    registry.park("mvoice", Parked("checkpoint"))
+    registry.unpark("mvoice", resumed=True)
+    assert registry.get("mvoice").loaded
+
+
+def test_who_was_started_by_somebody_else_is_back() -> None:
+    registry, _ = make()
+    registry.park("mvoice", PARKED)
+    assert probe(registry, True, 100)
+    assert registry.get("mvoice").parked is None
+
+
+def test_an_answer_from_just_before_it_was_stopped_brings_nobody_back() -> None:
+    registry, _ = make()
+    seen = registry.get("mvoice").residency_version
+    registry.park("mvoice", PARKED)
+    registry.probe_succeeded("mvoice", ProbeReport(True, 2800), seen_version=seen)
+    state = registry.get("mvoice")
+    assert (state.parked, state.loaded, state.healthy) == (PARKED, False, None)
+
+
+@pytest.mark.parametrize("how", ["probe", "job", "park"])
+def test_a_quarantine_ends_with_the_process(how: str) -> None:
+    registry, _ = make()
+    registry.quarantine("mvoice", "gave nothing back")
+    probe(registry, True, 2800)
+    assert registry.get("mvoice").quarantine == "gave nothing back"
+    if how == "probe":
+        registry.probe_failed("mvoice", "refused", process_gone=True)
+    elif how == "job":
+        registry.job_started("mvoice")
+        registry.job_finished("mvoice", process_gone=True)
+    else:
+        registry.park("mvoice", PARKED)
+    assert registry.get("mvoice").quarantine == ""
+
+
+def test_what_is_on_the_cpu_is_forgotten_with_the_model() -> None:
+    registry, _ = make()
+    registry.probe_succeeded("mvoice", ProbeReport(True, 1, ("big",)), seen_version=0)
+    assert registry.get("mvoice").on_cpu == ("big",)
+    registry.set_loaded("mvoice", False)
+    assert registry.get("mvoice").on_cpu == ()
+
+
+def test_figures_of_its_processes_outweigh_its_own() -> None:
+    registry, _ = make()
+    probe(registry, True, 2800)
+    reading = MemoryReading(8000, 500, 7500, holdings=Holdings({"mvoice": 500}))
+    state = registry.get("mvoice")
+    assert held("mvoice", state, 3000, reading) == Held(500, 500, "measured")
+    assert held("other", state, 3000, reading) == Held(2800, 2800, "reported")
+    assert held("mvoice", state, 3000, None) == Held(2800, 2800, "reported")

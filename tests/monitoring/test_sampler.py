@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from gpumanager.learning import Learned
-from gpumanager.model import MemoryReading
+from gpumanager.model import Holdings, MemoryReading
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.registry import Registry
@@ -71,3 +71,47 @@ def test_a_lost_card_shows_as_err_keeps_no_stale_figures_and_recovers(
     assert registry.gpu.reading == READING
     events = [record.message for record in caplog.records]
     assert events == ["gpu unavailable", "gpu available"]
+
+
+def attributed(**held: int) -> MemoryReading:
+    used = sum(held.values())
+    return MemoryReading(8000, used, 8000 - used, holdings=Holdings(held))
+
+
+def test_what_loaded_consumers_hold_is_learned() -> None:
+    clock = FakeClock()
+    registry = Registry({"tts": True, "llm": False}, clock)
+    learned = Learned(["tts", "llm"])
+    memory = GpuMemory(ScriptedCard(attributed(tts=3000, llm=500)), clock, Told())
+    Sampler(memory, registry, learned, clock, interval=2.0).look()
+    assert learned.figures("tts").peak_mib == 3000
+    assert learned.figures("llm").peak_mib is None  # a residue is no footprint
+
+
+@pytest.mark.parametrize(("mib", "lifted"), [(3000, False), (300, True)])
+def test_who_holds_nothing_any_more_may_be_asked_again(mib: int, lifted: bool) -> None:
+    clock = FakeClock()
+    registry = Registry({"tts": False}, clock)
+    registry.quarantine("tts", "gave nothing back")
+    memory = GpuMemory(ScriptedCard(attributed(tts=mib)), clock, Told())
+    Sampler(memory, registry, Learned(["tts"]), clock, interval=2.0).look()
+    assert (registry.get("tts").quarantine == "") is lifted
+
+
+def test_while_a_job_runs_samples_come_more_often() -> None:
+    clock = FakeClock()
+    registry = Registry({"tts": False}, clock)
+    memory = GpuMemory(ScriptedCard(READING, READING), clock)
+    sampler = Sampler(memory, registry, Learned(["tts"]), clock, interval=2.0)
+    registry.job_started("tts")
+    assert sampler.sample() == 0.5
+    registry.job_finished("tts")
+    assert sampler.sample() == 2.0
+
+
+class Told:
+    """An attributor that leaves what the card says."""
+
+    def attribute(self, reading: MemoryReading) -> Holdings:
+        assert reading.holdings is not None
+        return reading.holdings

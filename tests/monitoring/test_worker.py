@@ -72,3 +72,19 @@ def test_one_that_was_never_started_is_stopped_already() -> None:
     assert worker.join()
     worker.start()
     assert worker.join()
+
+
+def test_a_worker_can_be_woken_before_its_turn() -> None:
+    turns = threading.Semaphore(0)
+
+    def body() -> float:
+        turns.release()
+        return 3600.0
+
+    worker = PeriodicWorker("prober", body, retry_s=0.0)
+    worker.start()
+    for _ in range(3):
+        assert turns.acquire(timeout=PATIENCE_S)
+        worker.wake()
+    worker.stop()
+    assert worker.join()

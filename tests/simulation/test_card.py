@@ -273,3 +273,46 @@ def test_a_lock_that_is_never_let_go_of_is_not_waited_for_forever(
     monkeypatch.setattr(card_module, "LOCK_TIMEOUT_S", 0.02)
     with card._locked(), pytest.raises(CardLost, match="stays locked"):
         card.allocate("mvoice", 1)
+
+
+# -- misbehaviour --------------------------------------------------------------------------------
+
+
+def test_a_leak_stays_until_the_process_ends(card: SimulatedCard, processes: Processes) -> None:
+    script = """
+import sys
+from gpumanager.simulation.card import SimulatedCard
+card = SimulatedCard(sys.argv[1])
+card.allocate("tts", 1000)
+print(card.free("tts"), card.free("tts"), flush=True)
+sys.stdin.read()
+"""
+    card.misbehave(leaks={"tts": 0.75})
+    child = processes.start(script, card.path)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "250 0\n"
+    assert card.memory().used_mib == 750
+    assert card.holders() == (Holder("tts", child.pid, 750, leaked=True),)
+    child.kill()
+    child.wait(WAIT_S)
+    assert card.memory().used_mib == 0
+
+
+def test_the_view_by_process_counts_what_is_still_being_released(path: Path) -> None:
+    now = [100.0]
+    SimulatedCard.create(path, 8192, release_lag_s=2)
+    card = SimulatedCard(path, monotonic=lambda: now[0])
+    card.allocate("tts", 1000)
+    card.allocate("llm", 500)
+    card.free("tts")
+    assert card.view() == (CardMemory(8192, 1500, 6692), {os.getpid(): 1500})
+    now[0] += 3
+    assert card.view() == (CardMemory(8192, 500, 7692), {os.getpid(): 500})
+
+
+def test_a_card_may_keep_its_processes_to_itself(card: SimulatedCard) -> None:
+    card.allocate("tts", 1000)
+    card.misbehave(per_process=False)
+    assert card.view() == (CardMemory(8192, 1000, 7192), None)
+    card.misbehave(per_process=True, release_lag_s=0.0)
+    assert card.view()[1] == {os.getpid(): 1000}

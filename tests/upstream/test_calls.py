@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import responses
 import yaml
 
 from gpumanager.clock import SystemClock
-from gpumanager.config import parse_config
+from gpumanager.config import Lost, parse_config
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.calls import ControlCalls
@@ -202,3 +203,132 @@ def test_unload_is_made_for_each_item(mocked: responses.RequestsMock) -> None:
         {"model": "llama3:8b", "keep_alive": 0},
         {"model": "qwen:0.5b", "keep_alive": 0},
     ]
+
+
+# -- the wider vocabulary ------------------------------------------------------------------------
+
+BUSY = {"path": "/p", "busy": {"path": "/progress", "expr": "jobs > `0`"}}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumanager.upstream.calls.BUSY_POLL_S", 0.01)
+
+
+@pytest.mark.parametrize("when_busy", ["aborts", "unsafe"])
+def test_where_a_job_would_suffer_rest_is_waited_for(
+    mocked: responses.RequestsMock, hasty: None, when_busy: str
+) -> None:
+    for jobs in (2, 1, 0):
+        mocked.get(f"{URL}/progress", json={"jobs": jobs})
+    mocked.post(f"{URL}/unload")
+    calls(probe=BUSY, unload={"path": "/unload", "when_busy": when_busy}).unload("mvoice")
+    paths = [str(call.request.url).removeprefix(URL) for call in mocked.calls]
+    assert paths == ["/progress"] * 3 + ["/unload"]
+
+
+def test_a_job_of_somebody_else_is_not_killed_however_long_it_takes(
+    mocked: responses.RequestsMock, hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumanager.upstream.calls.UNLOAD_TIMEOUT_S", 0.05)
+    mocked.get(f"{URL}/progress", json={"jobs": 1})
+    with pytest.raises(ConsumerTimeout, match="busy with a job of somebody else"):
+        calls(probe=BUSY, unload={"path": "/unload", "when_busy": "unsafe"}).unload("mvoice")
+
+
+def test_a_server_that_drains_is_simply_asked(mocked: responses.RequestsMock) -> None:
+    mocked.post(f"{URL}/unload")
+    calls(probe=BUSY, unload="/unload").unload("mvoice")
+
+
+def test_a_refusal_for_being_busy_is_tried_again(
+    mocked: responses.RequestsMock, hasty: None
+) -> None:
+    for status in (409, 409, 200):
+        mocked.post(f"{URL}/unload", status=status)
+    calls(unload={"path": "/unload", "when_busy": "refuses"}).unload("mvoice")
+    assert len(mocked.calls) == 3
+
+
+def test_a_server_that_is_gone_is_not_asked_again(mocked: responses.RequestsMock) -> None:
+    refused = requests.exceptions.ConnectionError(ConnectionRefusedError(111, "refused"))
+    mocked.post(f"{URL}/unload", body=refused)
+    with pytest.raises(ConsumerUnreachable):
+        calls(unload={"path": "/unload", "when_busy": "refuses"}).unload("mvoice")
+    assert len(mocked.calls) == 1
+
+
+def test_a_status_may_say_that_nothing_is_loaded(mocked: responses.RequestsMock) -> None:
+    mocked.get(f"{URL}/model", status=503)
+    probing = calls(probe={"path": "/model", "loaded": "id != null", "absent": [503]})
+    assert probing.probe("mvoice") == ProbeReport(loaded=False)
+
+
+@pytest.mark.parametrize(("answer", "good"), [('{"ok": true}', True), ("{}", False), ("", False)])
+def test_an_answer_may_have_to_say_yes(
+    mocked: responses.RequestsMock, answer: str, good: bool
+) -> None:
+    mocked.post(f"{URL}/load", body=answer)
+    loading = calls(load={"path": "/load", "expect": "ok"})
+    if good:
+        loading.load("mvoice")
+        return
+    with pytest.raises(ConsumerUnreachable, match="did not say 'ok' to POST /load"):
+        loading.load("mvoice")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "settled"),
+    [('{"models": []}', 200, True), ('{"models": [1]}', 200, False), ("", 500, False)],
+)
+def test_settled_is_what_the_consumer_says(
+    mocked: responses.RequestsMock, answer: str, status: int, settled: bool
+) -> None:
+    mocked.get(f"{URL}/ps", body=answer, status=status)
+    asked = calls(settled={"path": "/ps", "until": "length(models) == `0`"})
+    assert asked.settled("mvoice") is settled
+    assert calls(health="/health").settled("mvoice")  # nothing to ask
+
+
+def test_a_consumer_without_health_may_be_asked_by_its_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        asked = calls(health={"tcp": f"127.0.0.1:{port}"})
+        assert asked.probe("mvoice") == ProbeReport()
+    with pytest.raises(ConsumerUnreachable, match="does not listen on") as refused:
+        asked.probe("mvoice")
+    assert refused.value.nothing_listens
+
+
+def test_a_port_that_does_not_answer_is_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", never)
+    with pytest.raises(ConsumerTimeout, match=r"no connection to 127\.0\.0\.1:9"):
+        calls(health={"tcp": "127.0.0.1:9"}).probe("mvoice")
+
+
+def test_what_went_to_the_cpu(mocked: responses.RequestsMock) -> None:
+    mocked.get(f"{URL}/ps", json={"models": [{"name": "a", "v": 1, "s": 2}, {"name": "b"}]})
+    probing = calls(probe={"path": "/ps", "on_cpu": "models[?v < s].name"})
+    assert probing.probe("mvoice").on_cpu == ("a",)
+
+
+def test_an_unknown_list_of_jobs_leaves_them_in_work(mocked: responses.RequestsMock) -> None:
+    lost = Lost.model_validate({"path": "/queue", "listed": "ids"})
+    mocked.get(f"{URL}/queue", json={"error": "odd"})
+    assert calls(health="/h").job_listed("mvoice", lost, "j1")
+
+
+@pytest.mark.parametrize("which", ["load", "warm"])
+def test_a_call_for_a_model_names_it(mocked: responses.RequestsMock, which: str) -> None:
+    mocked.post(f"{URL}/m/a%2Fb")
+    made = calls(model="a/b", **{which: {"path": "/m/{model}", "json": {"name": "{model}"}}})
+    getattr(made, which)("mvoice")
+    assert json.loads(mocked.calls[0].request.body or b"") == {"name": "a/b"}
+
+
+def test_warm_needs_its_call() -> None:
+    with pytest.raises(ConsumerUnreachable, match="no warm call"):
+        calls().warm("mvoice")

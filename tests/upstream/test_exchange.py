@@ -1,0 +1,95 @@
+"""An exchange whose answer is read ahead, and one that is made a second time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import IO
+
+import pytest
+
+from gpumanager.clock import SystemClock
+from gpumanager.config import Timeouts
+from gpumanager.errors import ConsumerUnreachable
+from gpumanager.upstream.exchange import Exchange, Outbound
+from gpumanager.upstream.transport import OneShotAdapter
+from gpumanager.watcher import Watcher
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+
+Script = Callable[[Connection, Received], None]
+
+
+def exchange(url: str, body: bytes | IO[bytes] | None = None, length: int = 0) -> Exchange:
+    outbound = Outbound("POST", url, "/base/job?x=1", [], body, length)
+    timeouts = Timeouts(connect=2, first_byte=2, idle=2, total=5)
+    return Exchange("it", outbound, timeouts, Watcher(), SystemClock())
+
+
+def drained(one: Exchange) -> bytes:
+    parts = []
+    while chunk := one.read():
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("size", [0, 10, 300_000])
+def test_what_was_read_ahead_comes_again(size: int) -> None:
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer:
+        one = exchange(consumer.url)
+        one.send(OneShotAdapter())
+        assert one.read_ahead(1_000_000) == body
+        assert one.ended is (size == 0)
+        assert one.ready()
+        assert drained(one) == body
+        assert one.ended
+
+
+def test_an_answer_beyond_the_limit_is_not_read_to_its_end() -> None:
+    body = b"y" * 500_000
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer:
+        one = exchange(consumer.url)
+        one.send(OneShotAdapter())
+        assert one.read_ahead(1000) is None
+        assert not one.ended
+        assert drained(one) == body
+
+
+def test_an_answer_that_breaks_off_while_it_is_read_ahead_is_an_error() -> None:
+    half = answer(b"z" * 1000)[:-500]
+    with ScriptedConsumer(lambda peer, _: peer.send(half)) as consumer:
+        one = exchange(consumer.url)
+        one.send(OneShotAdapter())
+        with pytest.raises(ConsumerUnreachable, match="broke off"):
+            one.read_ahead(10_000)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file", "file in its middle"])
+def test_the_same_request_can_be_made_again(kind: str) -> None:
+    file = io.BytesIO(b"skippedhello")
+    file.seek(7)
+    bodies: dict[str, tuple[bytes | IO[bytes], int]] = {
+        "bytes": (b"hello", 5),
+        "file": (io.BytesIO(b"hello"), 5),
+        "file in its middle": (file, 5),
+    }
+    with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
+        one = exchange(consumer.url, *bodies[kind])
+        one.send(OneShotAdapter())
+        again = one.again()
+        assert again is not None
+        again.send(OneShotAdapter())
+        assert [each.body for each in consumer.requests] == [b"hello", b"hello"]
+        one.close()
+        again.close()
+
+
+def test_a_body_that_cannot_be_had_twice() -> None:
+    file = io.BytesIO(b"hello")
+    one = exchange("http://127.0.0.1:1", file, 5)
+    file.close()
+    assert one.again() is None
+
+
+def test_the_request_line_behind_the_base_path() -> None:
+    assert exchange("http://127.0.0.1:1").request_line("/base") == ("POST", "/job")
