@@ -17,9 +17,7 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -31,83 +29,19 @@ from statistics import median, quantiles
 from typing import Any
 
 import requests
+import yaml
 
+from benchmarks.running import Broker, serving
 from tests.support.broker import config_for
 from tests.support.sockets import Connection, RawClient, Received, ScriptedConsumer, answer
-from tests.support.threads import eventually
 
-ROOT = Path(__file__).parent.parent
 LONGEST_S = 600.0
-
-
-class Broker:
-    """A broker in a process of its own."""
-
-    def __init__(self, pid: int, port: int) -> None:
-        self.pid, self.port = pid, port
-        self.session = requests.Session()
-        self.session.trust_env = False
-
-    def get(self, path: str) -> requests.Response:
-        return self.session.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
-
-    def stats(self) -> dict[str, Any]:
-        stats: dict[str, Any] = self.get("/v1/status").json()["scheduler"]
-        return stats
-
-    def rss_mib(self) -> float:
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+)", status)
-        return int(found[1]) / 1024 if found else 0.0
-
-    def threads(self) -> int:
-        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
-
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-
-    def await_waiting(self, count: int) -> None:
-        eventually(lambda: self.stats()["queue_depth"] == count, timeout=30)
-
-    def await_idle(self) -> None:
-        eventually(
-            lambda: (s := self.stats())["queue_depth"] == 0 and s["in_flight"] == 0, timeout=60
-        )
 
 
 @contextmanager
 def broker(consumer_url: str, **changes: Any) -> Iterator[Broker]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "broker.yaml"
-        file.write_text(config_for(consumer_url, listen=f"127.0.0.1:{port}", **changes))
-        log = (Path(folder) / "log").open("w")
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "waitress-serve"), "wsgi:app"],
-            cwd=ROOT,
-            env={**os.environ, "GPUMANAGER_CONFIG": str(file)},
-            stdout=log,
-            stderr=log,
-        )
-        running = Broker(process.pid, port)
-
-        def up() -> bool:
-            try:
-                return running.get("/healthz").ok
-            except requests.ConnectionError:
-                return False
-
-        try:
-            eventually(up, timeout=20)
-            yield running
-            if process.poll() is not None:
-                raise RuntimeError("the broker died")
-        finally:
-            process.terminate()
-            process.wait(30)
-            log.close()
+    with serving(yaml.safe_load(config_for(consumer_url, **changes))) as running:
+        yield running
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

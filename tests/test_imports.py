@@ -35,7 +35,9 @@ def files_that_mention(library: str) -> set[str]:
         ("pynvml", {"monitoring/memory.py"}),
         ("waitress", {"logs.py", "web/server.py", "demo/speech.py"}),
         ("urllib3", {"upstream/exchange.py", "upstream/transport.py"}),
-        ("requests", {"upstream/exchange.py", "upstream/transport.py"}),
+        ("requests", {"client.py", "upstream/exchange.py", "upstream/transport.py"}),
+        ("psutil", {"processes.py", "reclaim/ladder.py", "reclaim/signals.py"}),
+        ("cuda.bindings.driver", {"reclaim/checkpoint.py"}),
     ],
 )
 def test_a_library_is_known_in_few_places(library: str, files: set[str]) -> None:

@@ -82,6 +82,7 @@ def config_text(listen: str, card: SimulatedCard, speech_url: str) -> str:
     return yaml.safe_dump(
         {
             "listen": listen,
+            "state_file": str(card.path.with_name("state.json")),
             "audio_proxy": "mvoice",
             "gpu": {"device": f"simulated:{card.path}", "sample_interval": 1},
             "routing": {"tts": "mvoice"},

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterable, Sequence
 
 import psutil
 
 from gpumanager.reclaim.errors import ReclaimFailed
 
+POLL_S = 0.02
 KILL_WAIT_S = 5.0
 """How long a killed process may take to be gone: a driver frees its memory meanwhile."""
 
@@ -28,10 +30,9 @@ def end(pids: Iterable[int], signal_name: str, grace_s: float) -> None:
     members = _unique([*chosen, *_in_groups(groups)])
     number = getattr(signal, f"SIG{signal_name}")
     _send(members, groups, number)
-    _, alive = psutil.wait_procs(members, timeout=grace_s)
-    if alive:
+    if alive := _await_end(members, grace_s):
         _send(alive, groups, signal.SIGKILL)
-        _, alive = psutil.wait_procs(alive, timeout=KILL_WAIT_S)
+        alive = _await_end(alive, KILL_WAIT_S)
     if alive:
         listed = ", ".join(str(process.pid) for process in alive)
         raise ReclaimFailed(f"could not be ended: process {listed}")
@@ -53,6 +54,26 @@ def start(command: Sequence[str]) -> None:
         raise ReclaimFailed(f"{command[0]} cannot be started: {reason}") from None
     # Somebody has to take note of its end, or it stays in the process table.
     threading.Thread(target=child.wait, name=f"child-{child.pid}", daemon=True).start()
+
+
+def _await_end(processes: Iterable[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    """Those that have not ended after `limit_s` seconds. One that its parent has yet to take note
+    of has ended: its memory is free."""
+    deadline = time.monotonic() + limit_s
+    pause = threading.Event()
+    while alive := [process for process in processes if not _has_ended(process)]:
+        if time.monotonic() >= deadline:
+            break
+        pause.wait(POLL_S)
+        processes = alive
+    return alive
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
 
 
 def _with_descendants(pids: Iterable[int]) -> list[psutil.Process]:

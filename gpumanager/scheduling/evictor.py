@@ -15,7 +15,7 @@ from gpumanager.clock import Clock
 from gpumanager.config import Config, Rung
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.learning import Learned
-from gpumanager.model import MemoryReading, Parked
+from gpumanager.model import MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.release import LEAKED_SHARE, judge
@@ -46,8 +46,8 @@ class Controls(Protocol):
     def settled(self, name: str) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
 
-    def probe(self, name: str) -> object:
-        """Ask it how it is."""
+    def probe(self, name: str) -> ProbeReport:
+        """Ask it how it is, and what it holds."""
 
 
 class Parks(Protocol):
@@ -95,12 +95,14 @@ class Evictor:
         `held_mib` is what it is taken to hold, `floor_mib` what it may keep. `fits` says whether
         the room is enough now: until it is, a release that looks complete is given a little
         longer, in case more comes; None does without that. One that gave nothing back, by any
-        rung, is put into quarantine. Raises the error the ticket was cancelled with.
+        rung, though it held something, is put into quarantine. Raises the error the ticket was
+        cancelled with.
         """
         release: Release | None = None
         tried = []
         for rung in self._config.consumers[name].rungs:
             before = self._measure()
+            holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
             try:
                 self._carry_out(name, rung)
@@ -118,19 +120,33 @@ class Evictor:
                 )
                 continue
             tried.append(rung.name)
-            own = None if before is None else before.measured_mib(name)
-            expected = max(0, (held_mib if own is None else own) - floor_mib)
+            expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             release = self._await(name, before, expected, ticket, fits)
-            release = replace(release, seconds=self._clock.monotonic() - began)
+            release = replace(
+                release, seconds=self._clock.monotonic() - began, certain=holds is not None
+            )
             self._take_note(name, rung, release, ticket.job.consumer)
             if release.outcome != "leaked":
                 return release
-        if release is not None:
+        if release is not None and release.certain:
             held = release.residue_mib
             kept = "" if held is None else f", and holds {held} MiB"
             reason = f"gave back {release.mib} of {release.expected_mib} MiB"
             self._registry.quarantine(name, f"{reason} after {', '.join(tried)}{kept}")
         return release
+
+    def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
+        """MiB by the card's figures for its processes, else by its own word of this moment; None
+        if neither tells, so that there is only what was declared."""
+        if before is None:
+            return None
+        own = before.measured_mib(name)
+        if own is not None:
+            return own
+        try:
+            return self._controls.probe(name).resident_mib
+        except BrokerError:
+            return None
 
     def _carry_out(self, name: str, rung: Rung) -> None:
         with self._registry.busy(name):

@@ -99,7 +99,8 @@ class Release:
     """What became of an unload. `mib` is the victim's own drop, `expected_mib` what it was taken
     to give back, `residue_mib` what it still holds, None where that cannot be told; `thief` says
     who took what it gave. `unverified`: the card cannot be measured; `gone`: its process had
-    ended already."""
+    ended already. `certain` is False where nobody measured what it held before, so that one that
+    gave nothing back may have had nothing."""
 
     outcome: Outcome
     mib: int = 0
@@ -107,6 +108,7 @@ class Release:
     residue_mib: int | None = None
     thief: str = ""
     seconds: float = 0.0
+    certain: bool = True
 
     @property
     def complete(self) -> bool:

@@ -110,7 +110,7 @@ class RoomMaker:
             last = len(now.plan.victims) == 1
             fits = (lambda: self._look(target).plan.fits) if last else None
             release = self._evict(victim, ticket, fits)
-            if release is not None and release.outcome == "leaked":
+            if release is not None and release.outcome == "leaked" and release.certain:
                 self._refuse_if_short(target, victim.name)
             ticket.pause(0)
         self._bring_back(target, ticket)

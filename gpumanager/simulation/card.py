@@ -153,8 +153,9 @@ class SimulatedCard:
             block = _Block(owner, pid, born, mib)
             self._write(replace(state, blocks=(*state.blocks, block)))
 
-    def free(self, owner: str) -> int:
-        """Give back all that `owner` holds in this process; returns the MiB, less what leaks."""
+    def free(self, owner: str, *, keep_mib: int = 0) -> int:
+        """Give back all that `owner` holds in this process, but `keep_mib`; returns the MiB that
+        come back, less what leaks."""
         pid = os.getpid()
         with self._locked():
             state = self._read()
@@ -163,20 +164,22 @@ class SimulatedCard:
                 for each in state.blocks
                 if (each.owner, each.pid) == (owner, pid) and not each.leaked
             ]
-            held = sum(block.mib for block in freed)
-            if not held:
+            back = sum(block.mib for block in freed) - keep_mib
+            if back <= 0:
                 return 0
             born = freed[0].born
-            lost = round(held * state.leaks.get(owner, 0.0))
-            kept = [block for block in state.blocks if block not in freed]
+            lost = round(back * state.leaks.get(owner, 0.0))
+            blocks = [block for block in state.blocks if block not in freed]
+            if keep_mib:
+                blocks.append(_Block(owner, pid, born, keep_mib))
             if lost:
-                kept.append(_Block(owner, pid, born, lost, leaked=True))
+                blocks.append(_Block(owner, pid, born, lost, leaked=True))
             releasing = list(state.releasing)
-            if state.release_lag_s and held > lost:
+            if state.release_lag_s and back > lost:
                 until = self._monotonic() + state.release_lag_s
-                releasing.append(_Releasing(pid, born, held - lost, until))
-            self._write(replace(state, blocks=tuple(kept), releasing=tuple(releasing)))
-        return held - lost
+                releasing.append(_Releasing(pid, born, back - lost, until))
+            self._write(replace(state, blocks=tuple(blocks), releasing=tuple(releasing)))
+        return back - lost
 
     def memory(self) -> CardMemory:
         """The memory as it is now."""

@@ -23,6 +23,10 @@ LARGEST_ANSWER_BYTES = 1024 * 1024
 CANCEL_SETTLE_S = 30.0
 """What a cancelled job is given to end, from being told to."""
 
+FIRST_LOOK_S = 0.02
+POLL_SHARE = 0.1
+"""A job is looked after again when a tenth more of its time has passed, at most its `every`."""
+
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What may go into a path as it is; ids seen in the field are UUIDs and numbers."""
 
@@ -121,6 +125,7 @@ class _Following:
     def _until_over(self, deadline: float) -> bool:
         """Return when the job is over; True if its consumer's process is gone."""
         told = False
+        began = self._clock.monotonic()
         while not self._stopped.is_set():
             if self._cancelled.is_set() and not told:
                 told = True
@@ -139,8 +144,11 @@ class _Following:
                 if not told:
                     self._tell()
                 return False
+            # Soon again at first, so that a short job does not hold the GPU for long after its end.
+            elapsed = self._clock.monotonic() - began
+            delay = min(self._done.poll.every, max(FIRST_LOOK_S, POLL_SHARE * elapsed))
             # Once cancelled there is nothing more to be woken for.
-            (self._stopped if told else self._cancelled).wait(self._done.poll.every)
+            (self._stopped if told else self._cancelled).wait(delay)
         return False
 
     def _is_over(self) -> bool:

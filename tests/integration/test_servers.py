@@ -4,7 +4,6 @@ reload, with the traps of each."""
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ import yaml
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, command, fake_server
+from tests.support.sockets import free_port
 from tests.support.threads import Outcome, eventually
 
 KINDS = {"comfyui": "image", "ollama": "llm", "vllm": "llm", "plain": "tts"}
@@ -79,11 +79,6 @@ def detached(start: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             if child.cmdline() == start:
                 child.kill()
                 child.wait(5)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def status_of(broker: LiveBroker, name: str) -> dict[str, Any]:
@@ -326,7 +321,7 @@ def test_one_that_leaks_is_ended_by_its_next_rung_and_started_again(
             assert job(broker, "tts").status_code == 200
             card.misbehave(leaks={"leaky": 1.0})
             assert job(broker, "llm").status_code == 200
-            assert not psutil.pid_exists(first.pid)
+            assert first.wait(5) != 0
             leaky = status_of(broker, "leaky")
             assert leaky["parked"] == "signal"
             assert "quarantine" not in leaky

@@ -36,7 +36,8 @@ class Bench:
 
     `lag` is the number of looks at the card before an unload shows; None means never. `keeps` is
     what a consumer holds on to, `stolen` what a foreign process takes as soon as anything comes
-    back; `attributed`: the card tells figures per process.
+    back; `attributed`: the card tells figures per process; `reporting`: the consumers tell what
+    they hold.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Bench:
         self.on_pause: Callable[[], None] = lambda: None
         self.holds: dict[str, int] = {}
         self.attributed = False
+        self.reporting = False
         self.keeps: dict[str, int] = {}
         self.stolen = 0
         self.unsettled = 0
@@ -134,10 +136,12 @@ class Bench:
         self.holds[name] = self.config.consumers[name].vram_resident_mib
         return parked.rung == "checkpoint"
 
-    def probe(self, name: str) -> None:
-        self.calls.append(f"probe {name}")
+    def probe(self, name: str) -> ProbeReport:
+        if self.registry.get(name).parked is not None:
+            self.calls.append(f"probe {name}")
         if self.not_ready:
             raise self.not_ready.pop(0)
+        return ProbeReport(resident_mib=self.holds.get(name, 0) if self.reporting else None)
 
     def settled(self, name: str) -> bool:
         if self.unsettled:
@@ -799,3 +803,31 @@ def test_the_cheapest_to_reload_goes_first_where_that_is_wanted() -> None:
     bench.total = 3000 + 2000 + 5200  # 6200 with the reserve: either would do
     bench.make_room("llm")
     assert bench.calls == ["unload stt"]
+
+
+@pytest.mark.parametrize("how", ["failing", "silent"])
+def test_where_nobody_measured_it_one_that_gave_nothing_back_may_have_had_nothing(
+    how: str,
+) -> None:
+    bench = Bench(THREE, total=8500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.holds["tts"] = 0  # it declares 3000, but its job failed
+    if how == "failing":
+        bench.not_ready = [ConsumerUnreachable("busy")]
+    bench.foreign = 1500
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload stt"]
+    assert bench.registry.get("tts").quarantine == ""
+
+
+def test_the_consumers_own_figure_of_that_moment_is_evidence() -> None:
+    bench = Bench(THREE, total=11_500)
+    bench.reporting = True
+    bench.lag = None
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.foreign = 400
+    with pytest.raises(InsufficientVram, match="tts was unloaded, but gave nothing back"):
+        bench.make_room("llm")
+    assert bench.registry.get("tts").quarantine == "gave back 0 of 3000 MiB after http"

@@ -298,6 +298,15 @@ sys.stdin.read()
     assert card.memory().used_mib == 0
 
 
+def test_some_of_it_may_be_kept(card: SimulatedCard) -> None:
+    card.allocate("tts", 700)
+    card.allocate("tts", 300)
+    assert card.free("tts", keep_mib=200) == 800
+    assert card.memory().used_mib == 200
+    assert card.free("tts", keep_mib=200) == 0
+    assert card.free("tts") == 200
+
+
 def test_the_view_by_process_counts_what_is_still_being_released(path: Path) -> None:
     now = [100.0]
     SimulatedCard.create(path, 8192, release_lag_s=2)

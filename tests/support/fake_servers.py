@@ -242,7 +242,8 @@ class Vllm(Fake):
         self.awake = threading.Event()
         self.aborted = 0
         self.active = 0
-        self._wake()
+        card.allocate(name, mib)
+        self.awake.set()
 
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
         if path == "/health":
@@ -253,17 +254,15 @@ class Vllm(Fake):
             if query.get("mode") != ["wait"]:
                 self.aborted += self.active
             self.awake.clear()
-            self.card.free(self.name)
-            self.card.allocate(self.name, self.RESIDUE)
+            self.card.free(self.name, keep_mib=self.RESIDUE)
             return 200, None
         if path == "/wake_up":
             if not self.awake.is_set():
                 try:
-                    self.card.free(self.name)
-                    self._wake()
+                    self.card.allocate(self.name, self.needs - self.RESIDUE)
                 except OutOfMemory as error:
-                    self.card.allocate(self.name, self.RESIDUE)
                     return 500, {"error": f"CUDA out of memory: {error}"}
+                self.awake.set()
             return 200, None
         if path == "/v1/chat/completions":
             self.awake.wait()
@@ -272,10 +271,6 @@ class Vllm(Fake):
             self.active -= 1
             return 200, {"choices": [{"message": {"content": "hello"}}]}
         return 404, {"error": "not found"}
-
-    def _wake(self) -> None:
-        self.card.allocate(self.name, self.needs)
-        self.awake.set()
 
 
 FAKES: dict[str, Callable[[SimulatedCard, str, int], Fake]] = {
