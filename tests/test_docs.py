@@ -6,9 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
 from gpumanager import errors
-from gpumanager.config import parse_config
+from gpumanager.config import (
+    Config,
+    ConsumerConfig,
+    GpuConfig,
+    SchedulerConfig,
+    Timeouts,
+    parse_config,
+)
+from gpumanager.config.presets import names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +48,29 @@ def test_the_readmes_table_of_errors_is_true() -> None:
 def test_the_readmes_config_loads() -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert set(parse_config(text).consumers) == {"mvoice", "ollama"}
+
+
+def test_every_preset_has_its_line() -> None:
+    table = (ROOT / "docs" / "vram.md").read_text().partition("| Preset |")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([\w-]+)`", " ".join(rows))) == sorted(names())
+
+
+def test_the_rungs_of_the_documents_load() -> None:
+    text = (ROOT / "docs" / "vram.md").read_text()
+    (rungs,) = re.findall(r"```yaml\n(evict:.*?)```", text, re.DOTALL)
+    consumer = {"url": "http://127.0.0.1:1", "unload": "/u", **yaml.safe_load(rungs)}
+    config = parse_config(yaml.safe_dump({"consumers": {"it": consumer}}))
+    named = [rung.name for rung in config.consumers["it"].rungs]
+    assert named == ["http", "unit", "container", "signal", "checkpoint"]
+
+
+def test_the_example_config_shows_every_key() -> None:
+    text = (ROOT / "config" / "consumers.yaml").read_text()
+    models: list[type[BaseModel]] = [Config, GpuConfig, SchedulerConfig, ConsumerConfig, Timeouts]
+    for model in models:
+        for name, field in model.model_fields.items():
+            assert re.search(rf"\b{field.alias or name}\b", text), name
 
 
 def test_the_readmes_make_targets_exist() -> None:
