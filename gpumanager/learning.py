@@ -65,7 +65,7 @@ class Learned:
     def __init__(self, names: Iterable[str]) -> None:
         self._lock = threading.Lock()
         self._records = {name: _Record() for name in names}
-        self._changed = False
+        self._changes = 0
 
     def figures(self, name: str) -> Figures:
         """What is known of one consumer."""
@@ -101,7 +101,7 @@ class Learned:
             if record.current_peak:
                 record.peaks.append(record.current_peak)
                 record.current_peak = 0
-            self._changed = True
+            self._changes += 1
 
     def loaded(self, name: str, seconds: float) -> None:
         """It was loaded."""
@@ -119,20 +119,19 @@ class Learned:
         with self._lock:
             record = self._records[name]
             record.peaks.append(max(record.current_peak, math.ceil(needed_mib * RAISE)))
-            self._changed = True
+            self._changes += 1
 
     def _took(self, name: str, what: str, seconds: float) -> None:
         with self._lock:
             self._records[name].times[what].append(seconds)
-            self._changed = True
+            self._changes += 1
 
     # -- over restarts ---------------------------------------------------------------------
 
-    def take_changed(self) -> bool:
-        """Whether something was learned since the last call."""
-        with self._lock:
-            changed, self._changed = self._changed, False
-        return changed
+    @property
+    def changes(self) -> int:
+        """How often something was learned; a mark to compare with a later one."""
+        return self._changes
 
     def as_data(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -177,7 +176,8 @@ class StateFile:
         self._path = path
         self._learned = learned
         self._parked = parked
-        self._saved: Mapping[str, Parked] = {}
+        self._saved: tuple[int, Mapping[str, Parked]] = (0, {})
+        self._failed = False
         self._lock = threading.Lock()
 
     def load(self) -> Mapping[str, Parked]:
@@ -195,7 +195,7 @@ class StateFile:
             if data["version"] != _VERSION:
                 raise ValueError(f"version {data['version']!r}")
             self._learned.restore(data["consumers"])
-            self._saved = {
+            parked = {
                 name: Parked(
                     str(entry["rung"]),
                     tuple((int(pid), float(born)) for pid, born in entry["processes"]),
@@ -209,20 +209,24 @@ class StateFile:
             reason = f"not understood ({error}), put aside as {aside.name}"
             log.warning("state not read", extra={"file": str(self._path), "reason": reason})
             return {}
-        return self._saved
+        self._saved = (self._learned.changes, parked)
+        return parked
 
     def save(self) -> None:
         """Write it, if anything changed: whole or not at all. Never raises."""
         with self._lock:
-            parked = dict(self._parked())
-            if not self._learned.take_changed() and parked == self._saved:
+            parked, changes = dict(self._parked()), self._learned.changes
+            if (changes, parked) == self._saved:
                 return
             try:
                 self._write(parked)
-                self._saved = parked
             except OSError as error:
-                extra = {"file": str(self._path), "reason": str(error)}
-                log.warning("state not saved", extra=extra)
+                if not self._failed:
+                    extra = {"file": str(self._path), "reason": str(error)}
+                    log.warning("state not saved", extra=extra)
+                self._failed = True
+            else:
+                self._saved, self._failed = (changes, parked), False
 
     def _write(self, parked: Mapping[str, Parked]) -> None:
         data = {

@@ -16,6 +16,7 @@ from gpumanager.config import Config, ConsumerConfig
 from gpumanager.errors import (
     BrokerError,
     ConsumerTimeout,
+    ConsumerUnhealthy,
     ConsumerUnreachable,
     InsufficientVram,
     NoConsumer,
@@ -133,11 +134,14 @@ class RoomMaker:
         return released > 0
 
     def unload(self, name: str, ticket: Ticket) -> Release:
-        """Unload one consumer, whoever it is. Raises NoConsumer if there is no way to, and
-        ConsumerUnreachable, with the reasons in the log, if none of its ways worked."""
+        """Unload one consumer, whoever it is. Raises NoConsumer if there is no way to,
+        ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with the reasons in the
+        log, if none of its ways worked."""
         consumer = self._config.consumers[name]
         if not consumer.rungs:
             raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
+        if self._registry.get(name).active:  # only where nobody holds the GPU alone
+            raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
         self._registry.quarantine(name, "")
         resident = self._resident(name, self._registry.get(name), self._measure(), set())
         release = self._evict(resident, ticket)

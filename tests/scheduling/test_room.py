@@ -783,6 +783,15 @@ def test_an_operators_unload_that_cannot_be_is_told() -> None:
         bench.unload_for_operator("stt")
 
 
+def test_who_works_on_a_job_is_not_unloaded_under_it() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=5)
+    bench.registry.job_started("tts")  # as with the passthrough scheduler
+    with pytest.raises(ConsumerUnhealthy, match="works on a job"):
+        bench.unload_for_operator("tts")
+    assert bench.calls == []
+
+
 def test_an_operators_load_warms_who_loads_with_its_first_job() -> None:
     bench = attributed({**THREE, "llm": {"vram_resident_mib": 6000, "warm": "/w"}}, total=9000)
     bench.make_room("llm")
