@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
 """After this, who listens where is looked up again, even if the processes on the card are the
-same. Before that only a process that was not there yet has it looked up."""
+same. Before that only a new process that is nobody's has it looked up."""
 
 UNSEEN_MIB = 700
 """More than a driver takes for itself: if so much is in use and no process shows, the processes
@@ -70,13 +70,24 @@ class Attributor:
         return Holdings(held, pids, tuple(foreign))
 
     def _look(self, pids: frozenset[int]) -> None:
+        """Know every process, with as few costly look-ups as can be: who listens where is known
+        already for a process that descends from one that is known to."""
         now = self._clock.monotonic()
-        stale = self._looked_at is None or now - self._looked_at >= REFRESH_S
-        if stale or not pids <= self._owners.keys():
-            self._listening = self._consumers.find()
-            self._owners = {pid: self._owner(pid) for pid in pids}
-            self._names = {pid: self._table.name(pid) for pid in pids}
-            self._looked_at = now
+        if self._looked_at is None or now - self._looked_at >= REFRESH_S:
+            self._look_up(pids, now)
+            return
+        for pid in pids - self._owners.keys():
+            self._names[pid] = self._table.name(pid)
+            self._owners[pid] = self._owner(pid)
+            if self._owners[pid] is None:
+                self._look_up(pids, now)  # perhaps it serves in the place of one that ended
+                return
+
+    def _look_up(self, pids: frozenset[int], now: float) -> None:
+        self._listening = self._consumers.find()
+        self._owners = {pid: self._owner(pid) for pid in pids}
+        self._names = {pid: self._table.name(pid) for pid in pids}
+        self._looked_at = now
 
     def _owner(self, pid: int) -> str | None:
         """The consumer whose listening process is nearest among `pid` and its ancestors; else

@@ -193,12 +193,22 @@ def test_who_listens_is_looked_up_only_for_new_processes_and_now_and_then() -> N
     for _ in range(3):
         one.attribute(reading(p100=1000, p202=4000))
     one.attribute(reading(p100=1000))  # one has ended
+    one.attribute(reading(p100=1000, p201=50))  # a new child of a known one
     assert table.looks == 1
-    one.attribute(reading(p100=1000, p300=1))
+    one.attribute(reading(p100=1000, p300=1))  # nobody's
     assert table.looks == 2
     clock.advance(REFRESH_S)
     one.attribute(reading(p100=1000))
     assert table.looks == 3
+
+
+def test_one_that_was_started_again_is_known_by_its_new_process() -> None:
+    table = FakeProcesses()
+    one, _ = attributor(table)
+    one.attribute(reading(p100=1000))
+    table.tree[101] = 1
+    table.listening["127.0.0.1", 8766] = (101,)
+    assert one.attribute(reading(p101=1200)).consumers == {"mvoice": 1200, "ollama": 0}
 
 
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8766", "http://gpu.example.org:8766"])
