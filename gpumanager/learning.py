@@ -91,7 +91,9 @@ class Learned:
         """Its processes hold so much, during a job."""
         with self._lock:
             record = self._records[name]
-            record.current_peak = max(record.current_peak, mib)
+            if mib > record.current_peak:
+                record.current_peak = mib
+                self._changes += 1
 
     def ran(self, name: str, seconds: float) -> None:
         """A job of it has ended."""
@@ -138,7 +140,7 @@ class Learned:
         with self._lock:
             return {
                 name: {
-                    "peaks_mib": list(record.peaks),
+                    "peaks_mib": [*record.peaks, *filter(None, [record.current_peak])],
                     "residue_mib": record.residue_mib,
                     **{
                         each: [round(seconds, 4) for seconds in record.times[each]]

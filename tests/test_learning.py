@@ -88,6 +88,15 @@ def test_all_of_it_is_there_again(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["state.json"]
 
 
+def test_a_peak_that_no_job_has_ended_with_yet_is_kept_too(tmp_path: Path) -> None:
+    learned = Learned(["tts"])
+    learned.held("tts", 3000)
+    StateFile(tmp_path / "state.json", learned, dict).save()
+    after = Learned(["tts"])
+    StateFile(tmp_path / "state.json", after, dict).load()
+    assert after.figures("tts").peak_mib == 3000
+
+
 def test_it_is_written_only_if_there_is_something_new(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     learned, parked = filled(), dict[str, Parked]()
