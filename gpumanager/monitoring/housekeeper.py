@@ -4,6 +4,7 @@ be resident."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -85,43 +86,28 @@ class Housekeeper:
 
     def _unload(self, name: str) -> None:
         self._seen_idle.pop(name, None)
-        ticket = self._take_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False))
-        if ticket is not None:
-            try:
-                self._moves.unload(name, ticket)
-            except BrokerError as error:
-                self._failed("idle unload", name, error)
-            finally:
-                ticket.close()
+        job = Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False)
+        self._in_turn(job, lambda ticket: self._moves.unload(name, ticket))
 
     def _restore(self, name: str) -> None:
         self._restored_after[name] = self._quiet_since()
-        ticket = self._take_turn(Job(name, "restore", max_wait=PATIENCE_S))
-        if ticket is not None:
-            try:
-                self._moves.load(name, ticket)
-            except BrokerError as error:
-                self._failed("restore", name, error)
-            finally:
-                ticket.close()
+        job = Job(name, "restore", max_wait=PATIENCE_S)
+        self._in_turn(job, lambda ticket: self._moves.load(name, ticket))
 
-    def _take_turn(self, job: Job) -> Ticket | None:
+    def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:
+        """Wait in line, and act; what goes wrong is only told of."""
         try:
             ticket = self._scheduler.enqueue(job)
-        except BrokerError:
-            return None  # it shuts down
-        try:
-            ticket.wait()
-        except BaseException as error:
-            ticket.close()
-            if not isinstance(error, BrokerError):
-                raise
-            self._failed(job.kind, job.consumer, error)
-            return None
-        return ticket
-
-    def _failed(self, what: str, name: str, error: BrokerError) -> None:
-        log.warning(f"{what} failed", extra={"consumer": name, "reason": error.message})
+            try:
+                ticket.wait()
+                act(ticket)
+            finally:
+                ticket.close()
+        except BrokerError as error:
+            log.warning(
+                "housekeeping failed",
+                extra={"what": job.kind, "consumer": job.consumer, "reason": error.message},
+            )
 
 
 def _is_at_rest(state: ConsumerState) -> bool:

@@ -10,12 +10,12 @@ holds on the card. See CUDA's driver API, "CUDA Checkpointing".
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from gpumanager.reclaim import commands
 from gpumanager.reclaim.errors import ReclaimFailed
 
 HELPER = (sys.executable, "-m", "gpumanager.reclaim.checkpoint")
@@ -23,7 +23,8 @@ START_S = 15.0
 """What the helper may take beside the driver's own work: Python, and CUDA's start."""
 
 INSTALL = "pip install 'gpumanager[checkpoint]'"
-_STEPS = {"suspend": 2, "resume": 2}
+STEPS = 2
+"""Lock and checkpoint; restore and unlock."""
 
 
 def suspend(pids: Sequence[int], step_s: float, helper: Sequence[str] = HELPER) -> None:
@@ -49,22 +50,10 @@ def resume(pids: Sequence[int], step_s: float, helper: Sequence[str] = HELPER) -
 
 
 def _run(helper: Sequence[str], what: str, pid: int, step_s: float) -> None:
-    limit = START_S + _STEPS[what] * step_s
-    try:
-        done = subprocess.run(
-            [*helper, what, str(pid), str(round(step_s * 1000))],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ReclaimFailed(f"checkpoint: {what} of {pid} took more than {limit:g} s") from None
-    except OSError as error:
-        raise ReclaimFailed(f"checkpoint: {error.strerror or error}") from None
-    if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:200]
-        raise ReclaimFailed(f"checkpoint: {what} of {pid}: {reason or 'failed'}")
+    limit = START_S + STEPS * step_s
+    commands.run(
+        f"checkpoint: {what} of {pid}", [*helper, what, str(pid), str(round(step_s * 1000))], limit
+    )
 
 
 # -- in the helper -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import yaml
 
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
-from tests.support.gpu_consumer import gpu_consumer
+from tests.support.fake_servers import fake_server
 
 JOBS = 200
 CLIENTS = 8
@@ -34,10 +34,10 @@ def card(tmp_path: Path) -> Path:
 @pytest.fixture
 def urls(card: Path) -> Iterator[dict[str, str]]:
     with (
-        gpu_consumer(card, "mvoice", NEEDS["mvoice"]) as mvoice,
-        gpu_consumer(card, "ollama", NEEDS["ollama"]) as ollama,
+        fake_server("plain", card, "mvoice", NEEDS["mvoice"]) as mvoice,
+        fake_server("plain", card, "ollama", NEEDS["ollama"]) as ollama,
     ):
-        yield {"mvoice": mvoice, "ollama": ollama}
+        yield {"mvoice": mvoice.url, "ollama": ollama.url}
 
 
 def config(urls: dict[str, str], gpu: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def test_an_unload_that_fails_is_told_and_put_off(caplog: pytest.LogCaptureFixtu
     house.failing = ConsumerUnreachable("tts could not be unloaded")
     with caplog.at_level(logging.WARNING):
         assert house.pass_time(100) == ["unload tts"]
-    assert "idle unload failed" in caplog.text
+    assert "housekeeping failed" in caplog.text
 
 
 def test_who_is_to_be_resident_is_loaded_again_after_quiet() -> None:
@@ -152,7 +152,7 @@ def test_a_restore_that_fails_is_tried_once_in_each_quiet_time(
     house.failing = InsufficientVram("tts needs 3000 MiB")
     with caplog.at_level(logging.WARNING):
         assert house.pass_time(300) == ["room for tts"]
-    assert "restore failed" in caplog.text
+    assert "housekeeping failed" in caplog.text
     house.used("llm")
     assert house.pass_time(300) == ["room for tts"]
 
