@@ -10,16 +10,18 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import requests
-import requests.structures
-import urllib3.exceptions
-from urllib3.util import SKIP_HEADER, wait_for_read
+import urllib3
+from urllib3.util import wait_for_read
 
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.upstream import wire
 from gpumanager.upstream.headers import relayable
 from gpumanager.upstream.transport import OneShotAdapter, dialling
 from gpumanager.watcher import Watch, Watcher
@@ -51,7 +53,8 @@ class Outbound:
 
 class Exchange:
     """Owned by one thread, which calls `send`, then `read` until it returns b"", and `close`
-    in a `finally`. Any thread may call `abort`.
+    in a `finally`. Any thread may call `abort`. All that can be prepared is prepared when it is
+    made: raises BadRequest for what cannot be sent.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Exchange:
     ) -> None:
         self._consumer = consumer
         self._outbound = outbound
+        self._address = _address(outbound.base_url)
+        self._prepared = self._prepare()
         body = outbound.body
         self._body_at = 0 if body is None or isinstance(body, bytes) else body.tell()
         self._timeouts = timeouts
@@ -82,11 +87,18 @@ class Exchange:
     # -- Dial ------------------------------------------------------------------------------
 
     @property
-    def target(self) -> str:
-        return self._outbound.target
+    def address(self) -> tuple[str, int, bool]:
+        return self._address[:3]
+
+    @property
+    def head(self) -> bytes:
+        return self._head
+
+    @property
+    def body(self) -> bytes | IO[bytes] | None:
+        return self._outbound.body
 
     def connected(self, sock: Any) -> None:
-        # urllib3 would send the body under the connect time-out.
         sock.settimeout(self._timeouts.first_byte)
         with self._guard:
             if self._failure is not None:
@@ -150,10 +162,7 @@ class Exchange:
         try:
             with dialling(self):
                 response = adapter.send(
-                    self._prepare(),
-                    stream=True,
-                    timeout=(timeouts.connect, timeouts.first_byte),
-                    proxies={},
+                    self._prepared, stream=True, timeout=_timeout(timeouts.connect), proxies={}
                 )
         except Exception as error:
             self.close()
@@ -230,7 +239,7 @@ class Exchange:
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True if `read` would not have to wait, within `timeout` seconds."""
-        sock, reader = self._sock, getattr(getattr(self._raw, "_fp", None), "fp", None)
+        sock, reader = self._sock, getattr(self._raw, "reader", None)
         if self._ahead or self._ended or sock is None or reader is None:
             return True
         try:
@@ -275,18 +284,20 @@ class Exchange:
     def _prepare(self) -> requests.PreparedRequest:
         """A request that `requests` has not touched: nothing added, nothing re-encoded."""
         outbound = self._outbound
-        headers = requests.structures.CaseInsensitiveDict(
-            {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
-        )
-        headers.update(outbound.headers)
-        headers["Connection"] = "close"
+        headers = list(outbound.headers)
         if outbound.length is not None:
-            headers["Content-Length"] = str(outbound.length)
+            headers.append(("Content-Length", str(outbound.length)))
+        headers.append(("Connection", "close"))
+        try:
+            self._head = wire.serialise(outbound.method, outbound.target, self._address[3], headers)
+        except ValueError as error:
+            message = f"the request cannot be sent to {self._consumer}: {error}"
+            raise BadRequest(message, consumer=self._consumer) from None
         prepared = requests.PreparedRequest()
         prepared.method = outbound.method
         prepared.url = outbound.base_url + outbound.target
-        prepared.headers = headers
-        prepared.body = outbound.body  # type: ignore[assignment]  # a file is fine for urllib3
+        prepared.headers = dict(headers)  # type: ignore[assignment]  # for whoever looks
+        prepared.body = outbound.body  # type: ignore[assignment]  # or a file
         prepared.hooks = {}
         return prepared
 
@@ -325,6 +336,20 @@ class Exchange:
         return ConsumerUnreachable(f"{name} {_reason(chain)}", consumer=name)
 
 
+@cache
+def _address(base_url: str) -> tuple[str, int, bool, str]:
+    """Host, port, whether to speak TLS, and what goes into Host."""
+    parts = urlsplit(base_url)
+    tls = parts.scheme == "https"
+    return parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.netloc
+
+
+@cache
+def _timeout(connect_s: float) -> Any:
+    """As `requests` would make of a number, each time."""
+    return urllib3.Timeout(connect=connect_s)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """`error` and everything it was raised from, or carries as an argument."""
     seen: set[int] = set()
@@ -340,10 +365,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_timeout(link: BaseException) -> bool:
-    # NewConnectionError passes for a time-out in urllib3 2, but stands for any failed connect.
-    return isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
-        link, urllib3.exceptions.NewConnectionError
-    )
+    return isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError)
 
 
 def _reason(chain: list[BaseException]) -> str:
@@ -351,9 +373,9 @@ def _reason(chain: list[BaseException]) -> str:
     for link in chain:
         if isinstance(link, http.client.RemoteDisconnected):
             return "closed the connection without an answer"
-        if isinstance(link, urllib3.exceptions.NameResolutionError):
+        if isinstance(link, socket.gaierror):
             return "has a host name that cannot be resolved"
-        if isinstance(link, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):
+        if isinstance(link, http.client.IncompleteRead):
             return "broke off its answer"
         if isinstance(link, http.client.HTTPException):
             return f"sent no valid HTTP answer ({type(link).__name__})"

@@ -86,6 +86,7 @@ class Plain(Fake):
                 if self.needs > self.held:
                     self.card.allocate(self.name, self.needs - self.held)
                     self.held = self.needs
+                    self.pause.wait(self.settings.get("load_s", 0.0))
             except OutOfMemory as error:
                 return 500, {"error": f"CUDA out of memory. {error}"}
             self.work()
