@@ -6,6 +6,8 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from flask import Flask, Response, request
@@ -17,6 +19,7 @@ from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, dashboard, security
 from gpumanager.web.boundary import json_response
+from gpumanager.web.entrance import Entrance, JobView
 from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.openapi import describe
 from gpumanager.web.operations import Operations
@@ -25,6 +28,9 @@ from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
 from gpumanager.web.status import StatusView
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 ROOT_TEXT = (
     "gpumanager: GET /v1/status shows the live state, POST /v1/{tts,stt,llm,image} runs a job\n"
@@ -55,35 +61,42 @@ class Services:
 
 
 def create_app(services: Services) -> Flask:
-    """The Flask application, without the guard around it."""
+    """The Flask application with its entrance, without the guard around it."""
     app = Flask("gpumanager", static_folder=None)
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = True
     boundary.install(app)
-    security.install(app, services.keyring, services.config.allowed_hosts)
-    for kind in KINDS:
+    checks = security.Checks(services.keyring, services.config.allowed_hosts)
+    security.install(app, checks)
+    jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
+    for path, view in jobs.items():
         app.add_url_rule(
-            f"/v1/{kind}",
-            endpoint=f"job_{kind}",
-            view_func=_job_view(services, kind),
+            path,
+            endpoint=path,
+            view_func=partial(_from_flask, view),
             methods=["POST"],
             provide_automatic_options=False,
         )
     _control_routes(app, services)
     _operator_routes(app, services.operations)
     _audio_routes(app, services)
+    app.wsgi_app = Entrance(app.wsgi_app, jobs, checks)  # type: ignore[method-assign]
     return app
 
 
-def _job_view(services: Services, kind: Kind) -> Callable[[], Response]:
+def _from_flask(view: JobView) -> Response:
+    return view(request.environ)
+
+
+def _job_view(services: Services, kind: Kind) -> JobView:
     config = services.config
 
-    def job() -> Response:
+    def job(environ: WSGIEnvironment) -> Response:
         name = config.routing.get(kind)
         if name is None:
             raise errors.NoConsumer(f"no consumer routes {kind}")
         consumer = config.consumers[name]
-        record = record_of(request.environ)
+        record = record_of(environ)
         record.consumer = name
         route = consumer.paths.get(kind)
         if route is None:
@@ -92,9 +105,9 @@ def _job_view(services: Services, kind: Kind) -> Callable[[], Response]:
             services.keyring.enter(key)
             record.stack.callback(services.keyring.leave, key)
         services.admission.check(name)
-        exchange = services.proxy.prepare(name, _inbound(), route.path, route.method)
-        max_wait = preferred_wait(request.headers.getlist("Prefer"))
-        return services.jobs.run(request.environ, kind, name, consumer, exchange, max_wait)
+        exchange = services.proxy.prepare(name, _inbound(environ), route.path, route.method)
+        max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
+        return services.jobs.run(environ, kind, name, consumer, exchange, max_wait)
 
     return job
 
@@ -169,7 +182,7 @@ def _audio_routes(app: Flask, services: Services) -> None:
                 f"{AUDIO_THREADS} fetches of audio are under way", consumer=name, retry_after=1
             )
         record.stack.callback(places.release)
-        exchange = services.proxy.prepare(name, _inbound(), path)
+        exchange = services.proxy.prepare(name, _inbound(request.environ), path)
         record.stack.callback(exchange.close)
         client = ClientWatch(request.environ, services.watcher)
         record.stack.callback(client.stop)
@@ -185,10 +198,10 @@ def _audio_routes(app: Flask, services: Services) -> None:
     )
 
 
-def preferred_wait(headers: list[str]) -> float | None:
+def preferred_wait(header: str) -> float | None:
     """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
     there is none, or it is malformed, which that RFC says to ignore."""
-    for preference in ",".join(headers).split(","):
+    for preference in header.split(","):
         name, _, value = preference.partition(";")[0].partition("=")
         seconds = value.strip().strip('"')
         if name.strip().lower() == "wait":
@@ -196,8 +209,7 @@ def preferred_wait(headers: list[str]) -> float | None:
     return None
 
 
-def _inbound() -> Inbound:
-    environ = request.environ
+def _inbound(environ: WSGIEnvironment) -> Inbound:
     length = environ.get("CONTENT_LENGTH")
     query = environ.get("QUERY_STRING", "")
     if not _SENDABLE.fullmatch(query):

@@ -13,6 +13,7 @@ import ipaddress
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -87,22 +88,32 @@ class Keyring:
             self._queued[name] -= 1
 
 
-def install(app: Flask, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
-    """Check every request to `app` before its route is looked at. `/healthz` needs no key."""
-    allowed = frozenset(allowed_hosts)
+class Checks:
+    """Whether a request may come in at all. `/healthz` needs no key."""
+
+    def __init__(self, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
+        self._keyring = keyring
+        self._allowed = frozenset(allowed_hosts)
+
+    def __call__(self, environ: WSGIEnvironment) -> None:
+        """Raises Forbidden or Unauthorized; notes whose key it was."""
+        check_host(environ, self._allowed)
+        check_origin(environ)
+        if self._keyring and environ["PATH_INFO"] != "/healthz":
+            record_of(environ).key = self._keyring.identify(environ)
+
+
+def install(app: Flask, checks: Checks) -> None:
+    """Check every request to `app` before its route is looked at."""
 
     @app.before_request
     def check() -> Response | None:
-        environ = request.environ
-        check_host(environ, allowed)
-        check_origin(environ)
-        if keyring and request.path != "/healthz":
-            try:
-                record_of(environ).key = keyring.identify(environ)
-            except Unauthorized:
-                if request.path == "/" and dashboard.wanted():
-                    return dashboard.response(401)  # the page asks for the key
-                raise
+        try:
+            checks(request.environ)
+        except Unauthorized:
+            if request.path == "/" and dashboard.wanted():
+                return dashboard.response(401)  # the page asks for the key
+            raise
         return None
 
 
@@ -162,6 +173,7 @@ def _host_name(host: str) -> str:
     return host.partition(":")[0].rstrip(".").lower()
 
 
+@lru_cache(maxsize=1024)
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
