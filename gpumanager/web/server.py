@@ -20,7 +20,8 @@ import waitress
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.task import ErrorTask
+from waitress.server import BaseWSGIServer
+from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
 from gpumanager.config import Config
@@ -85,6 +86,41 @@ class JsonErrorTask(ErrorTask):
         )
 
 
+class OneSendTask(WSGITask):
+    """Waitress's task, which sends the head of an answer together with the first bytes of its
+    body: one system call and one packet less."""
+
+    def write(self, data: bytes) -> None:
+        """As WSGI's `write`."""
+        whole = self.content_length
+        plain = self.complete and whole is not None and len(data) <= whole and self.has_body
+        if self.wrote_header or not data or not plain:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header = True
+        self.content_bytes_written += len(data)
+        self.channel.write_soon(head + data)
+
+
+class CalmChannel(HTTPChannel):
+    """Waitress's connection, which does not have the main loop turn over and over while a worker
+    is sending: what it has left to send afterwards it tells the loop itself."""
+
+    _flushing = False
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        self._flushing = True
+        try:
+            return bool(super()._flush_some(do_close))  # type: ignore[misc]  # not in its stubs
+        finally:
+            self._flushing = False
+
+    def writable(self) -> bool:
+        """Whether the main loop is to send."""
+        return not self._flushing and bool(super().writable())
+
+
 def set_defaults(config: Config) -> None:
     """Make waitress serve the broker properly by default: a thread for every place in the line
     and some to spare, clients that leave noticed, poll instead of select."""
@@ -102,8 +138,10 @@ def set_defaults(config: Config) -> None:
     Adjustments.clear_untrusted_proxy_headers = False  # end-to-end headers go through
     Adjustments.ident = "gpumanager"
     Adjustments.log_socket_errors = False
+    BaseWSGIServer.channel_class = CalmChannel
     HTTPChannel.error_task_class = JsonErrorTask
     HTTPChannel.parser_class = StrictRequestParser
+    HTTPChannel.task_class = OneSendTask
     _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
 
 

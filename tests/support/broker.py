@@ -10,7 +10,7 @@ from typing import Any
 import requests
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.server import create_server
+from waitress.server import BaseWSGIServer, create_server
 from waitress.wasyncore import close_all
 
 from gpumanager.app import Broker
@@ -71,7 +71,8 @@ def live_broker(
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
-    channel = (HTTPChannel.error_task_class, HTTPChannel.parser_class)
+    classes = (HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class)
+    channel = BaseWSGIServer.channel_class
     broker = Broker(parsed, card=card, keys=keys)
     try:
         server.set_defaults(parsed)
@@ -96,7 +97,8 @@ def live_broker(
     finally:
         for name, value in kept.items():
             setattr(Adjustments, name, value)
-        HTTPChannel.error_task_class, HTTPChannel.parser_class = channel
+        HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class = classes
+        BaseWSGIServer.channel_class = channel
 
 
 def config_for(consumer_url: str, **changes: Any) -> str:
