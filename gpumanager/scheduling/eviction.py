@@ -23,6 +23,10 @@ class MakesRoom(Protocol):
     def evictions(self) -> int:
         """Consumers unloaded so far."""
 
+    def ready(self, consumer: str) -> bool:
+        """Whether there is nothing to do for a consumer, by what is known already: makes no call
+        and does not wait."""
+
     def make_room(self, ticket: Ticket) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
 
@@ -70,13 +74,14 @@ class Evicting:
 class EvictingTicket:
     """A Ticket that makes room when its turn has come."""
 
-    __slots__ = ("_clock", "_inner", "_prepared_s", "_room")
+    __slots__ = ("_begun", "_clock", "_inner", "_prepared_s", "_room")
 
     def __init__(self, inner: Ticket, room: MakesRoom, clock: Clock) -> None:
         self._inner = inner
         self._room = room
         self._clock = clock
         self._prepared_s = 0.0
+        self._begun = False
 
     @property
     def number(self) -> int:
@@ -96,7 +101,7 @@ class EvictingTicket:
 
     def wait(self) -> None:
         self._inner.wait()
-        if not self.job.makes_room:
+        if self._begun or not self.job.makes_room:
             return
         began = self._clock.monotonic()
         try:
@@ -115,6 +120,15 @@ class EvictingTicket:
 
     def when_cancelled(self, action: Callable[[BrokerError], object]) -> None:
         self._inner.when_cancelled(action)
+
+    def when_granted(self, begin: Callable[[], bool]) -> None:
+        def begin_if_ready() -> bool:
+            if self.job.makes_room and not self._room.ready(self.job.consumer):
+                return False
+            self._begun = begin()
+            return self._begun
+
+        self._inner.when_granted(begin_if_ready)
 
     def close(self) -> None:
         self._inner.close()

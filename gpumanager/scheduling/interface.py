@@ -58,6 +58,13 @@ class Ticket(Protocol):
         True if that gave something back, so that the job may be tried again. Raises as `wait`
         does; False where the scheduler does not evict."""
 
+    def when_granted(self, begin: Callable[[], bool]) -> None:
+        """While it waits: have `begin` called, once and before `wait` returns, by whichever
+        thread hands the GPU over, so that the job is under way before its own thread has even
+        woken up. It must not block; it may not be called at all (where room has to be made first,
+        or the turn has come already). True: the job has begun. Then a cancel is no longer raised
+        by `wait`, but goes to `when_cancelled`."""
+
     def close(self) -> None:
         """Leave the line, or give the GPU back. Idempotent, never raises."""
 

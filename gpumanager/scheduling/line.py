@@ -6,7 +6,9 @@ thread it is for, with one waiter or a thousand.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -16,7 +18,11 @@ from gpumanager.model import Job, LineEntry, Stats
 from gpumanager.scheduling.estimate import HoldTimes, until_granted
 from gpumanager.scheduling.policy import Policy, Running, Waiting, overstayed
 
+log = logging.getLogger(__name__)
+
 _LONGEST_RETRY_S = 300.0
+_LONGEST_BEGIN_S = 5.0
+"""Between two looks at whether a job was begun; it takes a fraction of a millisecond."""
 
 
 class Line:
@@ -116,7 +122,9 @@ class Line:
         with self._lock:
             return self._idle.wait_for(lambda: not self._running, timeout)
 
-    def _grant_locked(self) -> None:
+    def _grant_locked(self, to_begin: list[LineTicket] | None = None) -> None:
+        """Grant what the policy says. Those that asked to be begun by who grants are put into
+        `to_begin`, where there is one, and woken later."""
         now = self._clock.monotonic()
         while self._waiting:
             chosen = self._policy.next_up(self._waiting.values(), self._running.values(), now)
@@ -128,7 +136,11 @@ class Line:
             self._last_wait_s = now - chosen.since
             ticket = self._tickets[chosen.ticket]
             ticket._waited_s = self._last_wait_s
-            ticket._turn.notify()
+            if to_begin is not None and ticket._begin is not None:
+                ticket._beginning = True
+                to_begin.append(ticket)
+            else:
+                ticket._turn.notify()
 
     def _cancel_locked(self, ticket: LineTicket, error: BrokerError) -> None:
         if ticket._error is None:
@@ -137,7 +149,7 @@ class Line:
             self._close_locked(ticket.number)
         ticket._turn.notify()
 
-    def _close_locked(self, number: int) -> None:
+    def _close_locked(self, number: int, to_begin: list[LineTicket] | None = None) -> None:
         ticket = self._tickets.pop(number, None)
         if ticket is None:
             return
@@ -151,7 +163,7 @@ class Line:
                 self._holds.learn(ticket.job.consumer, held)
             if not self._running:
                 self._idle.notify_all()
-        self._grant_locked()
+        self._grant_locked(to_begin)
 
     def _estimates_locked(self) -> list[float]:
         return until_granted(
@@ -175,7 +187,17 @@ def _shutting_down(job: Job, retry_after: float) -> ShuttingDown:
 class LineTicket:
     """A Ticket of `Line`. Its fields belong to the line's lock."""
 
-    __slots__ = ("_action", "_error", "_line", "_place", "_turn", "_waited_s")
+    __slots__ = (
+        "_action",
+        "_begin",
+        "_beginning",
+        "_begun",
+        "_error",
+        "_line",
+        "_place",
+        "_turn",
+        "_waited_s",
+    )
 
     def __init__(self, line: Line, place: Waiting) -> None:
         self._line = line
@@ -184,6 +206,9 @@ class LineTicket:
         self._waited_s: float | None = None
         self._error: BrokerError | None = None
         self._action: Callable[[BrokerError], object] | None = None
+        self._begin: Callable[[], bool] | None = None
+        self._beginning = False
+        self._begun = False
 
     @property
     def number(self) -> int:
@@ -205,7 +230,10 @@ class LineTicket:
     def wait(self) -> None:
         line, number = self._line, self.number
         with line._lock:
-            while number in line._waiting:
+            while number in line._waiting or self._beginning:
+                if self._beginning:
+                    self._turn.wait(_LONGEST_BEGIN_S)
+                    continue
                 now = line._clock.monotonic()
                 if overstayed(self._place, now):
                     line._close_locked(number)
@@ -215,7 +243,7 @@ class LineTicket:
                         retry_after=line._retry_after_locked(),
                     )
                 self._turn.wait(self._place.deadline - now)
-            if self._error is not None:
+            if self._error is not None and not self._begun:
                 raise self._error
             if number not in line._running:
                 raise RuntimeError(f"ticket {number} was closed already")
@@ -248,6 +276,30 @@ class LineTicket:
         if error is not None:
             action(error)
 
-    def close(self) -> None:
+    def when_granted(self, begin: Callable[[], bool]) -> None:
         with self._line._lock:
-            self._line._close_locked(self.number)
+            if self.number in self._line._waiting:
+                self._begin = begin
+
+    def close(self) -> None:
+        to_begin: list[LineTicket] = []
+        with self._line._lock:
+            self._line._close_locked(self.number, to_begin)
+        for ticket in to_begin:
+            ticket._begin_here()
+
+    def _begin_here(self) -> None:
+        begun = False
+        try:
+            begun = self._begin is not None and self._begin()
+        except Exception:
+            log.exception("beginning a job failed")
+        finally:
+            with self._line._lock:
+                self._begun = begun
+                self._beginning = False
+                self._turn.notify()
+        if not begun:
+            # Let go of the GIL: whoever was woken would wait for it, up to the interpreter's
+            # switch interval, and the GPU with it.
+            time.sleep(0)

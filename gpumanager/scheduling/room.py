@@ -7,6 +7,7 @@ happen here, outside any lock, each with a bound.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PROBES_S = 4.0
 """After the start, the longest wait for the first probes: a little more than one may take."""
+
+FRESH_S = 2.0
+"""For so long a sample of the card is good enough to see that a consumer holds what it needs."""
 
 READY_POLL_S = 0.25
 RELOAD_S = 5.0
@@ -80,6 +84,7 @@ class RoomMaker:
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
+        self._changed_at = -math.inf
 
     @property
     def evictions(self) -> int:
@@ -99,24 +104,22 @@ class RoomMaker:
             self._await_first_probes(ticket)
         # It may have died while the job was in line: unloading somebody for it would be in vain.
         self._admit(target)
-        tried: set[str] = set()
-        while True:
-            now = self._look(target, tried)
-            if now.plan.fits:
-                break
-            if not now.plan.victims:
-                raise self._insufficient(now)
-            victim = now.plan.victims[0]
-            tried.add(victim.name)
-            last = len(now.plan.victims) == 1
-            fits = (lambda: self._look(target).plan.fits) if last else None
-            release = self._evict(victim, ticket, fits)
-            if release is not None and release.outcome == "leaked" and release.certain:
-                self._refuse_if_short(target, victim.name)
-            ticket.pause(0)
+        if not self._holds_enough(target):
+            self._unload_others(target, ticket)
         self._bring_back(target, ticket)
         self._load(target)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
+
+    def ready(self, consumer: str) -> bool:
+        """Whether `make_room` would find nothing to do, by what is known already."""
+        state = self._registry.get(consumer)
+        return (
+            self._clock.monotonic() >= self._probes_due
+            and state.parked is None
+            and (state.loaded or self._config.consumers[consumer].load is None)
+            and state.healthy is not False
+            and self._holds_enough(consumer)
+        )
 
     def relieve(self, ticket: Ticket) -> bool:
         """Unload all others that may go, for a job that ran out of memory; True if that gave
@@ -183,20 +186,58 @@ class RoomMaker:
         """Just after the start nothing is known yet of what is loaded, and what is assumed may
         be far from it: give the first probes that matter for this job their time."""
         target = self._config.consumers[ticket.job.consumer]
+        probed = {
+            name: consumer
+            for name, consumer in self._config.consumers.items()
+            if consumer.health is not None or consumer.probe is not None
+        }
         matter = [
             name
-            for name, consumer in self._config.consumers.items()
-            if (consumer.health is not None or consumer.probe is not None)
-            and (consumer is target or (target.vram_resident_mib and consumer.vram_resident_mib))
+            for name, consumer in probed.items()
+            if consumer is target or (target.vram_resident_mib and consumer.vram_resident_mib)
         ]
 
-        def unknown(state: ConsumerState) -> bool:
+        def unknown(name: str) -> bool:
+            state = self._registry.get(name)
             return state.healthy is None and state.parked is None
 
-        while self._clock.monotonic() < self._probes_due and any(
-            unknown(self._registry.get(name)) for name in matter
-        ):
+        while self._clock.monotonic() < self._probes_due and any(map(unknown, matter)):
             ticket.pause(FIRST_POLL_S)
+        if not any(map(unknown, probed)):
+            self._probes_due = -math.inf
+
+    def _holds_enough(self, target: str) -> bool:
+        """Whether the consumer surely has all it needs already, as one that has just run does,
+        without a question to the card: by a sample that is fresh, and younger than the last
+        eviction; or, where the card cannot be measured, by the ledger."""
+        state, gpu = self._registry.get(target), self._registry.gpu
+        if gpu.reading is None:
+            known = bool(gpu.err)
+        else:
+            since = max(self._changed_at, self._clock.monotonic() - FRESH_S)
+            known = gpu.sampled_at is not None and gpu.sampled_at > since
+        if not known or not state.loaded:
+            return False
+        declared = self._config.consumers[target].vram_resident_mib
+        needed = self._learned.needed_mib(target, declared, None)
+        return needed <= held(target, state, declared, gpu.reading).surely_mib
+
+    def _unload_others(self, target: str, ticket: Ticket) -> None:
+        tried: set[str] = set()
+        while True:
+            now = self._look(target, tried)
+            if now.plan.fits:
+                break
+            if not now.plan.victims:
+                raise self._insufficient(now)
+            victim = now.plan.victims[0]
+            tried.add(victim.name)
+            last = len(now.plan.victims) == 1
+            fits = (lambda: self._look(target).plan.fits) if last else None
+            release = self._evict(victim, ticket, fits)
+            if release is not None and release.outcome == "leaked" and release.certain:
+                self._refuse_if_short(target, victim.name)
+            ticket.pause(0)
 
     def _look(self, target: str, tried: Set[str] = frozenset()) -> _Look:
         states, reading = self._registry.snapshot(), self._measure()
@@ -265,7 +306,12 @@ class RoomMaker:
     def _evict(
         self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
     ) -> Release | None:
-        release = self._evictor.evict(victim.name, victim.held_mib, victim.floor_mib, ticket, fits)
+        try:
+            release = self._evictor.evict(
+                victim.name, victim.held_mib, victim.floor_mib, ticket, fits
+            )
+        finally:
+            self._changed_at = self._clock.monotonic()
         if release is not None and release.outcome not in ("leaked", "gone"):
             with self._lock:
                 self._evictions += 1

@@ -28,6 +28,13 @@ from gpumanager.watcher import Watch, Watcher
 
 READ_BYTES = 64 * 1024
 
+START_BYTES = 8 * 1024
+"""The largest body of a request that is sent by whoever hands the GPU over: any socket's buffer
+has room for that."""
+
+START_S = 0.05
+"""For a connection on this machine, which is there in a tenth of a millisecond, or not at all."""
+
 
 class TruncatedAnswer(Exception):
     """The consumer's answer broke off after its head had been handed on: no envelope is
@@ -71,6 +78,7 @@ class Exchange:
         self._clock = clock
         self._guard = threading.Lock()
         self._sock: Any = None
+        self._started: Any = None
         self._failure: BrokerError | None = None
         self._discarded: BrokerError | None = None
         self._ended = False
@@ -136,6 +144,11 @@ class Exchange:
         return self._ended and not self._ahead
 
     @property
+    def consumer_done(self) -> bool:
+        """True once nothing more comes from the consumer, read by the owner or not."""
+        return self._ended
+
+    @property
     def reached(self) -> bool:
         """True once the consumer accepted the connection."""
         return self._reached
@@ -144,6 +157,29 @@ class Exchange:
     def aborted(self) -> bool:
         """True if it was ended by `abort`."""
         return self._failure is not None
+
+    def start(self) -> None:
+        """Connect and send, where that can be done without a wait: a small request to this
+        machine. For any thread, once, before the owner's `send`, which goes on from there, or
+        does all of it. Never raises."""
+        host, port, tls = self.address
+        body = self._outbound.body
+        small = body is None or (isinstance(body, bytes) and len(body) <= START_BYTES)
+        if tls or not small or not wire.is_local(host):
+            return
+        try:
+            sock = wire.connect(host, port, tls=False, timeout=START_S)
+        except OSError:
+            return
+        self._started = sock
+        with contextlib.suppress(OSError):  # which the owner sees, too
+            self.connected(sock)
+            wire.send(sock, self._head, body)
+
+    @property
+    def started(self) -> Any:
+        """The socket over which the request was sent, or is being; None if it has yet to be."""
+        return self._started
 
     def send(self, adapter: OneShotAdapter) -> None:
         """Send the request and return when the answer's head is there.
@@ -180,6 +216,7 @@ class Exchange:
         self.status = response.status_code
         self.reason = response.reason or ""
         self.headers = relayable(self._raw.headers.items())
+        self._take_in()
 
     def read(self) -> bytes:
         """The next bytes of the body as they come, undecoded; b"" at the end.
@@ -192,8 +229,8 @@ class Exchange:
     def read_ahead(self, limit: int) -> bytes | None:
         """The whole body, if it has no more than `limit` bytes; None if it has. `read` returns
         what was read here once more. Raises as `read`."""
-        parts: list[bytes] = []
-        size = 0
+        parts = list(self._ahead)
+        size = sum(map(len, parts))
         while size <= limit:
             data = self._read_on()
             if not data:
@@ -231,7 +268,7 @@ class Exchange:
         if not data or self._raw.length_remaining == 0:
             with self._guard:
                 failure = self._failure
-            self.close()
+            self._end()
             if failure is not None:
                 # The end of an answer without a length looks the same as an abort.
                 raise failure
@@ -243,15 +280,11 @@ class Exchange:
         if self._ahead or self._ended or sock is None or reader is None:
             return True
         try:
-            sock.setblocking(False)
-            try:
-                if reader.peek(1):
-                    return True
-            finally:
-                sock.settimeout(self._timeouts.idle)
-            return timeout > 0 and wait_for_read(sock, timeout)
+            if self._peek(sock, reader):
+                return True
         except (OSError, ValueError):
-            return timeout > 0 and wait_for_read(sock, timeout)
+            pass
+        return timeout > 0 and wait_for_read(sock, timeout)
 
     def drain(self) -> None:
         """Read the rest and drop it, within the time-outs. Never raises."""
@@ -261,6 +294,15 @@ class Exchange:
 
     def close(self) -> None:
         """Close the connection. Idempotent, never raises."""
+        self._end()
+        if self._raw is not None:
+            self._raw.close()
+        elif self._started is not None:
+            self._started.close()
+
+    def _end(self) -> None:
+        """Nothing more comes. The connection is closed later: that takes a while, in which the
+        next job could run."""
         with self._guard:
             if self._ended:
                 return
@@ -268,8 +310,27 @@ class Exchange:
             self._sock = None
         if self._watch is not None:
             self._watch.stop()
-        if self._raw is not None:
-            self._raw.close()
+
+    def _take_in(self) -> None:
+        """Where a small body came with its head, have it at once: the consumer is done then, and
+        whoever waits for it need not wait for what becomes of the answer here."""
+        size, reader = self._raw.length_remaining, getattr(self._raw, "reader", None)
+        if size is None or reader is None:
+            return
+        try:
+            all_there = size == 0 or len(self._peek(self._sock, reader)) >= size
+        except (OSError, ValueError):
+            return  # `read` will say it
+        if all_there and (data := self._read_on()):
+            self._ahead.append(data)
+
+    def _peek(self, sock: Any, reader: Any) -> bytes:
+        """What has come already and was not read yet, as far as it is known."""
+        sock.setblocking(False)
+        try:
+            return bytes(reader.peek(1))
+        finally:
+            sock.settimeout(self._timeouts.idle)
 
     def _drop_if_discarded(self) -> None:
         with self._guard:

@@ -39,6 +39,10 @@ class Dial(Protocol):
     def body(self) -> bytes | IO[bytes] | None:
         """What comes after it."""
 
+    @property
+    def started(self) -> Any:
+        """A socket over which the request was sent already; None if there is none."""
+
     def connected(self, sock: Any) -> None:
         """The socket is open. May raise OSError to end the exchange at once."""
 
@@ -68,14 +72,17 @@ class _OneShot:
         dial = _current.dial
         if dial is None:
             raise RuntimeError("a request outside of an exchange")
-        host, port, tls = dial.address
-        try:
-            sock = wire.connect(host, port, tls=tls, timeout=timeout.connect_timeout)
-        except TimeoutError as error:
-            raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
+        sock, sent = dial.started, dial.started is not None
+        if not sent:
+            host, port, tls = dial.address
+            try:
+                sock = wire.connect(host, port, tls=tls, timeout=timeout.connect_timeout)
+            except TimeoutError as error:
+                raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
         try:
             dial.connected(sock)
-            wire.send(sock, dial.head, dial.body)
+            if not sent:
+                wire.send(sock, dial.head, dial.body)
             return wire.Answer(sock, method)
         except BaseException:
             sock.close()

@@ -75,6 +75,15 @@ def _family(host: str) -> socket.AddressFamily | None:
 
 
 @cache
+def is_local(host: str) -> bool:
+    """Whether a host is surely this machine, by its address or the one name that stands for it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@cache
 def _tls() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 

@@ -199,12 +199,29 @@ class JobRunner:
         client = ClientWatch(environ, self._watcher)
         record.stack.callback(client.stop)
         until_held = ExitStack()
+        holds: list[_Hold] = []
+
+        def begin() -> None:
+            self._admission.begin(name)
+            holds.append(_Hold(ticket, self._registry, self._learned, record, self._clock))
+            record.stack.callback(self._after_job, name)
+            record.stack.callback(holds[0].give_back)
+
+        def begin_early() -> bool:
+            try:
+                begin()
+            except BrokerError:
+                return False  # the job's own thread will be told the same
+            exchange.start()
+            return True
+
         try:
             ticket = self._scheduler.enqueue(
                 Job(name, kind, record.client, record.request_id, max_wait)
             )
             record.stack.callback(until_held.close)
             until_held.callback(ticket.close)
+            ticket.when_granted(begin_early)
             self._wait(ticket, client, record)
         except BrokerError as error:
             if isinstance(error, _CONSUMERS_FAULTS):
@@ -214,13 +231,12 @@ class JobRunner:
             log.exception("scheduler failed", extra={"request_id": record.request_id})
             raise SchedulerError("the scheduler failed", consumer=name) from error
         try:
-            self._admission.begin(name)
+            if not holds:
+                begin()
         except BrokerError:
             ticket.close()
             raise
-        hold = _Hold(ticket, self._registry, self._learned, record, self._clock)
-        record.stack.callback(self._after_job, name)
-        record.stack.callback(hold.give_back)
+        hold = holds[0]
         until_held.pop_all()  # the hold sees to the ticket now, maybe for longer than the request
         followed = self._may_be_followed(consumer, exchange)
         departures: list[Departure] = []
@@ -270,6 +286,8 @@ class JobRunner:
             departure.settle()
             hold.give_back()
 
+        if exchange.consumer_done:
+            give_back()  # before the answer is even begun
         return RelayedResponse(
             exchange,
             give_back,

@@ -123,6 +123,8 @@ class RelayedBody:
                 if room:
                     yield spool.take()
                 if self._exchange.ended or spool.full:
+                    if self._exchange.ended:
+                        self._exchange.close()
                     self._await_reader()
                 elif self._exchange.ready(0.0 if room else SLOW_POLL_S):
                     spool.append(self._read())

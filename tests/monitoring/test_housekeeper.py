@@ -44,6 +44,9 @@ class House:
         self._act("room for", ticket.job.consumer)
         self.registry.set_loaded(ticket.job.consumer, True)
 
+    def ready(self, consumer: str) -> bool:
+        return False
+
     def relieve(self, ticket: Ticket) -> bool:
         raise NotImplementedError
 

@@ -25,6 +25,9 @@ Make = Callable[..., Scheduler]
 class NoRoomNeeded:
     evictions = 0
 
+    def ready(self, consumer: str) -> bool:
+        return True
+
     def make_room(self, ticket: Ticket) -> None:
         pass
 
@@ -101,8 +104,9 @@ def test_many_threads_leave_nothing_behind(make: Make) -> None:
 
     def hammer() -> None:
         start.wait(10)
-        for _ in range(50):
+        for number in range(50):
             ticket = scheduler.enqueue(job())
+            ticket.when_granted(partial(bool, number % 3))
             try:
                 ticket.wait()
             finally:
@@ -491,6 +495,9 @@ def test_the_line_tells_positions_and_when_each_turn_is_expected() -> None:
 class Refuses:
     evictions = 0
 
+    def ready(self, consumer: str) -> bool:
+        return False
+
     def __init__(self, error: BrokerError) -> None:
         self.error = error
 
@@ -512,6 +519,126 @@ def test_a_job_there_is_no_room_for_hands_on_to_the_next() -> None:
         second.wait()
     second.close()
     assert scheduler.stats().in_flight == 0
+
+
+# -- begun by who hands over -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_job_is_begun_by_who_hands_the_gpu_over(make: Make) -> None:
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    begun_by = []
+
+    def begin() -> bool:
+        begun_by.append(threading.current_thread())
+        assert scheduler.stats().in_flight == 1  # and no lock is held
+        return True
+
+    second.when_granted(begin)
+    waiting = Outcome(second.wait)
+    first.wait()
+    first.close()
+    waiting.result()
+    assert begun_by == [threading.current_thread()]
+    assert second.prepared_s == 0
+    second.close()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_whose_turn_has_come_already_begins_by_itself(make: Make) -> None:
+    scheduler = build(make)
+    ticket = scheduler.enqueue(job())
+    ticket.when_granted(lambda: pytest.fail("too late"))
+    ticket.wait()
+    ticket.close()
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_nothing_is_begun_for_who_has_left(make: Make) -> None:
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    second.when_granted(lambda: pytest.fail("it has left"))
+    second.cancel(ClientGone("left"))
+    first.close()
+    with pytest.raises(ClientGone):
+        second.wait()
+    assert scheduler.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_job_that_has_begun_is_cancelled_as_one_that_runs(make: Make) -> None:
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    second.when_granted(lambda: second.cancel(ClientGone("left")))
+    first.close()
+    second.wait()  # it has begun, so it is seen to its end
+    told: list[BrokerError] = []
+    second.when_cancelled(told.append)
+    assert [type(error) for error in told] == [ClientGone]
+    assert scheduler.stats().in_flight == 1
+    second.close()
+    assert scheduler.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_nobody_overtakes_a_job_that_is_being_begun(make: Make) -> None:
+    """Its own thread waits until the one that begins it is done with that."""
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+    entered, go_on = threading.Event(), threading.Event()
+
+    def begin() -> bool:
+        entered.set()
+        return go_on.wait(10)
+
+    second.when_granted(begin)
+    waiting, closing = Outcome(second.wait), Outcome(first.close)
+    assert entered.wait(10)
+    assert not waiting.done
+    second.cancel(ClientGone("left"))
+    assert not waiting.done
+    go_on.set()
+    closing.result()
+    waiting.result()
+    second.close()
+
+
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_beginning_that_fails_is_left_to_the_job_itself(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = build(make)
+    first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
+
+    def begin() -> bool:
+        raise ValueError("a fault")
+
+    second.when_granted(begin)
+    first.close()
+    second.wait()
+    assert "beginning a job failed" in caplog.text
+    second.close()
+    assert scheduler.stats().in_flight == 0
+
+
+def test_a_job_that_needs_room_is_not_begun_before_there_is_some() -> None:
+    made: list[str] = []
+
+    class RoomLater(NoRoomNeeded):
+        def ready(self, consumer: str) -> bool:
+            return False
+
+        def make_room(self, ticket: Ticket) -> None:
+            made.append(ticket.job.consumer)
+
+    scheduler = Evicting(build(locked), RoomLater(), SystemClock())
+    first, second = scheduler.enqueue(job("a")), scheduler.enqueue(job("b"))
+    second.when_granted(lambda: pytest.fail("there is no room yet"))
+    first.close()
+    second.wait()
+    assert made == ["b"]
+    second.close()
 
 
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:

@@ -23,7 +23,7 @@ from gpumanager.errors import (
     NoConsumer,
 )
 from gpumanager.learning import Learned
-from gpumanager.model import GpuProcess, Holdings, Job, MemoryReading, Parked, ProbeReport
+from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Release, Ticket
@@ -61,6 +61,7 @@ class Bench:
         self.unsettled = 0
         self.failing_rungs: dict[str, BrokerError] = {}
         self.not_ready: list[BrokerError] = []
+        self.measurements = 0
         self._pending: list[list[Any]] = []
         call = {"path": "/x"}
         config = {
@@ -90,6 +91,7 @@ class Bench:
     # -- the card and the consumers -----------------------------------------------------------
 
     def measure(self) -> MemoryReading | None:
+        self.measurements += 1
         if not self.measured:
             return None
         for entry in self._pending:
@@ -188,6 +190,7 @@ class Bench:
             number, job, waited_s, prepared_s = ticket.number, ticket.job, 0.0, 0.0
             wait, cancel, close = ticket.wait, ticket.cancel, ticket.close
             when_cancelled, relieve = ticket.when_cancelled, ticket.relieve
+            when_granted = ticket.when_granted
 
             def pause(self, seconds: float) -> None:
                 bench.clock.advance(seconds)
@@ -234,6 +237,70 @@ def test_what_fits_touches_nobody() -> None:
     bench.make_room("llm")
     assert bench.calls == []
     assert bench.room.evictions == 0
+
+
+def sampled(bench: Bench) -> None:
+    """The sampler has just looked."""
+    bench.registry.set_gpu(GpuState(bench._reading(), bench.clock.monotonic()))
+
+
+def test_one_that_holds_what_it_needs_by_a_fresh_sample_costs_no_look_at_the_card() -> None:
+    bench = Bench(THREE, total=24000)
+    bench.attributed = True
+    bench.resident("llm", used=5)
+    sampled(bench)
+    bench.make_room("llm")
+    assert bench.measurements == 0
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_ready_is_who_has_nothing_to_be_done_for_it(parked: bool) -> None:
+    bench = Bench(THREE, total=24000)
+    bench.attributed = True
+    bench.resident("llm", used=5)
+    sampled(bench)
+    assert not bench.room.ready("llm")  # the first probes may say otherwise yet
+    bench.clock.advance(5)
+    sampled(bench)
+    assert bench.room.ready("llm")
+    assert not bench.room.ready("tts")
+    if parked:
+        bench.registry.park("llm", Parked("signal"))
+    else:
+        bench.registry.probe_failed("llm", "refused")
+    assert not bench.room.ready("llm")
+    assert bench.measurements == 0
+
+
+def test_a_stale_sample_is_not_believed() -> None:
+    bench = Bench(THREE, total=24000)
+    bench.attributed = True
+    bench.resident("llm", used=5)
+    sampled(bench)
+    bench.clock.advance(2.5)
+    bench.make_room("llm")
+    assert bench.measurements == 1
+
+
+def test_a_sample_from_before_an_eviction_is_not_believed() -> None:
+    bench = Bench(THREE, total=9000)
+    bench.attributed = True
+    bench.resident("llm", used=5)
+    sampled(bench)
+    bench.make_room("tts")
+    assert bench.calls == ["unload llm"]
+    bench.registry.set_loaded("llm", True)
+    bench.holds["tts"] = 3000
+    bench.make_room("llm")
+    assert bench.calls == ["unload llm", "unload tts"]
+
+
+def test_without_a_card_to_ask_the_ledgers_word_is_enough() -> None:
+    bench = Bench(THREE, total=9000, measured=False)
+    bench.resident("llm", used=5)
+    bench.registry.set_gpu(GpuState(err="no driver"))
+    bench.make_room("llm")
+    assert bench.measurements == 0
 
 
 def test_the_reserve_is_promised_to_nobody() -> None:

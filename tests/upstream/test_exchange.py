@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import IO
 
 import pytest
 
 from gpumanager.clock import SystemClock
 from gpumanager.config import Timeouts
-from gpumanager.errors import ConsumerUnreachable
-from gpumanager.upstream.exchange import Exchange, Outbound
+from gpumanager.errors import ClientGone, ConsumerUnreachable
+from gpumanager.upstream.exchange import START_BYTES, Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.watcher import Watcher
-from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
 
 Script = Callable[[Connection, Received], None]
 
@@ -35,8 +37,10 @@ def drained(one: Exchange) -> bytes:
 @pytest.mark.parametrize("size", [0, 10, 300_000])
 def test_what_was_read_ahead_comes_again(size: int) -> None:
     body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-    with ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer:
-        one = exchange(consumer.url)
+    with (
+        ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer,
+        closing(exchange(consumer.url)) as one,
+    ):
         one.send(OneShotAdapter())
         assert one.read_ahead(1_000_000) == body
         assert one.ended is (size == 0)
@@ -45,10 +49,41 @@ def test_what_was_read_ahead_comes_again(size: int) -> None:
         assert one.ended
 
 
+def test_a_consumer_that_said_all_at_once_is_done_before_its_answer_is_read() -> None:
+    with (
+        ScriptedConsumer(lambda peer, _: peer.send(answer(b"hello"))) as consumer,
+        closing(exchange(consumer.url)) as one,
+    ):
+        one.send(OneShotAdapter())
+        assert one.consumer_done
+        assert not one.ended
+        assert drained(one) == b"hello"
+        assert one.ended
+
+
+def test_a_consumer_that_has_more_to_say_is_not_done() -> None:
+    go_on = threading.Event()
+
+    def in_two_parts(peer: Connection, _: Received) -> None:
+        whole = answer(b"hello")
+        peer.send(whole[:-2])
+        go_on.wait(5)
+        peer.send(whole[-2:])
+
+    with ScriptedConsumer(in_two_parts) as consumer, closing(exchange(consumer.url)) as one:
+        one.send(OneShotAdapter())
+        assert not one.consumer_done
+        go_on.set()
+        assert drained(one) == b"hello"
+        assert one.consumer_done
+
+
 def test_an_answer_beyond_the_limit_is_not_read_to_its_end() -> None:
     body = b"y" * 500_000
-    with ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer:
-        one = exchange(consumer.url)
+    with (
+        ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer,
+        closing(exchange(consumer.url)) as one,
+    ):
         one.send(OneShotAdapter())
         assert one.read_ahead(1000) is None
         assert not one.ended
@@ -93,3 +128,68 @@ def test_a_body_that_cannot_be_had_twice() -> None:
 
 def test_the_request_line_behind_the_base_path() -> None:
     assert exchange("http://127.0.0.1:1").request_line("/base") == ("POST", "/job")
+
+
+# -- started by somebody else ------------------------------------------------------------------
+
+
+def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
+    arrived = threading.Event()
+
+    def script(peer: Connection, _: Received) -> None:
+        arrived.set()
+        peer.send(answer(b"hi"))
+
+    with ScriptedConsumer(script) as consumer, closing(exchange(consumer.url, b"hello", 5)) as one:
+        one.start()
+        assert arrived.wait(10)
+        assert one.reached
+        one.send(OneShotAdapter())
+        assert drained(one) == b"hi"
+        assert [each.body for each in consumer.requests] == [b"hello"]
+
+
+@pytest.mark.parametrize(
+    ("host", "body"),
+    [
+        ("localhost", io.BytesIO(b"hello")),
+        ("localhost", b"x" * (START_BYTES + 1)),
+        ("192.0.2.1", b"hello"),
+        ("gpu-box.example", b"hello"),
+    ],
+    ids=["a file", "large", "another machine", "a name"],
+)
+def test_what_could_make_it_wait_is_left_to_its_owner(host: str, body: bytes | IO[bytes]) -> None:
+    one = exchange(f"http://{host}:9", body, 5)
+    one.start()
+    assert one.started is None
+    assert not one.reached
+
+
+def test_a_consumer_that_is_gone_is_told_to_the_owner() -> None:
+    one = exchange(f"http://127.0.0.1:{free_port()}")
+    one.start()
+    with pytest.raises(ConsumerUnreachable, match="refused"):
+        one.send(OneShotAdapter())
+
+
+def test_one_that_was_started_and_never_gone_on_with_is_closed() -> None:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
+        one = exchange(consumer.url)
+        one.start()
+        one.close()
+        assert one.started.fileno() == -1
+
+
+def test_one_that_was_aborted_after_its_start_says_so() -> None:
+    def script(peer: Connection, _: Received) -> None:
+        peer.wait_closed()
+
+    with (
+        ScriptedConsumer(script) as consumer,
+        closing(exchange(consumer.url)) as one,
+    ):
+        one.start()
+        one.abort(ClientGone("left"))
+        with pytest.raises(ClientGone):
+            one.send(OneShotAdapter())
