@@ -1,12 +1,14 @@
 # make run            the demo: the broker on 127.0.0.1:8770 and a speech service behind it
 # make run CONFIG=F   the broker in front of your own services
+# make bench          the broker beside its peers, into docs/performance.md (FLAGS=--quick: a minute)
 # make test           everything that has to pass: format, lint, types, layers, tests, coverage
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?=
+FLAGS ?= --write
 
-.PHONY: run test lint format unit clean
+.PHONY: run test lint format unit bench clean
 
 ifeq ($(strip $(CONFIG)),)
 run: $(VENV)/.demo
@@ -30,12 +32,18 @@ unit: $(VENV)/.dev
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# HAProxy and nginx come from Debian, where we may install them; what is missing is left out.
+bench: $(VENV)/.bench
+	@command -v haproxy >/dev/null && command -v nginx >/dev/null || [ "$$(id -u)" != 0 ] || \
+	  { apt-get update -qq && apt-get install -qq --no-install-recommends haproxy nginx; }
+	$(BIN)/python -m benchmarks.performance $(FLAGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,4 +62,11 @@ $(VENV)/.demo: $(BIN)/pip requirements.txt setup.py
 
 $(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
 	$(BIN)/pip install --quiet --editable '.[demo]' --requirement requirements-dev.txt
+	@touch $@
+
+# LiteLLM gets an environment of its own: it pins much of what we use.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet 'litellm[proxy]'
+	$(BIN)/pip install --quiet matplotlib
 	@touch $@

@@ -40,7 +40,10 @@ class Reader:
     buffer: bytearray = field(default_factory=bytearray)
 
     def complete(self, data: bytes) -> bool:
-        """Take in data; True once a whole answer has come. Raises BadAnswer if it is not a 200."""
+        """Take in data; True once a whole answer has come. Raises BadAnswer if it is not a 200,
+        or if there is no data."""
+        if not data:
+            raise BadAnswer("the connection was closed")
         buffer = self.buffer
         buffer += data
         end = buffer.find(b"\r\n\r\n")
@@ -90,10 +93,7 @@ def closed_loop(port: int, data: bytes, *, clients: int, count: int) -> float:
                 raise BadAnswer("no answer came any more")
             for key, _ in events:
                 number, reader = key.data
-                received = opened[number].recv(65536)
-                if not received:
-                    raise BadAnswer("the connection was closed")
-                if reader.complete(received):
+                if reader.complete(opened[number].recv(65536)):
                     done += 1
                     if left > 0:
                         left -= 1

@@ -30,7 +30,10 @@ def job_log(upstream: int) -> list[tuple[int, int]]:
         sock.sendall(b"GET /_log HTTP/1.1\r\nHost: x\r\n\r\n")
         data = b""
         while b"\r\n\r\n" not in data or not data.rstrip().endswith(b"]"):
-            data += sock.recv(1024 * 1024)
+            more = sock.recv(1024 * 1024)
+            if not more:
+                raise client.BadAnswer("the upstream is gone")
+            data += more
     rows: list[tuple[int, int]] = json.loads(data.partition(b"\r\n\r\n")[2])
     return sorted(rows)
 
