@@ -80,12 +80,10 @@ def run(*, rounds: int, quick: bool, seed: int, only: set[str], without: set[str
                 for it in order:
                     note(measure, it.name, wanted.measure(it))
         if not only or "rest" in only:
-            with contestants.broker(folder, upstream, probed=5) as it:
-                for _ in range(1 if quick else 3):
-                    note("rest", it.name, measures.at_rest(it, 5 if quick else 15))
-        for it in everybody:
-            if it.started_s:
-                note("start", it.name, {"seconds": it.started_s})
+            for _ in range(1 if quick else 3):
+                with contestants.broker(folder, upstream, probed=5) as it:
+                    note("start", it.name, {"seconds": it.started_s})
+                    note("rest", it.name, measures.at_rest(it, 5 if quick else 20))
         if not only or "trace" in only:
             for _ in range(1 if quick else 3):
                 note("trace", "gpumanager, locked", trace.makespan(60 if quick else 200, seed))

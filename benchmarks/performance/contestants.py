@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,11 @@ def litellm(folder: Path, upstream: int) -> Iterator[Running]:
     file = folder / "litellm.yaml"
     file.write_text(LITELLM.format(upstream=upstream))
     command = [_binary("litellm"), "--config", str(file), "--port", str(port)]
-    environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    environment = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # on loopback, for a while
+    }
     paths = {"chat": "/v1/chat/completions"}
     with _started(
         [*command, "--host", "127.0.0.1", "--telemetry", "False"],
@@ -159,7 +164,8 @@ def litellm(folder: Path, upstream: int) -> Iterator[Running]:
 def broker(
     folder: Path, upstream: int, *, kind: str = "locked", probed: int = 1
 ) -> Iterator[Running]:
-    """The broker; `probed` consumers are asked how they are every five seconds."""
+    """The broker; `probed` consumers are asked how they are every five seconds. With one of them
+    its line has room for a thousand, else it is as by default."""
     port = free_port()
     file = folder / f"broker-{kind}-{probed}.yaml"
     base = f"http://127.0.0.1:{upstream}"
@@ -180,7 +186,7 @@ def broker(
     config = {
         "listen": f"127.0.0.1:{port}",
         "state_file": str(folder / f"state-{port}.json"),
-        "scheduler": {"kind": kind, "max_queue": 1100},
+        "scheduler": {"kind": kind} | ({"max_queue": 1100} if probed == 1 else {}),
         "log": {"level": "warning"},
         "routing": dict.fromkeys(("tts", "stt", "llm", "image"), "it"),
         "consumers": consumers,
@@ -216,33 +222,34 @@ def _started(
     environment: dict[str, str] | None = None,
     openai: bool = False,
 ) -> Iterator[Running]:
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        data = client.request(paths["chat"], model=openai)
-        deadline = began + START_S
-        pause = 0.005
-        while True:
-            try:
-                client.one_by_one(port, data, 1)
-                break
-            except (OSError, client.BadAnswer) as error:
-                if process.poll() is not None or time.perf_counter() > deadline:
-                    raise RuntimeError(f"{name} did not start: {error}") from error
-                time.sleep(pause)
-        took = time.perf_counter() - began
-        yield Running(name, port, paths, process.pid, took, openai)
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile() as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
         try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(5)
+            data = client.request(paths["chat"], model=openai)
+            while True:
+                try:
+                    client.one_by_one(port, data, 1)
+                    break
+                except (OSError, client.BadAnswer) as error:
+                    if process.poll() is not None or time.perf_counter() > began + START_S:
+                        said.seek(0)
+                        last = said.read()[-2000:].decode(errors="replace")
+                        raise RuntimeError(f"{name} did not start: {error}\n{last}") from error
+                    time.sleep(0.005)
+            took = time.perf_counter() - began
+            yield Running(name, port, paths, process.pid, took, openai)
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)

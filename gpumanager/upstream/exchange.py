@@ -26,7 +26,7 @@ from gpumanager.upstream.headers import relayable
 from gpumanager.upstream.transport import OneShotAdapter, dialling
 from gpumanager.watcher import Watch, Watcher
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024
 
 START_BYTES = 8 * 1024
 """The largest body of a request that is sent by whoever hands the GPU over: any socket's buffer

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import waitress
+import waitress.server
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from gpumanager import errors
 from gpumanager.config import Config
@@ -36,6 +37,9 @@ CONTROL_THREADS = 32
 
 AUDIO_THREADS = 32
 """Fetches of rendered audio that may be under way at once."""
+
+FIRST_THREADS = 8
+"""Started at once; the others when all of these are taken."""
 
 SPARE_CONNECTIONS = 512
 """Connections beyond one for each thread: idle kept-alive ones, and clients to be refused."""
@@ -121,6 +125,29 @@ class CalmChannel(HTTPChannel):
         return not self._flushing and bool(super().writable())
 
 
+class GrowingDispatcher(ThreadedTaskDispatcher):
+    """Waitress's threads, started when they are first needed instead of all at the start: most
+    boxes never use the three hundred that a full line would take, and each costs memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._most = 0
+
+    def set_thread_count(self, count: int) -> None:
+        """How many there may be; 0 ends them all."""
+        self._most = count
+        super().set_thread_count(min(count, FIRST_THREADS))
+
+    def add_task(self, task: Any) -> None:
+        """Have one of them, or a new one, do it."""
+        with self.lock:
+            running = len(self.threads) - self.stop_count
+            short = len(self.queue) >= running - self.active_count and running < self._most
+        if short:
+            super().set_thread_count(running + 1)
+        super().add_task(task)
+
+
 def set_defaults(config: Config) -> None:
     """Make waitress serve the broker properly by default: a thread for every place in the line
     and some to spare, clients that leave noticed, poll instead of select."""
@@ -138,6 +165,8 @@ def set_defaults(config: Config) -> None:
     Adjustments.clear_untrusted_proxy_headers = False  # end-to-end headers go through
     Adjustments.ident = "gpumanager"
     Adjustments.log_socket_errors = False
+    making: Any = waitress.server
+    making.ThreadedTaskDispatcher = GrowingDispatcher  # what `create_server` makes
     BaseWSGIServer.channel_class = CalmChannel
     HTTPChannel.error_task_class = JsonErrorTask
     HTTPChannel.parser_class = StrictRequestParser

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import requests
+import waitress.server
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
@@ -72,7 +73,8 @@ def live_broker(
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
     classes = (HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class)
-    channel = BaseWSGIServer.channel_class
+    making: Any = waitress.server
+    channel, dispatcher = BaseWSGIServer.channel_class, making.ThreadedTaskDispatcher
     broker = Broker(parsed, card=card, keys=keys)
     try:
         server.set_defaults(parsed)
@@ -99,6 +101,7 @@ def live_broker(
             setattr(Adjustments, name, value)
         HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class = classes
         BaseWSGIServer.channel_class = channel
+        making.ThreadedTaskDispatcher = dispatcher
 
 
 def config_for(consumer_url: str, **changes: Any) -> str:
