@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.performance import contestants, measures, report, trace
+from benchmarks.performance.client import BadAnswer
 from benchmarks.performance.contestants import ROOT, Running
 from benchmarks.performance.measures import Figures
 
@@ -78,7 +79,10 @@ def run(*, rounds: int, quick: bool, seed: int, only: set[str], without: set[str
                 order = [it for it in everybody if wanted.takes(it)]
                 chance.shuffle(order)
                 for it in order:
-                    note(measure, it.name, wanted.measure(it))
+                    try:
+                        note(measure, it.name, wanted.measure(it))
+                    except BadAnswer as error:
+                        print(f"{measure}: {it.name} failed: {error}", file=sys.stderr, flush=True)
         if not only or "rest" in only:
             for _ in range(1 if quick else 3):
                 with contestants.broker(folder, upstream, probed=5) as it:

@@ -122,7 +122,7 @@ class Upstream:
         query = dict(re.findall(rb"[?&](\w+)=(\d+)", line))
         if b"mib" in query:
             self._send_block(sock, int(query[b"mib"]) * MIB)
-        elif b"events" in query or b'"stream": true' in self.last_body:
+        elif b"events" in query or re.search(rb'"stream": ?true', self.last_body):
             self._send_events(sock, int(query.get(b"events", 50)))
         else:
             if b"ms" in query and query[b"ms"] != b"0":
