@@ -135,8 +135,8 @@ def _measures(upstream: int, *, quick: bool, first: bool) -> list[tuple[str, _Wa
         jobs = max(4 * waiting, jobs // 3 if quick else jobs)
         found.append((f"gap:{ms} ms, {waiting} waiting", _Wanted(gap(ms, waiting, jobs), serial)))
     for length in LENGTHS[:3] if quick else LENGTHS:
-        jobs = max(600, 4 * length)
-        found.append((f"line:{length}", _Wanted(gap(0, length + 1, jobs), queueing)))
+        jobs = max(400, 3 * length)
+        found.append((f"line:{length}", _Wanted(gap(5, length + 1, jobs), queueing)))
     found.append(("events", _Wanted(lambda it: measures.events(it, 50), everybody)))
     mib = 64 if quick else 256
     found.append(("bulk", _Wanted(lambda it: measures.bulk(it, mib), plain)))
