@@ -9,13 +9,15 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from functools import partial
 
 from gpumanager.app import prepare
 from gpumanager.config import ConfigError, config_path_from_env, load_config
 from gpumanager.keys import KeysError
 
+_read = partial(load_config, config_path_from_env(os.environ))
 try:
-    _broker = prepare(load_config(config_path_from_env(os.environ)))
+    _broker = prepare(_read(), _read)
 except (ConfigError, KeysError) as error:
     print(error, file=sys.stderr)
     raise SystemExit(2) from None

@@ -5,28 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gpumanager import __version__, logs
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, SystemClock
-from gpumanager.config import Config, ConsumerConfig
+from gpumanager.config import Config, ConfigError, ConsumerConfig
+from gpumanager.config.live import Changes, LiveConfig, changes
+from gpumanager.errors import BadRequest
+from gpumanager.events import EventHandler, EventLog
 from gpumanager.keys import ApiKey, KeysError, load_keys
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
 from gpumanager.monitoring.attribution import Attributor
+from gpumanager.monitoring.eventfile import EventFile
 from gpumanager.monitoring.housekeeper import Housekeeper
 from gpumanager.monitoring.memory import Card, GpuMemory, open_card
 from gpumanager.monitoring.prober import Prober
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.monitoring.worker import PeriodicWorker
+from gpumanager.notify import ALIVE, READY, STOPPING, Notifier
 from gpumanager.processes import ConsumerProcesses, SystemProcesses
 from gpumanager.reclaim.ladder import Ladder
 from gpumanager.registry import Registry
 from gpumanager.scheduling.factory import build_scheduler
-from gpumanager.scheduling.interface import Moves
 from gpumanager.scheduling.room import RoomMaker
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
@@ -35,6 +41,7 @@ from gpumanager.web import server
 from gpumanager.web.completion import Completions
 from gpumanager.web.guard import Guard
 from gpumanager.web.jobs import JobRunner
+from gpumanager.web.metrics import Metrics
 from gpumanager.web.operations import Operations
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
@@ -51,7 +58,8 @@ class Broker:
 
     `keys` are what clients have to show, if there are any; `card` and `clock` replace the
     configured card and the system's clocks, for tests. What was learned outlives the broker in
-    `state_file`, if there is one.
+    `state_file`, if there is one. `read_config` reads the config anew for a reload, and raises
+    ConfigError.
     """
 
     def __init__(
@@ -62,13 +70,21 @@ class Broker:
         card: Card | None = None,
         clock: Clock | None = None,
         state_file: Path | None = None,
+        read_config: Callable[[], Config] | None = None,
     ) -> None:
-        self.config = config
+        self._read_config = read_config
+        self._live = LiveConfig(config)
+        self._file_events: EventFile | None = None
         clock = SystemClock() if clock is None else clock
         self.registry = Registry(
             {name: _assumed_loaded(consumer) for name, consumer in config.consumers.items()}, clock
         )
         self.learned = Learned(config.consumers)
+        self.events = EventLog(clock)
+        self._logged_events = EventHandler(self.events)
+        if config.events.file is not None:
+            self._file_events = EventFile(self.events, config.events)
+        config = self._live.seen  # what is made from here on sees the next one, too
         self.watcher = Watcher()
         processes = SystemProcesses()
         consumer_processes = ConsumerProcesses(config, processes)
@@ -96,6 +112,7 @@ class Broker:
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         self._completions = Completions(calls, clock)
         self._probers: dict[str, PeriodicWorker] = {}
+        self._tidying: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
         jobs = JobRunner(
             self.scheduler,
@@ -108,6 +125,7 @@ class Broker:
             self._completions,
             self.watcher,
             clock,
+            self.events,
             look=sampler.look,
             after_job=self._after_job,
         )
@@ -117,6 +135,23 @@ class Broker:
             else StateFile(state_file, self.learned, self.registry.parked)
         )
         draining = threading.Event()
+        status = StatusView(
+            config,
+            self.registry,
+            self.learned,
+            self.scheduler,
+            self.breakers,
+            lambda: jobs.memory_failures,
+            clock,
+            __version__,
+        )
+        metrics = Metrics(
+            config,
+            status.snapshot,
+            lambda: self.scheduler.stats().longest_overtake,
+            __version__,
+        )
+        self.events.listen(metrics.take_note)
         self.flask = create_app(
             Services(
                 config=config,
@@ -132,24 +167,19 @@ class Broker:
                     self.watcher,
                     clock,
                 ),
-                status=StatusView(
-                    config,
-                    self.registry,
-                    self.learned,
-                    self.scheduler,
-                    self.breakers,
-                    lambda: jobs.memory_failures,
-                    clock,
-                    __version__,
-                ),
+                status=status,
                 watcher=self.watcher,
                 keyring=Keyring(keys),
                 version=__version__,
+                events=self.events,
+                metrics=metrics,
+                drain=self._end,
+                reload=self.reload,
                 draining=draining.is_set,
                 cancel=self.scheduler.cancel,
             )
         )
-        self.guard = Guard(self.flask.wsgi_app, clock)
+        self.guard = Guard(self.flask.wsgi_app, clock, self.events)
         self.flask.wsgi_app = self.guard  # type: ignore[method-assign]  # Flask's own way
         self.lifecycle = Lifecycle(
             self.scheduler,
@@ -158,9 +188,16 @@ class Broker:
             draining=draining,
             unfinished=self.guard.unfinished,
         )
-        self._workers = self._make_workers(sampler, calls, room, clock)
+        self._calls = calls
+        self._housekeeper = Housekeeper(config, self.registry, self.scheduler, room, clock)
+        self._workers = self._make_workers(sampler)
         self._lock = threading.Lock()
         self._restored = False
+
+    @property
+    def config(self) -> Config:
+        """The config as it is applied at the moment."""
+        return self._live.current
 
     def start(self) -> None:
         """Restore what was learned; start sampling, probing and watching. Idempotent."""
@@ -170,21 +207,30 @@ class Broker:
                 for name, parked in self._state.load().items():
                     if name in self.config.consumers:
                         self.registry.park(name, parked)
-            for worker in self._workers:
+            logs.root().addHandler(self._logged_events)
+            self.events.note("started", {"version": __version__})
+            self._adjust_workers()
+            for worker in self._all_workers():
                 worker.start()
 
     def stop(self) -> None:
         """End every thread and wait for it. Idempotent."""
         with self._lock:
             self._completions.stop()
-            for worker in self._workers:
+            for worker in self._all_workers():
                 worker.stop()
-            for worker in self._workers:
+            for worker in self._all_workers():
                 if not worker.join():
                     log.warning("thread still running", extra={"worker": worker.name})
             self.memory.close()
+            logs.root().removeHandler(self._logged_events)
+            if self._file_events is not None:
+                self._file_events.close()
             if self._state is not None:
                 self._state.save()
+
+    def _end(self) -> None:
+        self.lifecycle.end()  # which is made after the routes
 
     def _pids_on_card(self, name: str) -> tuple[int, ...]:
         reading = self.memory.measure()
@@ -202,50 +248,130 @@ class Broker:
             self._state.save()
         return STATE_INTERVAL_S
 
-    def _make_workers(
-        self, sampler: Sampler, calls: ControlCalls, moves: Moves, clock: Clock
-    ) -> list[PeriodicWorker]:
-        config = self.config
+    def _make_workers(self, sampler: Sampler) -> list[PeriodicWorker]:
+        config = self._live.current
         workers = [
             PeriodicWorker("watcher", self.watcher.sweep, retry_s=1.0),
             PeriodicWorker("gpu-sampler", sampler.sample, retry_s=config.gpu.sample_interval),
         ]
-        for name, consumer in config.consumers.items():
-            if consumer.health is None and consumer.probe is None:
-                continue  # never probed, so never refused
-            prober = Prober(name, calls, self.registry, interval=config.health_interval)
-            worker = PeriodicWorker(f"probe-{name}", prober.probe, retry_s=config.health_interval)
-            self._probers[name] = worker
-            workers.append(worker)
         if self._state is not None:
             workers.append(PeriodicWorker("state", self._save_state, retry_s=STATE_INTERVAL_S))
-        housekeeper = Housekeeper(config, self.registry, self.scheduler, moves, clock)
-        if housekeeper.needed:
-            workers.append(PeriodicWorker("housekeeper", housekeeper.tidy, retry_s=1.0))
+        if self._file_events is not None:
+            workers.append(PeriodicWorker("events", self._file_events.write, retry_s=1.0))
         return workers
 
+    def _adjust_workers(self) -> None:
+        """One prober for every consumer that can be asked, and a housekeeper, if there is
+        anything to keep."""
+        config = self._live.current
+        for name, consumer in config.consumers.items():
+            if name in self._probers or (consumer.health is None and consumer.probe is None):
+                continue  # who is never probed is never refused
+            prober = Prober(name, self._calls, self.registry, interval=config.health_interval)
+            self._probers[name] = PeriodicWorker(
+                f"probe-{name}", prober.probe, retry_s=config.health_interval
+            )
+        if self._housekeeper.needed and self._tidying is None:
+            self._tidying = PeriodicWorker("housekeeper", self._housekeeper.tidy, retry_s=1.0)
 
-def serve(config: Config) -> int:
+    def _all_workers(self) -> list[PeriodicWorker]:
+        tidying = [] if self._tidying is None else [self._tidying]
+        return [*self._workers, *self._probers.values(), *tidying]
+
+    # -- another config --------------------------------------------------------------------
+
+    def reload(self) -> Mapping[str, Any]:
+        """Read the config anew and apply what changed, while jobs run and wait.
+
+        Returns what changed. Raises BadRequest, with nothing changed, if the config has faults,
+        or changes what is read once, or takes a consumer away that is in use.
+        """
+        with self._lock:
+            if self._read_config is None:
+                raise BadRequest("this broker was not started from a config file")
+            try:
+                new = self._read_config()
+            except ConfigError as error:
+                raise BadRequest(f"the config was not applied; {error}") from None
+            old = self._live.current
+            found = changes(old, new)
+            if found.fixed:
+                fixed = ", ".join(found.fixed)
+                raise BadRequest(f"the config was not applied: changes of {fixed} need a restart")
+            moved = [
+                name for name in found.changed if old.consumers[name].url != new.consumers[name].url
+            ]
+            for name in (*found.removed, *moved):
+                self._refuse_if_in_use(name)
+            self._apply(new, found, moved)
+            told = found.as_json()
+        log.info("config reloaded", extra={key: value for key, value in told.items() if value})
+        return told
+
+    def _refuse_if_in_use(self, name: str) -> None:
+        state = self.registry.get(name)
+        in_line = any(entry.job.consumer == name for entry in self.scheduler.line())
+        if in_line or state.active or state.busy or state.parked is not None:
+            raise BadRequest(f"the config was not applied: consumer {name} is in use")
+
+    def _apply(self, new: Config, found: Changes, moved: Iterable[str]) -> None:
+        for name in (*found.added, *moved):
+            self.registry.add(name, _assumed_loaded(new.consumers[name]))
+            self.learned.add(name)
+        self._live.replace(new)
+        for name in (*found.removed, *found.changed):
+            if (prober := self._probers.pop(name, None)) is not None:
+                prober.stop()
+        self._adjust_workers()
+        for worker in self._all_workers():
+            worker.start()
+
+
+def serve(config: Config, read_config: Callable[[], Config] | None = None) -> int:
     """Serve the broker on `config.listen` until it is told to end; returns the exit code.
+    `read_config` reads the config anew for a reload.
 
     To be called from the main thread.
     """
     try:
-        broker = prepare(config)
+        broker = prepare(config, read_config)
     except KeysError as error:
         log.error("bad keys", extra={"reason": str(error)})
         return 2
+    notifier = Notifier()
+    watchdog = None
+    if notifier.watchdog_s is not None:
+        watchdog = PeriodicWorker(
+            "watchdog", partial(_sign_of_life, broker, notifier), retry_s=notifier.watchdog_s
+        )
+
+    def listening() -> None:
+        notifier.tell(READY)
+        if watchdog is not None:
+            watchdog.start()
+
+    broker.lifecycle.when_draining(partial(notifier.tell, STOPPING))
     try:
-        server.run(broker.flask)
+        server.run(broker.flask, listening)
     except (OSError, ValueError) as error:  # waitress: a host name that cannot be resolved
         log.error("cannot listen", extra={"listen": config.listen, "reason": str(error)})
         return 1
     finally:
+        if watchdog is not None:
+            watchdog.stop()
         broker.stop()
     return 0
 
 
-def prepare(config: Config) -> Broker:
+def _sign_of_life(broker: Broker, notifier: Notifier) -> float:
+    """Tell systemd that the broker is alive: that its scheduler answers, which takes the lock
+    that everything hangs on."""
+    broker.scheduler.stats()
+    notifier.tell(ALIVE)
+    return notifier.watchdog_s or 1.0
+
+
+def prepare(config: Config, read_config: Callable[[], Config] | None = None) -> Broker:
     """A started broker, with logs, signals and the server's defaults set for this process.
 
     Raises KeysError if the API keys cannot be read.
@@ -256,8 +382,9 @@ def prepare(config: Config) -> Broker:
         config,
         keys=load_keys(os.environ, config.auth.keys_file),
         state_file=state_path(config.state_file, config.listen, os.environ),
+        read_config=read_config,
     )
-    broker.lifecycle.install_signal_handlers()
+    broker.lifecycle.install_signal_handlers(broker.reload)
     broker.start()
     return broker
 

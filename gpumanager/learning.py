@@ -67,6 +67,11 @@ class Learned:
         self._records = {name: _Record() for name in names}
         self._changes = 0
 
+    def add(self, name: str) -> None:
+        """Learn of one more consumer; what is known of it already stays."""
+        with self._lock:
+            self._records.setdefault(name, _Record())
+
     def figures(self, name: str) -> Figures:
         """What is known of one consumer."""
         with self._lock:

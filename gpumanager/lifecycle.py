@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from gpumanager.clock import Clock
-from gpumanager.errors import ShuttingDown
+from gpumanager.errors import BrokerError, ShuttingDown
 from gpumanager.scheduling.interface import Scheduler
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,17 @@ class Lifecycle:
         self._unfinished = unfinished
         self._draining = draining
         self._drained = threading.Event()
+        self._when_draining: Callable[[], object] = lambda: None
+
+    def when_draining(self, action: Callable[[], object]) -> None:
+        """Have `action` called when the drain begins."""
+        self._when_draining = action
 
     def drain(self) -> bool:
         """Refuse new jobs and those in line, let running ones finish within `drain_timeout`
         seconds, and the last answers reach their clients. True if nothing was cut off."""
         self._draining.set()
+        self._when_draining()
         log.info("draining", extra={"timeout_s": self._drain_timeout})
         self._scheduler.drain()
         finished = self._scheduler.wait_idle(self._drain_timeout)
@@ -62,22 +68,29 @@ class Lifecycle:
             error = ShuttingDown("the broker shut down before the job was done", consumer=name)
             self._scheduler.cancel(entry.ticket, error)
 
-    def install_signal_handlers(self) -> None:
+    def end(self) -> None:
+        """Drain and end the process, as SIGTERM does. Returns at once; idempotent."""
+        if not self._draining.is_set():
+            self._draining.set()
+            threading.Thread(target=self._drain_and_end, name="drain", daemon=True).start()
+
+    def install_signal_handlers(self, reload: Callable[[], object]) -> None:
         """SIGTERM and SIGINT drain, then end the process with exit code 0; a second one ends
-        it at once. The main thread has to be the server's; in another, where Python allows no
-        handlers, this does nothing, and ending the process is left to the server."""
+        it at once. SIGHUP calls `reload`, on a thread of its own. The main thread has to be the
+        server's; in another, where Python allows no handlers, this does nothing, and ending the
+        process is left to the server."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGHUP, lambda *_: _in_background(reload))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._drained.is_set():
             raise SystemExit(0)
         if self._draining.is_set():
             os._exit(128 + number)
-        self._draining.set()
-        threading.Thread(target=self._drain_and_end, name="drain", daemon=True).start()
+        self.end()
 
     def _drain_and_end(self) -> None:
         try:
@@ -86,3 +99,15 @@ class Lifecycle:
             self._drained.set()
             # Only the main thread can end the server's loop: wake it with a signal of our own.
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_background(reload: Callable[[], object]) -> None:
+    def run() -> None:
+        try:
+            reload()
+        except BrokerError as error:
+            log.error("config not reloaded", extra={"reason": error.message})
+        except Exception:
+            log.exception("config not reloaded")
+
+    threading.Thread(target=run, name="reload", daemon=True).start()

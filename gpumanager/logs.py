@@ -15,15 +15,25 @@ from gpumanager.upstream.exchange import TruncatedAnswer
 _DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
+def root() -> logging.Logger:
+    """The package's logger, which lets events through, whatever the level of the log."""
+    logger = logging.getLogger("gpumanager")
+    if logger.level == logging.NOTSET or logger.level > logging.INFO:
+        logger.setLevel(logging.INFO)
+    return logger
+
+
 def configure(settings: LogConfig) -> None:
     """Send the package's and waitress's logs to stderr in the configured shape."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(settings.format))
+    handler.setLevel(settings.level.upper())
     for name in ("gpumanager", "waitress"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(settings.level.upper())
+    logging.getLogger("gpumanager.access").setLevel(settings.level.upper())
     # Waitress says "Serving on …" at INFO, which is worth having, but logs a trace for every
     # answer that has to be cut short, which the broker has logged already, and each wait for a
     # free thread, which the line shows better.

@@ -51,7 +51,8 @@ class Stats:
 
     `total_jobs` counts grants since the start; `last_wait_ms` belongs to the latest grant,
     `last_run_ms` to the job that gave the GPU back last. `evictions` counts consumers that
-    were unloaded to make room.
+    were unloaded to make room; `longest_overtake` is the most jobs that were granted past one
+    that had come before them.
     """
 
     queue_depth: int = 0
@@ -61,6 +62,7 @@ class Stats:
     last_run_ms: int = 0
     oldest_queued: datetime | None = None
     evictions: int = 0
+    longest_overtake: int = 0
 
 
 @dataclass(frozen=True, slots=True)

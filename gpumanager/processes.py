@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
 import psutil
 
-from gpumanager.config import Config
+from gpumanager.config import Config, ConsumerConfig
 
 _FRONTS = frozenset(
     {"systemd", "init", "docker-proxy", "rootlessport", "conmon", "pasta", "slirp4netns", "ssh"}
@@ -25,6 +25,9 @@ class ProcessTable(Protocol):
 
     def listeners(self) -> Mapping[Address, tuple[int, ...]]:
         """Who listens on which TCP address, as far as it may be seen."""
+
+    def ports(self) -> Set[int]:
+        """TCP ports that are listened on, by whomever."""
 
     def ancestry(self, pid: int) -> tuple[int, ...]:
         """`pid`, its parent, and so on; empty if there is no such process."""
@@ -41,13 +44,20 @@ class SystemProcesses:
 
     def listeners(self) -> Mapping[Address, tuple[int, ...]]:
         found: dict[Address, set[int]] = {}
-        try:
-            for row in psutil.net_connections("tcp"):
-                if row.status == psutil.CONN_LISTEN and row.pid is not None and row.laddr:
-                    found.setdefault((row.laddr.ip, row.laddr.port), set()).add(row.pid)
-        except (psutil.Error, OSError):
-            return {}
+        for address, pid in _listening():
+            if pid is not None:
+                found.setdefault(address, set()).add(pid)
         return {address: tuple(sorted(pids)) for address, pids in found.items()}
+
+    def ports(self) -> Set[int]:
+        return {address[1] for address, _ in _listening()}
+
+    def commands(self) -> Mapping[int, str]:
+        """The command line of every process that may be seen."""
+        found = {}
+        for process in psutil.process_iter(["cmdline"]):
+            found[process.pid] = " ".join(process.info["cmdline"] or ())
+        return found
 
     def ancestry(self, pid: int) -> tuple[int, ...]:
         try:
@@ -70,26 +80,49 @@ class SystemProcesses:
         return paths.get("0", "")  # the unified hierarchy
 
 
+def _listening() -> list[tuple[Address, int | None]]:
+    """Who listens where; the process is None where it may not be seen."""
+    try:
+        rows = psutil.net_connections("tcp")
+    except (psutil.Error, OSError):
+        return []
+    return [
+        ((row.laddr.ip, row.laddr.port), row.pid)
+        for row in rows
+        if row.status == psutil.CONN_LISTEN and row.laddr
+    ]
+
+
 class ConsumerProcesses:
     """The processes that listen where the consumers are. Safe from any thread."""
 
     def __init__(self, config: Config, table: ProcessTable) -> None:
-        self._addresses = {
-            name: address
-            for name, consumer in config.consumers.items()
-            if (address := _local_address(consumer.base_url)) is not None
-        }
+        self._config = config
         self._table = table
+        self._consumers: Mapping[str, ConsumerConfig] = {}
+        self._addresses: Mapping[str, Address] = {}
 
     def find(self) -> dict[str, tuple[int, ...]]:
         """The listening processes of each consumer of this machine, where they can be seen and
         are its own."""
-        return dict(self._find(self._addresses))
+        return dict(self._find(self._local()))
 
     def of(self, name: str) -> tuple[int, ...]:
         """The listening processes of one consumer; empty if they cannot be seen."""
-        address = self._addresses.get(name)
+        address = self._local().get(name)
         return () if address is None else dict(self._find({name: address})).get(name, ())
+
+    def _local(self) -> Mapping[str, Address]:
+        """Where the consumers of this machine are; looked up again when the config changed."""
+        consumers = self._config.consumers
+        if consumers is not self._consumers:
+            self._addresses = {
+                name: address
+                for name, consumer in consumers.items()
+                if (address := _local_address(consumer.base_url)) is not None
+            }
+            self._consumers = consumers
+        return self._addresses
 
     def _find(self, addresses: Mapping[str, Address]) -> Iterator[tuple[str, tuple[int, ...]]]:
         listeners = self._table.listeners()

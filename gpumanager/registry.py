@@ -32,6 +32,14 @@ class Registry:
         )
         self._gpu = GpuState()
 
+    def add(self, name: str, assumed_loaded: bool) -> None:
+        """Take in a consumer that is new, or somewhere else than before: nothing is known of
+        it."""
+        with self._lock:
+            self._assumed_loaded[name] = assumed_loaded
+            fresh = {name: ConsumerState(loaded=assumed_loaded)}
+            self._consumers = MappingProxyType({**self._consumers, **fresh})
+
     def snapshot(self) -> Mapping[str, ConsumerState]:
         """Every consumer's state by name, as it was at one instant."""
         return self._consumers

@@ -35,7 +35,17 @@ def files_that_mention(library: str) -> set[str]:
         ("pynvml", {"monitoring/memory.py"}),
         ("waitress", {"logs.py", "web/server.py", "demo/speech.py"}),
         ("urllib3", {"upstream/exchange.py", "upstream/transport.py"}),
-        ("requests", {"client.py", "upstream/exchange.py", "upstream/transport.py"}),
+        (
+            "requests",
+            {
+                "client.py",
+                "setup/discovery.py",
+                "upstream/exchange.py",
+                "upstream/transport.py",
+            },
+        ),
+        ("prometheus_client", {"web/metrics.py"}),
+        ("rich", {"cli/views.py", "cli/watching.py"}),
         ("psutil", {"processes.py", "reclaim/ladder.py", "reclaim/signals.py"}),
         ("cuda.bindings.driver", {"reclaim/checkpoint.py"}),
     ],

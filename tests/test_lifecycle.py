@@ -52,5 +52,5 @@ def test_a_job_that_outlasts_the_drain_is_told_to_stop() -> None:
 def test_handlers_are_the_main_threads_business() -> None:
     lifecycle, _, _ = make([], 60)
     before = signal.getsignal(signal.SIGTERM)
-    Outcome(lifecycle.install_signal_handlers).result()
+    Outcome(lambda: lifecycle.install_signal_handlers(list)).result()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -203,6 +203,10 @@ def _bare_path(value: object) -> object:
     return value
 
 
+def _bare_path_or_none(value: object) -> object:
+    return value if value is None else _bare_path(value)
+
+
 def _bare_expression(value: object) -> object:
     return {"expr": value} if isinstance(value, str) else value
 
@@ -538,11 +542,11 @@ class Timeouts(_Model):
     total: Seconds = 600.0
 
 
-_Health = Annotated[Health | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
-_Load = Annotated[LoadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
-_Unload = Annotated[UnloadCall | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
-_Probe = Annotated[Probe | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
-_Settled = Annotated[Settled | None, BeforeValidator(lambda v: v if v is None else _bare_path(v))]
+_Health = Annotated[Health | None, BeforeValidator(_bare_path_or_none)]
+_Load = Annotated[LoadCall | None, BeforeValidator(_bare_path_or_none)]
+_Unload = Annotated[UnloadCall | None, BeforeValidator(_bare_path_or_none)]
+_Probe = Annotated[Probe | None, BeforeValidator(_bare_path_or_none)]
+_Settled = Annotated[Settled | None, BeforeValidator(_bare_path_or_none)]
 _Evict = Annotated[
     tuple[Annotated[Rung, BeforeValidator(_bare_rung)], ...], BeforeValidator(_listed)
 ]
@@ -646,6 +650,15 @@ class LogConfig(_Model):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class EventsConfig(_Model):
+    """What has happened. `file` (absolute) gets it as JSON lines, and is rotated at `max_mib`,
+    `keep_files` old ones kept; none: the latest are only in memory."""
+
+    file: Annotated[StrictStr, AfterValidator(_file)] | None = None
+    max_mib: Annotated[StrictInt, Field(ge=1, le=10_000)] = 16
+    keep_files: Annotated[StrictInt, Field(ge=0, le=100)] = 3
+
+
 class Config(_Model):
     """The broker. Intervals and `drain_timeout` (for a running job at shutdown) in seconds;
     `eviction` is how victims are chosen: least recently used, or by what their reload costs.
@@ -673,6 +686,7 @@ class Config(_Model):
     state_file: StrictStr | None = None
     allowed_hosts: tuple[Annotated[StrictStr, AfterValidator(_host)], ...] = ()
     log: LogConfig = LogConfig()
+    events: EventsConfig = EventsConfig()
 
     @property
     def host(self) -> str:

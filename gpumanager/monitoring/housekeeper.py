@@ -34,8 +34,12 @@ class Housekeeper:
         self._started = clock.monotonic()
         self._seen_idle: dict[str, float] = {}
         self._restored_after: dict[str, float] = {}
-        self.needed = bool(config.default_resident) or any(
-            consumer.idle_unload is not None for consumer in config.consumers.values()
+
+    @property
+    def needed(self) -> bool:
+        """Whether the config asks for anything of it."""
+        return bool(self._config.default_resident) or any(
+            consumer.idle_unload is not None for consumer in self._config.consumers.values()
         )
 
     def tidy(self) -> float:

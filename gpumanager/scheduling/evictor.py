@@ -132,7 +132,9 @@ class Evictor:
             held = release.residue_mib
             kept = "" if held is None else f", and holds {held} MiB"
             reason = f"gave back {release.mib} of {release.expected_mib} MiB"
-            self._registry.quarantine(name, f"{reason} after {', '.join(tried)}{kept}")
+            reason += f" after {', '.join(tried)}{kept}"
+            self._registry.quarantine(name, reason)
+            log.warning("quarantined", extra={"consumer": name, "reason": reason})
         return release
 
     def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:

@@ -46,6 +46,7 @@ class Line:
         self._tickets: dict[int, LineTicket] = {}
         self._last_number = 0
         self._total_jobs = 0
+        self._longest_overtake = 0
         self._last_wait_s = 0.0
         self._last_run_s = 0.0
         self._holds = HoldTimes()
@@ -108,6 +109,7 @@ class Line:
                 last_wait_ms=round(self._last_wait_s * 1000),
                 last_run_ms=round(self._last_run_s * 1000),
                 oldest_queued=None if oldest is None else wall_time(self._clock, oldest.since),
+                longest_overtake=self._longest_overtake,
             )
 
     def drain(self) -> None:
@@ -130,6 +132,7 @@ class Line:
             chosen = self._policy.next_up(self._waiting.values(), self._running.values(), now)
             if chosen is None:
                 return
+            self._count_overtakes_locked(chosen)
             del self._waiting[chosen.ticket]
             self._running[chosen.ticket] = Running(chosen.ticket, chosen.job, since=now)
             self._total_jobs += 1
@@ -141,6 +144,14 @@ class Line:
                 to_begin.append(ticket)
             else:
                 ticket._turn.notify()
+
+    def _count_overtakes_locked(self, chosen: Waiting) -> None:
+        for place in self._waiting.values():
+            if place is chosen:
+                return
+            ticket = self._tickets[place.ticket]
+            ticket._overtaken += 1
+            self._longest_overtake = max(self._longest_overtake, ticket._overtaken)
 
     def _cancel_locked(self, ticket: LineTicket, error: BrokerError) -> None:
         if ticket._error is None:
@@ -194,6 +205,7 @@ class LineTicket:
         "_begun",
         "_error",
         "_line",
+        "_overtaken",
         "_place",
         "_turn",
         "_waited_s",
@@ -209,6 +221,7 @@ class LineTicket:
         self._begin: Callable[[], bool] | None = None
         self._beginning = False
         self._begun = False
+        self._overtaken = 0
 
     @property
     def number(self) -> int:

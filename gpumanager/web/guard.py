@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
 from gpumanager.errors import InternalError
+from gpumanager.events import EventLog
 from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id
 from gpumanager.web.server import unsent_bytes
 
@@ -26,9 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps the application: request id, exactly-once clean-up, last-resort errors, access log."""
+    """Wraps the application: request id, exactly-once clean-up, last-resort errors, access log,
+    and an event for each request that came to nothing."""
 
-    def __init__(self, app: WSGIApplication, clock: Clock) -> None:
+    def __init__(self, app: WSGIApplication, clock: Clock, events: EventLog) -> None:
+        self._events = events
         self._app = app
         self._clock = clock
         self._lock = threading.Lock()
@@ -107,6 +110,25 @@ class Guard:
         }
         fields.update((name, value) for name, value in optional.items() if value is not None)
         access_log.info("request", extra=fields)
+        if record.failure is not None and record.run_s is None:
+            self._note_refusal(record)
+
+    def _note_refusal(self, record: RequestRecord) -> None:
+        # Only those that got as far as a consumer are kept: a scanner must not drive out the rest.
+        self._events.note(
+            "refused",
+            {
+                "code": record.failure,
+                "status": record.status,
+                "consumer": record.consumer,
+                "client": record.client,
+                "key": record.key,
+                "path": record.path,
+                "request_id": record.request_id,
+                "wait_ms": _ms(record.waited_s),
+            },
+            keep=record.consumer is not None,
+        )
 
 
 class _GuardedBody:

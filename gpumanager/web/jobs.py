@@ -21,6 +21,7 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     SchedulerError,
 )
+from gpumanager.events import EventLog
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
@@ -88,7 +89,9 @@ class _Hold:
         learned: Learned,
         record: RequestRecord,
         clock: Clock,
+        events: EventLog,
     ) -> None:
+        self._events = events
         self._ticket = ticket
         self._registry = registry
         self._learned = learned
@@ -99,7 +102,8 @@ class _Hold:
         self._kept = False
         self.began = clock.monotonic()
         self.before = registry.job_started(ticket.job.consumer)
-        self.ran = False
+        self.status: int | None = None
+        self.failure: str | None = None
         self.loaded_nothing = False
         self.process_gone = False
 
@@ -128,8 +132,28 @@ class _Hold:
             process_gone=self.process_gone,
         )
         self._ticket.close()
-        if self.ran:
+        if self.failure is None and self.status is not None and self.status < 400:
             self._learned.ran(name, seconds)
+        self._note(seconds)
+
+    def _note(self, seconds: float) -> None:
+        ticket, job = self._ticket, self._ticket.job
+        self._events.note(
+            "job",
+            {
+                "consumer": job.consumer,
+                "kind": job.kind,
+                "ticket": ticket.number,
+                "client": job.client,
+                "request_id": job.request_id,
+                "key": self._record.key,
+                "status": self.status,
+                "failure": self.failure,
+                "wait_ms": _ms(ticket.waited_s),
+                "prepare_ms": _ms(ticket.prepared_s),
+                "run_ms": _ms(seconds),
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +180,12 @@ class JobRunner:
         completions: Completions,
         watcher: Watcher,
         clock: Clock,
+        events: EventLog,
         *,
         look: Callable[[], object] = lambda: None,
         after_job: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
+        self._events = events
         self._calls = calls
         self._admission = admission
         self._breakers = breakers
@@ -203,7 +229,9 @@ class JobRunner:
 
         def begin() -> None:
             self._admission.begin(name)
-            holds.append(_Hold(ticket, self._registry, self._learned, record, self._clock))
+            holds.append(
+                _Hold(ticket, self._registry, self._learned, record, self._clock, self._events)
+            )
             record.stack.callback(self._after_job, name)
             record.stack.callback(holds[0].give_back)
 
@@ -265,6 +293,7 @@ class JobRunner:
         except BaseException as error:
             hold.loaded_nothing = not exchange.reached
             hold.process_gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
+            hold.failure = error.code if isinstance(error, BrokerError) else "internal_error"
             if departures:
                 departures[-1].settle()
             hold.give_back()
@@ -278,7 +307,7 @@ class JobRunner:
         # card is measured, taking it for not loaded costs an eviction at worst.
         measured = self._registry.gpu.reading is not None
         hold.loaded_nothing = exchange.status >= 500 and measured and not hold.before.loaded
-        hold.ran = exchange.status < 400
+        hold.status = exchange.status
         if job is not None:
             self._follow(name, consumer, job, ticket, hold)
 
@@ -286,12 +315,16 @@ class JobRunner:
             departure.settle()
             hold.give_back()
 
+        def broke(error: BrokerError) -> None:
+            hold.failure = error.code
+            self._judge(name, error)
+
         if exchange.consumer_done:
             give_back()  # before the answer is even begun
         return RelayedResponse(
             exchange,
             give_back,
-            on_break=lambda error: self._judge(name, error),
+            on_break=broke,
             finish_answer=departure.finish_answer,
         )
 
@@ -382,6 +415,10 @@ class JobRunner:
         finally:
             record.waited_s = ticket.waited_s
         record.prepared_s = ticket.prepared_s
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
 
 
 def _gone(name: str) -> ClientGone:

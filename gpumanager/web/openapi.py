@@ -59,6 +59,43 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
         "post": _move("Unload a consumer", "Unloaded", consumer)
     }
     paths["/v1/consumers/{consumer}/load"] = {"post": _move("Load a consumer", "Loaded", consumer)}
+    paths["/v1/events"] = {"get": _events()}
+    paths["/v1/trace"] = {
+        "get": _read("The events as a trace for chrome://tracing or Perfetto", "Trace")
+    }
+    paths["/metrics"] = {
+        "get": {
+            "summary": "Metrics for Prometheus",
+            "responses": {
+                "200": {
+                    "description": "Text exposition format",
+                    "content": {"text/plain": {"schema": {"type": "string"}}},
+                },
+                **_errors([]),
+            },
+        }
+    }
+    paths["/v1/drain"] = {
+        "post": {
+            "summary": "Refuse new jobs, finish running ones, and end the broker",
+            "parameters": [
+                {
+                    "name": "boot",
+                    "in": "query",
+                    "required": True,
+                    "description": "As `/v1/events` gives it, so that none is ended by accident",
+                    "schema": {"type": "string"},
+                }
+            ],
+            "responses": {"202": _json("It drains", _ref("Draining")), **_errors([])},
+        }
+    }
+    paths["/v1/reload"] = {
+        "post": {
+            "summary": "Read the config anew and apply what changed",
+            "responses": {"200": _json("What changed", _ref("Changes")), **_errors([])},
+        }
+    }
     paths[config.audio_path_prefix + "{file}"] = {"get": _audio()}
     paths["/healthz"] = {"get": _health()}
     paths["/openapi.json"] = {
@@ -163,6 +200,20 @@ def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]
             "200": _json("It was done", _ref(schema)),
             **_errors([errors.NotFound, errors.ConsumerTimeout, *_JOB], forwarding=False),
         },
+    }
+
+
+def _events() -> dict[str, Any]:
+    number = {"type": "integer", "minimum": 0}
+    limit = {**number, "maximum": 1000}
+    return {
+        "summary": "What has happened lately",
+        "description": "Ask again with `since` set to `last`; `boot` changes with a restart.",
+        "parameters": [
+            {"name": "since", "in": "query", "schema": number},
+            {"name": "limit", "in": "query", "schema": limit},
+        ],
+        "responses": {"200": _json("Events in their order", _ref("Events")), **_errors([])},
     }
 
 
@@ -331,6 +382,23 @@ def _schemas() -> dict[str, Any]:
             {"thief": text},
         ),
         "Loaded": _object({"consumer": text, "loaded": flag, "ms": _COUNT}),
+        "Events": _object(
+            {
+                "boot": text,
+                "last": _COUNT,
+                "missed": _COUNT,
+                "events": {"type": "array", "items": _ref("Event")},
+            }
+        ),
+        "Event": _object({"number": _COUNT, "time": _TIME, "event": text, "level": text}),
+        "Trace": _object({"traceEvents": {"type": "array", "items": {"type": "object"}}}),
+        "Draining": _object({"status": {"const": "draining"}}),
+        "Changes": _object(
+            {
+                what: {"type": "array", "items": text}
+                for what in ("added", "removed", "changed", "keys")
+            }
+        ),
         "Learned": _object(
             {},
             {

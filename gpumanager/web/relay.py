@@ -102,10 +102,12 @@ class RelayedBody:
         """Release the consumer, if the answer was not read to its end."""
         self._chunks.close()
         if not self._exchange.ended:
+            gone = ClientGone("the client left")
+            self._on_break(gone)
             if self._finish_answer:
                 self._exchange.drain()
             else:
-                self._exchange.abort(ClientGone("the client left"))
+                self._exchange.abort(gone)
             self._exchange.close()
             self._on_end()
 

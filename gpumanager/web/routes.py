@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from flask import Flask, Response, request
@@ -15,12 +15,15 @@ from flask import Flask, Response, request
 from gpumanager import errors
 from gpumanager.admission import Admission
 from gpumanager.config import KINDS, Config, Kind
+from gpumanager.events import EventLog
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, dashboard, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.entrance import Entrance, JobView
 from gpumanager.web.jobs import ClientWatch, JobRunner
+from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
+from gpumanager.web.metrics import Metrics
 from gpumanager.web.openapi import describe
 from gpumanager.web.operations import Operations
 from gpumanager.web.record import record_of
@@ -28,6 +31,7 @@ from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
 from gpumanager.web.status import StatusView
+from gpumanager.web.timeline import chrome_trace
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 ROOT_TEXT = (
     "gpumanager: GET /v1/status shows the live state, POST /v1/{tts,stt,llm,image} runs a job\n"
 )
+
+MOST_EVENTS = 1000
+"""In one answer."""
 
 _SENDABLE = re.compile(r"[!-~]*")
 """What may stand in a request line."""
@@ -56,6 +63,10 @@ class Services:
     watcher: Watcher
     keyring: Keyring
     version: str
+    events: EventLog
+    metrics: Metrics
+    drain: Callable[[], None]
+    reload: Callable[[], Mapping[str, Any]]
     draining: Callable[[], bool]
     cancel: Callable[[int, errors.BrokerError], bool]
 
@@ -78,7 +89,8 @@ def create_app(services: Services) -> Flask:
             provide_automatic_options=False,
         )
     _control_routes(app, services)
-    _operator_routes(app, services.operations)
+    _operator_routes(app, services)
+    _record_routes(app, services)
     _audio_routes(app, services)
     app.wsgi_app = Entrance(app.wsgi_app, jobs, checks)  # type: ignore[method-assign]
     return app
@@ -147,7 +159,45 @@ def _control_routes(app: Flask, services: Services) -> None:
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
 
-def _operator_routes(app: Flask, operations: Operations) -> None:
+def _record_routes(app: Flask, services: Services) -> None:
+    events = services.events
+
+    @app.get("/v1/events", provide_automatic_options=False)
+    def happened() -> Response:
+        since = _query_number("since", 0)
+        limit = _query_number("limit", MOST_EVENTS, most=MOST_EVENTS)
+        found = events.since(since, limit)
+        return json_response(
+            {
+                "boot": events.boot,
+                "last": found.last,
+                "missed": found.missed,
+                "events": [event.as_json() for event in found.events],
+            }
+        )
+
+    @app.get("/v1/trace", provide_automatic_options=False)
+    def trace() -> Response:
+        return json_response(chrome_trace(events.since(0).events))
+
+    @app.get("/metrics", provide_automatic_options=False)
+    def metrics() -> Response:
+        return Response(services.metrics.exposition(), content_type=METRICS_TYPE)
+
+
+def _query_number(name: str, default: int, *, most: int = 2**53) -> int:
+    """A number in the query. Raises BadRequest for anything else."""
+    given = request.args.get(name)
+    if given is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,16}", given) or int(given) > most:
+        raise errors.BadRequest(f"{name} must be a number from 0 to {most}")
+    return int(given)
+
+
+def _operator_routes(app: Flask, services: Services) -> None:
+    operations = services.operations
+
     def plan(kind: Kind) -> Response:
         return json_response(operations.plan(kind))
 
@@ -165,6 +215,18 @@ def _operator_routes(app: Flask, operations: Operations) -> None:
     @app.post("/v1/consumers/<name>/load", provide_automatic_options=False)
     def load(name: str) -> Response:
         return json_response(operations.load(request.environ, name))
+
+    @app.post("/v1/drain", provide_automatic_options=False)
+    def drain() -> Response:
+        # Nobody ends a broker by accident, or another than the one that was meant.
+        if request.args.get("boot") != services.events.boot:
+            raise errors.BadRequest("boot must be that of this run, as GET /v1/events gives it")
+        services.drain()
+        return json_response({"status": "draining"}, 202)
+
+    @app.post("/v1/reload", provide_automatic_options=False)
+    def reload() -> Response:
+        return json_response(services.reload())
 
 
 def _audio_routes(app: Flask, services: Services) -> None:

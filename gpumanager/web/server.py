@@ -216,12 +216,16 @@ def _raise_descriptor_limit(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def run(app: Any) -> None:
-    """Serve `app` with the defaults set before, until the process is told to end.
+def run(app: Any, when_listening: Callable[[], object]) -> None:
+    """Serve `app` with the defaults set before, until the process is told to end;
+    `when_listening` is called once clients can connect.
 
     Raises OSError if the address cannot be had.
     """
-    waitress.serve(app)
+    making = waitress.server.create_server(app)
+    when_listening()
+    making.print_listen("Serving on http://{}:{}")
+    making.run()
 
 
 def unsent_bytes(environ: WSGIEnvironment) -> Callable[[], int]:

@@ -41,6 +41,9 @@ class FakeProcesses:
         self.cgroups: dict[int, str] = {}
         self.looks = 0
 
+    def ports(self) -> set[int]:
+        return {port for _, port in self.listening}
+
     def listeners(self) -> Mapping[Address, tuple[int, ...]]:
         self.looks += 1
         return self.listening

@@ -105,6 +105,8 @@ class Ollama(Fake):
         self.on_card = 0
 
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if path == "/":
+            return 200, "Ollama is running"
         if path == "/api/version":
             return 200, {"version": "0.33.0"}
         if path == "/api/ps":
@@ -172,7 +174,7 @@ class ComfyUI(Fake):
         with self.changed:
             if path == "/system_stats":
                 device = {"name": "cuda:0", "index": 0, "torch_vram_total": self.held * MIB}
-                return 200, {"system": {}, "devices": [device]}
+                return 200, {"system": {"python_version": "3.12.3"}, "devices": [device]}
             if (method, path) == ("GET", "/prompt"):
                 busy = len(self.pending) + (self.running is not None)
                 return 200, {"exec_info": {"queue_remaining": busy}}
@@ -249,6 +251,8 @@ class Vllm(Fake):
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
         if path == "/health":
             return 200, None
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": "it", "owned_by": "vllm"}]}
         if path == "/is_sleeping":
             return 200, {"is_sleeping": not self.awake.is_set()}
         if path == "/sleep":
@@ -298,7 +302,8 @@ def main() -> None:
             else:
                 query = parse_qs(parts.query)
                 status, said = fake.handle(self.command, parts.path, query, body)
-            data = b"" if said is None else json.dumps(said).encode()
+            text = said if isinstance(said, str) else json.dumps(said)
+            data = b"" if said is None else text.encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpumanager.clock import SystemClock
+from gpumanager.events import EventLog
 from gpumanager.web.guard import Guard
 from gpumanager.web.record import record_of
 
@@ -31,7 +32,7 @@ class Server:
             record_of(environ).stack.callback(lambda: self.given_back.append("gpu"))
             return app(environ, start_response)
 
-        self.guard = Guard(holding, SystemClock())
+        self.guard = Guard(holding, SystemClock(), EventLog(SystemClock()))
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         self.status, self.headers = status, headers
