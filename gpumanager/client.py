@@ -1,39 +1,91 @@
-"""Asking a running broker, for the command line."""
+"""Talking to a running broker, for the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import requests
 
 TIMEOUT_S = 10.0
+LONG_TIMEOUT_S = 3600.0
+"""For what waits in line: unloading, loading."""
 
 
 class BrokerUnavailable(Exception):
-    """The broker could not be asked, or refused; the text says why."""
+    """The broker could not be asked, or refused; the text says why. `status` is the answer's, 0
+    if there was none."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def ask(url: str, path: str, key: str | None = None) -> Any:
-    """The JSON a broker answers to GET `path`. Raises BrokerUnavailable."""
-    with requests.Session() as session:
-        session.trust_env = False  # the broker is on this machine, or where the URL says
-        headers = {} if key is None else {"X-Api-Key": key}
-        try:
-            answer = session.get(url.rstrip("/") + path, headers=headers, timeout=TIMEOUT_S)
-            body = answer.json()
-        except requests.exceptions.InvalidJSONError:
-            raise BrokerUnavailable(f"{url} is no gpumanager: it answered no JSON") from None
-        except (requests.RequestException, ValueError) as error:
-            raise BrokerUnavailable(f"{url} cannot be asked: {_reason(error)}") from None
-    if answer.status_code != 200:
-        message = body.get("message") if isinstance(body, dict) else None
-        raise BrokerUnavailable(message or f"{url} answered {answer.status_code}")
-    return body
+class BrokerClient:
+    """One broker, by its URL and a key, if it wants one. Every call returns the answer's JSON,
+    and raises BrokerUnavailable."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {} if key is None else {"X-Api-Key": key}
+
+    def get(self, path: str, **query: int | str) -> Any:
+        """What is there."""
+        return self._call("GET", path, query, TIMEOUT_S)
+
+    def post(self, path: str) -> Any:
+        """Have something done."""
+        return self._call("POST", path, {}, LONG_TIMEOUT_S)
+
+    def job(self, kind: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
+        """Run a job; the status of its answer and the answer itself."""
+        with requests.Session() as session:
+            session.trust_env = False
+            try:
+                answer = session.post(
+                    f"{self.url}/v1/{kind}",
+                    json=body,
+                    headers=self._headers,
+                    timeout=LONG_TIMEOUT_S,
+                )
+            except requests.RequestException as error:
+                reason = _reason(error, LONG_TIMEOUT_S)
+                raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
+            return answer.status_code, answer.content
+
+    def delete(self, path: str) -> Any:
+        """Have something taken away."""
+        return self._call("DELETE", path, {}, TIMEOUT_S)
+
+    def _call(self, method: str, path: str, query: Mapping[str, int | str], timeout: float) -> Any:
+        with requests.Session() as session:
+            session.trust_env = False  # the broker is on this machine, or where the URL says
+            try:
+                answer = session.request(
+                    method,
+                    self.url + path,
+                    params=dict(query),
+                    headers=self._headers,
+                    timeout=timeout,
+                )
+                body = answer.json()
+            except requests.exceptions.InvalidJSONError:
+                message = f"{self.url} is no gpumanager: it answered no JSON"
+                raise BrokerUnavailable(message) from None
+            except (requests.RequestException, ValueError) as error:
+                reason = _reason(error, timeout)
+                raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
+        if answer.status_code >= 300:
+            said = body.get("message") if isinstance(body, dict) else None
+            raise BrokerUnavailable(
+                said or f"{self.url} answered {answer.status_code}", answer.status_code
+            )
+        return body
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, timeout: float) -> str:
     if isinstance(error, requests.Timeout):
-        return f"no answer within {TIMEOUT_S:g} s"
+        return f"no answer within {timeout:g} s"
     if isinstance(error, requests.ConnectionError):
         return "nobody listens there"
     return str(error)

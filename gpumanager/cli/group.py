@@ -1,0 +1,44 @@
+"""The group all commands belong to, and what several of them share."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from gpumanager import __version__
+from gpumanager.client import BrokerClient, BrokerUnavailable
+
+DEFAULT_URL = "http://127.0.0.1:8770"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpumanager")
+def main() -> None:
+    """One URL, one queue and one lock in front of the AI services that share a GPU."""
+
+
+def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
+    """For a command that talks to a running broker: it gets a `broker`, from --url and --key. If
+    that cannot be asked, or refuses, the command ends with its reason and exit code 1."""
+
+    @click.option(
+        "--url",
+        envvar="GPUMANAGER_URL",
+        default=DEFAULT_URL,
+        show_default=True,
+        help="The broker; else GPUMANAGER_URL.",
+    )
+    @click.option("--key", envvar="GPUMANAGER_KEY", help="An API key; else GPUMANAGER_KEY.")
+    @functools.wraps(command)
+    def asking(*, url: str, key: str | None, **more: Any) -> Any:
+        try:
+            return command(broker=BrokerClient(url, key), **more)
+        except BrokerUnavailable as error:
+            click.echo(str(error), err=True)
+            sys.exit(1)
+
+    return asking

@@ -1,0 +1,97 @@
+"""Commands that ask a running broker to do something, or what it would do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from gpumanager.cli.group import asks_broker, main
+from gpumanager.client import BrokerClient
+from gpumanager.config import KINDS
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
+@asks_broker
+def plan(broker: BrokerClient, kind: str, as_json: bool) -> None:
+    """What a job of KIND would do now: would it fit, and who would go.
+
+    Acts on nothing. Exit code 0 if the job could run, 1 if not.
+    """
+    answer = broker.get(f"/v1/plan/{kind}")
+    click.echo(json.dumps(answer, indent=2) if as_json else plan_text(answer))
+    sys.exit(0 if answer["fits"] else 1)
+
+
+def plan_text(answer: Mapping[str, Any]) -> str:
+    """The answer of `/v1/plan/{kind}` for a person to read."""
+    name, needed, held = answer["consumer"], answer["needed_mib"], answer["held_mib"]
+    lines = [f"{name} needs {needed} MiB and holds {held}; {answer['free_mib']} MiB are free, "]
+    lines[0] += f"{answer['reserved_mib']} of them reserved ({answer['source']})"
+    if not answer["fits"]:
+        lines.append(f"does not fit: {answer['short_mib']} MiB short, even without all that may go")
+    elif answer["fits_now"]:
+        lines.append("fits as it is")
+    else:
+        lines.append("fits after unloading:")
+        lines += [
+            f"  {victim['consumer']:<16} {victim['mib']:>7} MiB  {victim['why']}"
+            for victim in answer["victims"]
+        ]
+    times = answer["estimate_ms"]
+    parts = [f"{what} {times[what] / 1000:.1f} s" for what in ("wait", "evict", "load")]
+    lines.append(f"estimated: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("ticket", type=click.IntRange(min=0))
+@asks_broker
+def cancel(broker: BrokerClient, ticket: int) -> None:
+    """Take the job with this TICKET out of the line, or stop it. `queue` shows tickets."""
+    broker.delete(f"/v1/queue/{ticket}")
+    click.echo(f"ticket {ticket} is cancelled")
+
+
+@main.command()
+@click.argument("consumer")
+@asks_broker
+def load(broker: BrokerClient, consumer: str) -> None:
+    """Make room for a CONSUMER and load it. Waits in line like a job."""
+    answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/load")
+    click.echo(f"{consumer} is loaded ({answer['ms'] / 1000:.1f} s)")
+
+
+@main.command()
+@click.argument("consumer")
+@asks_broker
+def unload(broker: BrokerClient, consumer: str) -> None:
+    """Unload a CONSUMER. Waits in line like a job. Exit code 1 if it gave nothing back."""
+    answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/unload")
+    text = f"{consumer}: {answer['outcome']}, {answer['mib']} MiB in {answer['ms'] / 1000:.1f} s"
+    click.echo(text + (f", taken by {answer['thief']}" if "thief" in answer else ""))
+    sys.exit(1 if answer["outcome"] == "leaked" else 0)
+
+
+@main.command()
+@asks_broker
+def drain(broker: BrokerClient) -> None:
+    """Have the broker refuse new jobs, finish the running one, and end."""
+    boot = broker.get("/v1/events", limit=0)["boot"]
+    broker.post(f"/v1/drain?boot={boot}")
+    click.echo(f"{broker.url} drains")
+
+
+@main.command()
+@asks_broker
+def reload(broker: BrokerClient) -> None:
+    """Have the broker read its config anew, and apply what changed without dropping the line."""
+    answer = broker.post("/v1/reload")
+    told = [f"{what} {', '.join(names)}" for what, names in answer.items() if names]
+    click.echo("; ".join(told) or "nothing changed")

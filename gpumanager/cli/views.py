@@ -1,0 +1,215 @@
+"""What the terminal shows, drawn with rich from the broker's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+COLOURS = ("dodger_blue2", "dark_orange", "green4", "medium_purple", "deep_pink4", "yellow4")
+BAR_WIDTH = 60
+LAST_EVENTS = 8
+
+_LOUD = {"error": "red", "warning": "yellow"}
+_QUIET_FIELDS = frozenset({"number", "time", "event", "level", "client", "request_id", "path"})
+
+
+def console() -> Console:
+    """Where it is shown; plain text, without a terminal."""
+    return Console(highlight=False)
+
+
+def status(found: Mapping[str, Any]) -> RenderableType:
+    """The card, the services, the line."""
+    return Group(_card(found), services(found), line(found["line"]))
+
+
+def top(found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], url: str) -> RenderableType:
+    """The live picture."""
+    scheduler = found["scheduler"]
+    head = Text.assemble(
+        ("gpumanager ", "bold"),
+        f"{found['version']}  {url}  {scheduler['total_jobs']} jobs, ",
+        f"{scheduler['evictions']} evictions, {scheduler['queue_depth']} waiting",
+    )
+    parts: list[RenderableType] = [
+        head,
+        Panel(_card(found), title="memory", title_align="left"),
+        Panel(_running(found), title="running", title_align="left"),
+        Panel(line(found["line"]), title="line", title_align="left"),
+        Panel(services(found), title="services", title_align="left"),
+        Panel(_last(events), title="lately", title_align="left"),
+    ]
+    return Group(*parts)
+
+
+def gone(reason: str) -> RenderableType:
+    """In place of the picture, while the broker is away."""
+    return Panel(Text(f"{reason}; trying again", style="red"), title="gpumanager")
+
+
+def line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Who runs and who waits."""
+    if not entries:
+        return Text("nobody runs and nobody waits", style="dim")
+    table = Table(box=None, pad_edge=False)
+    for name in ("ticket", "", "service", "kind", "client", "for", "turn in"):
+        table.add_column(name, style="dim" if name in ("ticket", "client") else None)
+    for entry in entries:
+        running = entry["state"] == "running"
+        table.add_row(
+            str(entry["ticket"]),
+            Text("runs", style="green") if running else f"{entry['position']}.",
+            entry["consumer"],
+            entry["kind"],
+            entry["client"],
+            _duration(entry["age_ms"]),
+            "" if running else _duration(entry["estimate_ms"]),
+        )
+    return table
+
+
+def services(found: Mapping[str, Any]) -> RenderableType:
+    """The consumers."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("service", "state", "model", "holds", "needs", "jobs", "usual run", "last used"):
+        right = name in ("holds", "needs", "jobs", "usual run")
+        table.add_column(name, justify="right" if right else "left")
+    kinds: dict[str, list[str]] = {}
+    for kind, name in found["routing"].items():
+        kinds.setdefault(name, []).append(kind)
+    for consumer in found["consumers"]:
+        name = consumer["name"]
+        run = consumer["learned"].get("run_ms")
+        table.add_row(
+            f"{name} ({', '.join(kinds[name])})" if name in kinds else name,
+            _state(consumer),
+            "loaded" if consumer["loaded"] else Text("not loaded", style="dim"),
+            _mib(consumer["gpu_resident_mib"]),
+            _mib(consumer["vram_budget_mib"]),
+            str(consumer["total_requests"]),
+            "" if run is None else _duration(run["p50"]),
+            _ago(consumer.get("last_used"), found["time"]),
+        )
+    return table
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """One event on one line."""
+    if event["event"] == "missed":
+        return f"… {event['count']} events were missed"
+    at = event["time"][:19].replace("T", " ")
+    fields = " ".join(
+        f"{name}={_plain(value)}" for name, value in event.items() if name not in _QUIET_FIELDS
+    )
+    return f"{at} {event['event']:<14} {fields}".rstrip()
+
+
+def _card(found: Mapping[str, Any]) -> RenderableType:
+    gpu = found["gpu"]
+    total = gpu["total_mib"]
+    if not total:
+        return Text(gpu.get("err", "the card's memory is not known"), style="yellow")
+    holders = [(each["name"], each["gpu_resident_mib"]) for each in found["consumers"]]
+    others = gpu["used_mib"] - sum(mib for _, mib in holders)
+    bar, key = Text(), Text()
+    coloured = [
+        (name, mib, COLOURS[index % len(COLOURS)])
+        for index, (name, mib) in enumerate(holders)
+        if mib > 0
+    ]
+    if others > 0:
+        coloured.append(("others", others, "grey50"))
+    drawn = 0
+    for name, mib, colour in coloured:
+        width = min(BAR_WIDTH - drawn, max(1, round(BAR_WIDTH * mib / total)))
+        bar.append("█" * width, style=colour)
+        drawn += width
+        key.append("■ ", style=colour)
+        key.append(f"{name} {_mib(mib)}  ")
+    bar.append("·" * (BAR_WIDTH - drawn), style="dim")
+    key.append(f"free {_mib(gpu['free_mib'])} of {_mib(total)}")
+    parts: list[RenderableType] = [bar, key]
+    if gpu["source"] != "measured":
+        parts.append(Text(gpu.get("err", "by the declared figures"), style="yellow"))
+    return Group(*parts)
+
+
+def _running(found: Mapping[str, Any]) -> RenderableType:
+    running = [entry for entry in found["line"] if entry["state"] == "running"]
+    if not running:
+        return Text("nothing", style="dim")
+    usual = {
+        each["name"]: each["learned"].get("run_ms", {}).get("p50") for each in found["consumers"]
+    }
+    parts: list[RenderableType] = []
+    for entry in running:
+        expected = usual.get(entry["consumer"])
+        text = f"{entry['consumer']} {entry['kind']} for {entry['client']}, "
+        text += _duration(entry["age_ms"])
+        if expected:
+            text += f" of usually {_duration(expected)}"
+            share = min(entry["age_ms"], expected)
+            parts.append(ProgressBar(total=expected, completed=share, width=BAR_WIDTH))
+        parts.insert(len(parts) - bool(expected), Text(text))
+    return Group(*parts)
+
+
+def _last(events: Sequence[Mapping[str, Any]]) -> RenderableType:
+    if not events:
+        return Text("nothing yet", style="dim")
+    return Group(
+        *(
+            Text(event_line(event), style=_LOUD.get(event["level"], ""), no_wrap=True)
+            for event in events[-LAST_EVENTS:]
+        )
+    )
+
+
+def _state(consumer: Mapping[str, Any]) -> Text:
+    if "parked" in consumer:
+        return Text(f"stopped ({consumer['parked']})", style="dim")
+    if "quarantine" in consumer:
+        return Text("does not release", style="yellow")
+    if consumer["breaker"] != "closed":
+        return Text("failing", style="red")
+    if not consumer["probed"]:
+        return Text("not probed", style="dim")
+    if not consumer["healthy"]:
+        return Text("down", style="red")
+    if "on_cpu" in consumer:
+        return Text("partly on the CPU", style="yellow")
+    return Text("well", style="green")
+
+
+def _mib(mib: int) -> str:
+    return f"{mib / 1024:.1f} GiB" if mib >= 10 * 1024 else f"{mib} MiB"
+
+
+def _duration(ms: float) -> str:
+    if ms < 1000:
+        return f"{ms:.0f} ms"
+    seconds = ms / 1000
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def _ago(then: str | None, now: str) -> str:
+    if then is None:
+        return "never"
+    seconds = (_time(now) - _time(then)).total_seconds()
+    return f"{_duration(max(0.0, seconds) * 1000)} ago"
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    return repr(text) if " " in text or not text else text

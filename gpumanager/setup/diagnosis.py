@@ -1,0 +1,144 @@
+"""What is wrong with this box, or will be: checks, each with what to do about it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpumanager.config import Config
+from gpumanager.model import MemoryReading
+
+Level = Literal["good", "warning", "bad"]
+BROKER_WORDS = ("gpumanager serve", "wsgi:app")
+"""In the command line of a process that is a broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One result. `remedy` says what to do; empty where all is well."""
+
+    level: Level
+    what: str
+    remedy: str = ""
+
+
+def card(reading: MemoryReading | None, reason: str) -> Iterator[Finding]:
+    """The driver, and whether it tells whose memory it is. `reason`: why there is no reading."""
+    if reading is None:
+        yield Finding(
+            "bad",
+            f"the card cannot be measured: {reason}",
+            "install the NVIDIA driver, or set gpu.total_mib and every vram_resident_mib, so that "
+            "the declared figures decide",
+        )
+        return
+    yield Finding("good", f"{reading.name or 'the card'}: {reading.total_mib} MiB, measured")
+    if reading.holdings is not None and reading.holdings.reason:
+        yield Finding(
+            "warning",
+            f"the memory of single processes is not known: {reading.holdings.reason}",
+            "in a container run it with the host's PID namespace (pid: host); under WSL2 and MIG "
+            "there is no way, and totals have to do",
+        )
+    for process in reading.holdings.foreign if reading.holdings is not None else ():
+        yield Finding(
+            "warning",
+            f"{process.name or 'a process'} (pid {process.pid}) holds {process.mib} MiB and is no "
+            "consumer's",
+            "make it a consumer, or end it",
+        )
+
+
+def brokers(commands: Mapping[int, str], own_port: int) -> Iterator[Finding]:
+    """Other brokers on this machine: two on one card each think that it is theirs."""
+    found = sorted(pid for pid, line in commands.items() if any(w in line for w in BROKER_WORDS))
+    if len(found) > 1:
+        pids = ", ".join(map(str, found))
+        yield Finding(
+            "warning",
+            f"{len(found)} brokers run here (pids {pids}); this config's listens on {own_port}",
+            "two brokers on one card do not know of each other's jobs: end all but one",
+        )
+    else:
+        yield Finding("good", f"{len(found)} broker runs here")
+
+
+def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) -> Iterator[Finding]:
+    """Ports that others can reach. `keys`: how many API keys there are."""
+    if not _is_loopback(config.host) and not keys:
+        yield Finding(
+            "bad",
+            f"the broker listens on {config.listen}, for everybody who can reach it, without keys",
+            "set GPUMANAGER_API_KEYS or auth.keys_file, or listen on 127.0.0.1",
+        )
+    open_ports = {port for host, port in listening if not _is_loopback(host)}
+    for name, consumer in config.consumers.items():
+        port = int(consumer.base_url.rpartition(":")[2]) if consumer.url.count(":") > 1 else 80
+        if port in open_ports:
+            yield Finding(
+                "warning",
+                f"{name} listens on all addresses at port {port}: who uses it directly passes the "
+                "broker's line by",
+                f"have it listen on 127.0.0.1, or close port {port} to others",
+            )
+
+
+def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """How the consumers are, by the running broker; and what their config lacks."""
+    for name, consumer in config.consumers.items():
+        if not consumer.rungs and not consumer.pinned and not consumer.vram_managed:
+            yield Finding(
+                "warning",
+                f"{name} has no way to be unloaded: what it holds is lost to the others",
+                "give it an unload call, or evict: [{unit: …}], or say pinned: true",
+            )
+        if consumer.health is None and consumer.probe is None:
+            yield Finding(
+                "warning",
+                f"{name} is never probed: that it is down shows with its next job",
+                "give it a health call",
+            )
+    known = (status or {}).get("consumers", ())
+    if known and all(each["healthy"] or not each["probed"] for each in known):
+        yield Finding("good", f"{len(known)} consumers are well")
+    for each in known:
+        name = each["name"]
+        if "quarantine" in each:
+            yield Finding(
+                "bad",
+                f"{name} does not release its memory: {each['quarantine']}",
+                "give it another way to evict (unit, container, signal); `gpumanager unload "
+                f"{name}` tries again",
+            )
+        if each["probed"] and not each["healthy"]:
+            yield Finding("bad", f"{name} is down: {each.get('last_error', '')}", f"start {name}")
+        if "on_cpu" in each:
+            models = ", ".join(each["on_cpu"])
+            yield Finding(
+                "warning",
+                f"{name} works on the CPU in part: {models}",
+                "a smaller model, or a smaller context, fits onto the card",
+            )
+
+
+def releases(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Consumers whose unload did not give back what it should have, lately."""
+    leaks: dict[str, int] = {}
+    for event in events:
+        if event["event"] == "evicted" and event["outcome"] == "leaked":
+            leaks[event["consumer"]] = leaks.get(event["consumer"], 0) + 1
+    for name, count in leaks.items():
+        yield Finding(
+            "warning",
+            f"{name} gave nothing back {count} times when it was unloaded",
+            "look at its log; another rung in its evict list is the way out",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,133 @@
+"""The broker as a service of the user's own: a systemd unit, or, where there is no systemd, a
+process in the background."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+UNIT = "gpumanager.service"
+MARK = "# made by `gpumanager setup`"
+SYSTEMCTL_TIMEOUT_S = 30
+
+TEMPLATE = """\
+{mark}; setup rewrites it only while this line is here
+[Unit]
+Description=gpumanager: one queue in front of the AI services that share a GPU
+After=network.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={python} -m gpumanager serve --config {config}
+ExecReload=kill -HUP $MAINPID
+# SIGTERM drains: the running job is finished first.
+TimeoutStopSec={stop_s}
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+# Exit code 2: a fault in the config, which starting again does not mend.
+RestartPreventExitStatus=2
+NoNewPrivileges=yes
+
+[Install]
+WantedBy=default.target
+"""
+
+
+class ServiceError(Exception):
+    """The service could not be set up; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserService:
+    """The unit of the user whose `environ` this is."""
+
+    environ: Mapping[str, str]
+
+    @property
+    def available(self) -> bool:
+        """Whether the user has a systemd that answers."""
+        if shutil.which("systemctl", path=self.environ.get("PATH")) is None:
+            return False
+        try:
+            self._systemctl("show-environment")
+        except ServiceError:
+            return False
+        return True
+
+    @property
+    def file(self) -> Path:
+        """Where the unit lies."""
+        home = Path(self.environ.get("HOME", "/"))
+        base = Path(self.environ.get("XDG_CONFIG_HOME") or home / ".config")
+        return base / "systemd" / "user" / UNIT
+
+    def text(self, config: Path, drain_s: float) -> str:
+        """The unit for a config."""
+        return TEMPLATE.format(
+            mark=MARK,
+            python=_quoted(sys.executable),
+            config=_quoted(str(config)),
+            stop_s=round(drain_s) + 15,
+        )
+
+    def is_ours(self) -> bool:
+        """Whether the unit may be written: there is none, or setup made it."""
+        return not self.file.exists() or self.file.read_text("utf-8").startswith(MARK)
+
+    def install(self, text: str) -> None:
+        """Write the unit and start it, now and at every login. Raises ServiceError."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(text, "utf-8")
+        self._systemctl("daemon-reload")
+        self._systemctl("enable", UNIT)
+        self._systemctl("restart", UNIT)
+
+    def reload(self) -> None:
+        """Have the running service read its config anew. Raises ServiceError."""
+        self._systemctl("reload", UNIT)
+
+    def _systemctl(self, *words: str) -> str:
+        command = ["systemctl", "--user", "--no-pager", *words]
+        try:
+            done = subprocess.run(
+                command,
+                env=dict(self.environ),
+                capture_output=True,
+                text=True,
+                timeout=SYSTEMCTL_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ServiceError(f"systemctl --user {words[0]}: {error}") from None
+        if done.returncode:
+            said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+            raise ServiceError(f"systemctl --user {' '.join(words)}: {said}")
+        return done.stdout
+
+
+def start_in_background(config: Path, log: Path) -> int:
+    """Start the broker detached from this terminal; returns its PID. Raises OSError."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpumanager", "serve", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=os.path.sep,
+        )
+    return process.pid
+
+
+def _quoted(word: str) -> str:
+    """As systemd reads it back: specifiers doubled, and in quotes."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{escaped}"'
