@@ -1,0 +1,186 @@
+"""What a broker tells of what has happened: events, trace, metrics."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpumanager.clock import SystemClock
+from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import Outcome, eventually
+
+
+def events(broker: LiveBroker, name: str) -> list[dict[str, Any]]:
+    return [e for e in broker.get("/v1/events").json()["events"] if e["event"] == name]
+
+
+def metric(broker: LiveBroker, name: str, **labels: str) -> float | None:
+    text = broker.get("/metrics").text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return float(sample.value)
+    return None
+
+
+@pytest.fixture
+def consumer() -> Any:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"{}"))) as consumer:
+        yield consumer
+
+
+def test_a_job_is_an_event_a_span_and_a_count(consumer: ScriptedConsumer) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        request_id = broker.post("/v1/tts", data=b"{}").headers["X-Request-Id"]
+        eventually(lambda: len(events(broker, "job")) == 1)
+        (event,) = events(broker, "job")
+        assert event["consumer"] == "mvoice"
+        assert event["kind"] == "tts"
+        assert event["status"] == 200
+        assert event["request_id"] == request_id
+        assert "failure" not in event
+        spans = [row for row in broker.get("/v1/trace").json()["traceEvents"] if row["ph"] == "X"]
+        assert [row["name"] for row in spans] == ["mvoice tts", "mvoice tts"]
+        assert metric(broker, "gpumanager_jobs_total", consumer="mvoice", outcome="done") == 1
+        assert metric(broker, "gpumanager_job_run_seconds_count", kind="tts") == 1
+        assert metric(broker, "gpumanager_grants_total") == 1
+
+
+def test_a_reader_asks_for_what_is_new(consumer: ScriptedConsumer) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        first = broker.get("/v1/events").json()
+        broker.post("/v1/tts", data=b"{}")
+        eventually(lambda: len(events(broker, "job")) == 1)
+        new = broker.get(f"/v1/events?since={first['last']}").json()
+        assert [each["event"] for each in new["events"]] == ["job"]
+        assert new["boot"] == first["boot"]
+        assert broker.get("/v1/events?limit=1").json()["last"] == 1
+
+
+@pytest.mark.parametrize("query", ["since=x", "since=-1", "limit=1001", "since=" + "9" * 20])
+def test_a_bad_number_is_told(consumer: ScriptedConsumer, query: str) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        refused = broker.get(f"/v1/events?{query}")
+        assert refused.status_code == 400
+        assert "must be a number" in refused.json()["message"]
+
+
+def test_refusals_are_counted_by_code_and_kept_if_they_were_for_a_consumer() -> None:
+    with live_broker(config_for("http://127.0.0.1:1")) as broker:
+        broker.get("/nothing")
+        assert broker.post("/v1/tts", data=b"{}").status_code == 502
+        eventually(lambda: len(events(broker, "job")) == 1)
+        assert events(broker, "job")[0]["failure"] == "consumer_unreachable"
+        assert not events(broker, "refused")
+        assert metric(broker, "gpumanager_refusals_total", code="not_found") == 1
+
+
+@pytest.mark.parametrize("phase", ["line", "run", "answer"])
+def test_clients_that_leave_are_counted_by_phase(phase: str) -> None:
+    go_on = threading.Event()
+    running = threading.Event()
+
+    def script(peer: Connection, _: Received) -> None:
+        running.set()
+        if phase == "answer":
+            peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nbegin")
+        go_on.wait(10)
+        peer.send(answer(b"{}"))
+
+    with ScriptedConsumer(script) as consumer, live_broker(config_for(consumer.url)) as broker:
+        try:
+            with broker.raw() as first:
+                first.request("POST", "/v1/tts", b"{}")
+                assert running.wait(10)
+                if phase == "line":
+                    with broker.raw() as second:
+                        second.request("POST", "/v1/tts", b"{}")
+                        broker.await_waiting(1)
+                    broker.await_waiting(0)
+                elif phase == "answer":
+                    first.until(b"begin")
+            eventually(lambda: metric(broker, "gpumanager_disconnects_total", phase=phase) == 1)
+        finally:
+            go_on.set()
+        broker.await_idle()
+
+
+def test_the_gauges_say_what_the_status_says() -> None:
+    go_on = threading.Event()
+
+    def script(peer: Connection, _: Received) -> None:
+        go_on.wait(10)
+        peer.send(answer(b"{}"))
+
+    config = {"gpu": {"total_mib": 8000}, "consumer": {"vram_resident_mib": 3000}}
+    with (
+        ScriptedConsumer(script) as consumer,
+        live_broker(config_for(consumer.url, **config)) as broker,
+    ):
+        jobs = [Outcome(lambda: broker.post("/v1/tts", data=b"{}")) for _ in range(3)]
+        try:
+            broker.await_waiting(2)
+            assert metric(broker, "gpumanager_queue_depth", consumer="mvoice", kind="tts") == 2
+            assert metric(broker, "gpumanager_jobs_running") == 1
+            mib = 1024 * 1024
+            held = metric(broker, "gpumanager_gpu_memory_held_bytes", holder="mvoice")
+            assert held == 3000 * mib
+            assert metric(broker, "gpumanager_gpu_memory_total_bytes") == 8000 * mib
+            assert metric(broker, "gpumanager_consumer_healthy", consumer="mvoice") is None
+            assert metric(broker, "gpumanager_longest_overtake_jobs") == 0
+        finally:
+            go_on.set()
+        for job in jobs:
+            assert job.result().status_code == 200
+
+
+def test_names_and_units_are_prometheus_own(consumer: ScriptedConsumer) -> None:
+    """The rules of `promtool check metrics`, as far as they can be seen in the text."""
+    with live_broker(config_for(consumer.url)) as broker:
+        broker.post("/v1/tts", data=b"{}")
+        text = broker.get("/metrics").text
+    ours = [f for f in text_string_to_metric_families(text) if f.name.startswith("gpumanager_")]
+    assert len(ours) > 20
+    for family in ours:
+        assert family.documentation.endswith("."), family.name
+        assert family.type in ("counter", "gauge", "histogram", "info"), family.name
+        words = family.name.split("_")
+        assert not {"ms", "milliseconds", "mib", "mb", "kb", "gauge", "counter"} & set(words)
+        assert ("seconds" in words) <= (words[-1] == "seconds"), family.name
+        assert ("bytes" in words) <= (words[-1] == "bytes"), family.name
+        for sample in family.samples:
+            assert len(sample.labels) <= 3
+            if family.type == "counter":
+                assert sample.name.endswith(("_total", "_created")), sample.name
+
+
+def test_trace_context_goes_through(consumer: ScriptedConsumer) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with live_broker(config_for(consumer.url)) as broker:
+        headers = {"traceparent": parent, "tracestate": "a=1"}
+        broker.post("/v1/tts", data=b"{}", headers=headers)
+    assert consumer.requests[0].header("traceparent") == parent
+    assert consumer.requests[0].header("tracestate") == "a=1"
+
+
+def test_ending_the_broker_takes_its_boot_id(consumer: ScriptedConsumer) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        ended = threading.Event()
+        broker.broker.lifecycle.end = ended.set  # type: ignore[method-assign]
+        refused = broker.post("/v1/drain?boot=other")
+        assert refused.status_code == 400
+        assert not ended.is_set()
+        boot = broker.get("/v1/events").json()["boot"]
+        assert broker.post(f"/v1/drain?boot={boot}").status_code == 202
+        assert ended.is_set()
+
+
+def test_the_clock_of_events_is_the_walls(consumer: ScriptedConsumer) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        event = broker.get("/v1/events").json()["events"][0]
+    assert event["event"] == "started"
+    assert event["time"][:10] == SystemClock().now().date().isoformat()

@@ -1,0 +1,173 @@
+"""Another config while jobs run and wait."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from gpumanager.config import Config, load_config
+from gpumanager.config.live import LiveConfig, changes
+from tests.integration.test_serving import free_port, serving
+from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import Outcome, eventually
+
+
+class Setting:
+    """A live broker whose config lies in a file."""
+
+    def __init__(self, file: Path, broker: LiveBroker, go_on: threading.Event) -> None:
+        self.file = file
+        self.broker = broker
+        self.go_on = go_on
+
+    def change(self, edit: Any) -> requests.Response:
+        data = yaml.safe_load(self.file.read_text())
+        edit(data)
+        self.file.write_text(yaml.safe_dump(data))
+        return self.broker.post("/v1/reload")
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    go_on = threading.Event()
+
+    def script(peer: Connection, request: Received) -> None:
+        if request.line.startswith(b"POST"):
+            go_on.wait(10)
+        peer.send(answer(request.line.split()[1] + b"\n"))
+
+    file = tmp_path / "broker.yaml"
+    with ScriptedConsumer(script) as consumer:
+        file.write_text(config_for(consumer.url))
+        with live_broker(file.read_text()) as broker:
+            broker.broker._read_config = lambda: load_config(str(file))
+            try:
+                yield Setting(file, broker, go_on)
+            finally:
+                go_on.set()
+
+
+def test_the_line_stays_and_what_comes_after_sees_the_new_config(setting: Setting) -> None:
+    broker = setting.broker
+    before = [Outcome(lambda: broker.post("/v1/tts", data=b"{}")) for _ in range(3)]
+    broker.await_waiting(2)
+
+    def edit(data: Any) -> None:
+        data["consumers"]["mvoice"]["paths"]["tts"] = "/new"
+        data["consumers"]["mvoice"]["priority"] = 7
+
+    told = setting.change(edit)
+    assert told.status_code == 200
+    assert told.json() == {"added": [], "removed": [], "changed": ["mvoice"], "keys": []}
+    setting.go_on.set()
+    assert [job.result().text for job in before] == ["/api/tts\n"] * 3
+    assert broker.post("/v1/tts", data=b"{}").text == "/new\n"
+    assert broker.get("/v1/status").json()["consumers"][0]["priority"] == 7
+    events = [e["event"] for e in broker.get("/v1/events").json()["events"]]
+    assert "reloaded" in events
+
+
+def test_a_consumer_can_come_and_go(setting: Setting) -> None:
+    setting.go_on.set()
+    broker = setting.broker
+
+    def come(data: Any) -> None:
+        new = {**data["consumers"]["mvoice"], "paths": {"llm": "/chat"}, "health": "/health"}
+        data["consumers"]["ollama"] = new
+        data["routing"]["llm"] = "ollama"
+
+    assert setting.change(come).json()["added"] == ["ollama"]
+    assert broker.post("/v1/llm", data=b"{}").text == "/chat\n"
+    # It is probed from now on.
+    eventually(lambda: broker.get("/v1/status").json()["consumers"][1]["probed"])
+
+    def go(data: Any) -> None:
+        del data["consumers"]["ollama"]
+        data["routing"]["llm"] = "mvoice"
+
+    assert setting.change(go).json()["removed"] == ["ollama"]
+    assert [c["name"] for c in broker.get("/v1/status").json()["consumers"]] == ["mvoice"]
+    assert broker.post("/v1/llm", data=b"{}").text == "/api/llm\n"
+
+
+def test_a_consumer_in_use_is_not_taken_away(setting: Setting) -> None:
+    broker = setting.broker
+    job = Outcome(lambda: broker.post("/v1/tts", data=b"{}"))
+    broker.await_line(1)
+
+    def edit(data: Any) -> None:
+        data.update(consumers={}, routing={}, audio_proxy=None)
+
+    def move(data: Any) -> None:
+        data["consumers"]["mvoice"]["url"] = "http://127.0.0.1:1"
+
+    text = setting.file.read_text()
+    refused = setting.change(move)
+    assert refused.status_code == 400
+    assert "mvoice is in use" in refused.json()["message"]
+    setting.file.write_text(text)
+    setting.go_on.set()
+    assert job.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"listen": "127.0.0.1:1"}, "listen need a restart"),
+        ({"scheduler": {"kind": "passthrough"}}, "scheduler need a restart"),
+        ({"gpu": {"device": 1}}, "gpu.device need a restart"),
+        ({"routing": {"tts": "nobody"}}, "unknown consumer 'nobody'"),
+        ({"heath_interval": 5}, "heath_interval"),
+    ],
+)
+def test_what_cannot_be_applied_is_refused_with_the_reason_and_changes_nothing(
+    setting: Setting, change: dict[str, Any], said: str
+) -> None:
+    setting.go_on.set()
+    before = setting.broker.broker.config
+    refused = setting.change(lambda data: data.update(change))
+    assert refused.status_code == 400
+    assert said in refused.json()["message"]
+    assert setting.broker.broker.config is before
+
+
+def test_a_broker_without_a_file_says_so() -> None:
+    with live_broker(config_for("http://127.0.0.1:1")) as broker:
+        refused = broker.post("/v1/reload")
+    assert refused.status_code == 400
+    assert "not started from a config file" in refused.json()["message"]
+
+
+def test_sighup_reloads(tmp_path: Path) -> None:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"{}"))) as consumer:
+        port = free_port()
+        text = config_for(consumer.url, listen=f"127.0.0.1:{port}")
+        with serving(tmp_path, "gpumanager serve", text, port) as process:
+            file = tmp_path / "broker.yaml"
+            file.write_text(text + "eviction: cost\n")
+            process.popen.send_signal(signal.SIGHUP)
+            eventually(lambda: "config reloaded" in process.log.read_text())
+            file.write_text(text + "evicton: cost\n")
+            process.popen.send_signal(signal.SIGHUP)
+            eventually(lambda: "config not reloaded" in process.log.read_text())
+            assert process.get("/healthz").status_code == 200
+
+
+def test_a_live_config_reads_like_the_one_it_holds() -> None:
+    first, second = Config(listen="127.0.0.1:1"), Config(listen="127.0.0.1:2")
+    live = LiveConfig(first)
+    assert live.seen.port == 1
+    live.replace(second)
+    assert (live.seen.listen, live.seen.port) == ("127.0.0.1:2", 2)
+    assert live.current is second
+    with pytest.raises(AttributeError):
+        live.seen.nothing  # type: ignore[attr-defined]  # noqa: B018
+    assert changes(first, second).fixed == ("listen",)
