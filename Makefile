@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.dev
+unit: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
@@ -62,6 +62,13 @@ $(VENV)/.demo: $(BIN)/pip requirements.txt setup.py
 
 $(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
 	$(BIN)/pip install --quiet --editable '.[demo]' --requirement requirements-dev.txt
+	@touch $@
+
+# The dashboard is tested in Debian's Chromium, where it is, or may be installed.
+$(VENV)/.browser: $(VENV)/.dev
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || \
+	  echo "no chromium: the dashboard's tests will be skipped" >&2
 	@touch $@
 
 # LiteLLM gets an environment of its own: it pins much of what we use.

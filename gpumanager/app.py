@@ -23,6 +23,7 @@ from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
 from gpumanager.monitoring.attribution import Attributor
 from gpumanager.monitoring.eventfile import EventFile
+from gpumanager.monitoring.history import EVERY_S, MemoryHistory
 from gpumanager.monitoring.housekeeper import Housekeeper
 from gpumanager.monitoring.memory import Card, GpuMemory, open_card
 from gpumanager.monitoring.prober import Prober
@@ -134,6 +135,7 @@ class Broker:
             if state_file is None
             else StateFile(state_file, self.learned, self.registry.parked)
         )
+        self._history = MemoryHistory(config, self.registry, clock)
         draining = threading.Event()
         status = StatusView(
             config,
@@ -173,6 +175,7 @@ class Broker:
                 version=__version__,
                 events=self.events,
                 metrics=metrics,
+                history=self._history.samples,
                 drain=self._end,
                 reload=self.reload,
                 draining=draining.is_set,
@@ -253,6 +256,7 @@ class Broker:
         workers = [
             PeriodicWorker("watcher", self.watcher.sweep, retry_s=1.0),
             PeriodicWorker("gpu-sampler", sampler.sample, retry_s=config.gpu.sample_interval),
+            PeriodicWorker("history", self._history.take, retry_s=EVERY_S),
         ]
         if self._state is not None:
             workers.append(PeriodicWorker("state", self._save_state, retry_s=STATE_INTERVAL_S))

@@ -60,6 +60,9 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     }
     paths["/v1/consumers/{consumer}/load"] = {"post": _move("Load a consumer", "Loaded", consumer)}
     paths["/v1/events"] = {"get": _events()}
+    paths["/v1/history"] = {
+        "get": _read("Who held how much of the card in the last hour", "History")
+    }
     paths["/v1/trace"] = {
         "get": _read("The events as a trace for chrome://tracing or Perfetto", "Trace")
     }
@@ -391,6 +394,15 @@ def _schemas() -> dict[str, Any]:
             }
         ),
         "Event": _object({"number": _COUNT, "time": _TIME, "event": text, "level": text}),
+        "History": _object({"samples": {"type": "array", "items": _ref("Sample")}}),
+        "Sample": _object(
+            {
+                "time": _TIME,
+                "total_mib": _COUNT,
+                "used_mib": _COUNT,
+                "held_mib": {"type": "object", "additionalProperties": _COUNT},
+            }
+        ),
         "Trace": _object({"traceEvents": {"type": "array", "items": {"type": "object"}}}),
         "Draining": _object({"status": {"const": "draining"}}),
         "Changes": _object(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from flask import Flask, Response, request
 
 from gpumanager import errors
 from gpumanager.admission import Admission
+from gpumanager.clock import rfc3339
 from gpumanager.config import KINDS, Config, Kind
 from gpumanager.events import EventLog
+from gpumanager.monitoring.history import MemorySample
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, dashboard, security
@@ -65,6 +67,7 @@ class Services:
     version: str
     events: EventLog
     metrics: Metrics
+    history: Callable[[], Iterable[MemorySample]]
     drain: Callable[[], None]
     reload: Callable[[], Mapping[str, Any]]
     draining: Callable[[], bool]
@@ -173,6 +176,22 @@ def _record_routes(app: Flask, services: Services) -> None:
                 "last": found.last,
                 "missed": found.missed,
                 "events": [event.as_json() for event in found.events],
+            }
+        )
+
+    @app.get("/v1/history", provide_automatic_options=False)
+    def history() -> Response:
+        return json_response(
+            {
+                "samples": [
+                    {
+                        "time": rfc3339(sample.at),
+                        "total_mib": sample.total_mib,
+                        "used_mib": sample.used_mib,
+                        "held_mib": dict(sample.held_mib),
+                    }
+                    for sample in services.history()
+                ]
             }
         )
 
