@@ -106,7 +106,7 @@ def discover(
     held_mib: Mapping[int, int] | None = None,
     table: ProcessTable | None = None,
 ) -> list[Found]:
-    """Ask whatever listens on this machine what it is.
+    """Ask whatever listens on this machine what it is; in services.yaml's order, then by port.
 
     `skip`: ports not to be asked; `only`: ask just these; `held_mib`: memory of the card by PID,
     None if that is not known.
@@ -126,6 +126,8 @@ def discover(
         mib = _mib(pids, held_mib, table)
         mib = reported_mib if mib is None else mib
         found.append(Found(service, port, pids, _manager(pids, table), mib))
+    # The first of a kind gets its route: which that is, services.yaml says, not the port.
+    found.sort(key=lambda each: (known_services().index(each.service), each.port))
     return found
 
 

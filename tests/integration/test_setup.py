@@ -1,0 +1,272 @@
+"""`gpumanager setup` on a box with faithful fakes, and `doctor` after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from gpumanager.config import load_config
+from gpumanager.simulation.card import SimulatedCard
+from tests.support.fake_servers import Running, fake_server
+from tests.support.sockets import ScriptedConsumer, answer, free_port
+from tests.support.threads import eventually
+
+pytestmark = pytest.mark.timeout(90)
+
+SYSTEMCTL = """\
+#!{python}
+import json, os, subprocess, sys
+words = [w for w in sys.argv[1:] if not w.startswith("--")]
+with open(os.environ["SYSTEMCTL_LOG"], "a") as log:
+    log.write(json.dumps(words) + "\\n")
+if words[0] == "restart":
+    unit = os.path.join(os.environ["XDG_CONFIG_HOME"], "systemd", "user", words[1])
+    line = next(l for l in open(unit) if l.startswith("ExecStart="))
+    command = [word.strip('"') for word in line.removeprefix("ExecStart=").split()]
+    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                     stderr=subprocess.DEVNULL, start_new_session=True)
+"""
+"""Does what systemd would, as far as setup can tell."""
+
+
+class Box:
+    """A user's home on a machine with three servers."""
+
+    def __init__(self, home: Path, fakes: dict[str, Running]) -> None:
+        self.home = home
+        self.fakes = fakes
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.config = home / "config" / "gpumanager" / "consumers.yaml"
+        self.environ = {
+            **os.environ,
+            "HOME": str(home),
+            "XDG_CONFIG_HOME": str(home / "config"),
+            "XDG_STATE_HOME": str(home / "state"),
+            "PATH": f"{home / 'bin'}:/usr/bin:/bin",
+            "SYSTEMCTL_LOG": str(home / "systemctl.log"),
+            "NO_COLOR": "1",
+        }
+
+    def run(self, *words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "gpumanager", *words],
+            env=self.environ,
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def setup(self, *more: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+        ports = ",".join(str(fake.port) for fake in self.fakes.values())
+        listen = f"127.0.0.1:{self.port}"
+        return self.run("setup", "--listen", listen, "--ports", ports, *more, answer=answer)
+
+    def with_systemd(self) -> None:
+        (self.home / "bin").mkdir()
+        file = self.home / "bin" / "systemctl"
+        file.write_text(SYSTEMCTL.format(python=sys.executable))
+        file.chmod(file.stat().st_mode | stat.S_IEXEC)
+
+    def systemctl(self) -> list[list[str]]:
+        lines = (self.home / "systemctl.log").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def brokers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if str(self.config) in words and "serve" in words:
+                found.append(process)
+        return found
+
+    def close(self) -> None:
+        for process in self.brokers():
+            process.kill()
+            process.wait(10)
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    with ExitStack() as stack:
+        card = SimulatedCard.create(tmp_path / "card.json", 12_000)
+        fakes = {
+            name: stack.enter_context(fake_server(name, card.path, name, mib))
+            for name, mib in (("ollama", 6000), ("comfyui", 5000), ("vllm", 5500))
+        }
+        it = Box(tmp_path, fakes)
+        stack.callback(it.close)
+        yield it
+
+
+def test_from_nothing_to_a_working_broker_in_under_a_minute(box: Box) -> None:
+    began = time.monotonic()
+    done = box.setup("--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = requests.post(f"{box.url}/v1/llm", json={"model": "llama3:8b"}, timeout=20)
+    assert job.status_code == 200
+    assert time.monotonic() - began < 60
+    config = load_config(str(box.config))
+    assert {name: each.preset for name, each in yaml_consumers(box).items()} == {
+        "ollama": "ollama",
+        "comfyui": "comfyui",
+        "vllm": "vllm",
+    }
+    assert dict(config.routing) == {"llm": "ollama", "image": "comfyui"}
+    assert "ollama: well" in done.stdout
+    assert "no systemd" in done.stdout
+    # Once more: nothing changes, and the broker goes on.
+    before = box.config.read_text()
+    pids = [process.pid for process in box.brokers()]
+    again = box.setup("--yes")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to add" in again.stdout
+    assert box.config.read_text() == before
+    assert [process.pid for process in box.brokers()] == pids
+    assert box.run("drain", "--url", box.url).returncode == 0
+    eventually(lambda: not box.brokers(), 20)
+
+
+class Written:
+    def __init__(self, preset: str | None) -> None:
+        self.preset = preset
+
+
+def yaml_consumers(box: Box) -> dict[str, Written]:
+    data = yaml.safe_load(box.config.read_text())
+    return {name: Written(each.get("preset")) for name, each in data["consumers"].items()}
+
+
+def test_a_dry_run_shows_everything_and_does_nothing(box: Box) -> None:
+    done = box.setup("--dry-run")
+    assert done.returncode == 0
+    assert "+  ollama:" in done.stdout
+    assert "+    preset: comfyui" in done.stdout
+    assert not box.config.exists()
+    assert not box.brokers()
+
+
+def test_it_asks_once_and_takes_no_for_an_answer(box: Box) -> None:
+    done = box.setup(answer="n\n")
+    assert done.returncode == 1
+    assert done.stdout.count("Go ahead?") == 1
+    assert not box.config.exists()
+
+
+def test_what_is_there_is_kept_and_what_is_new_is_added(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    text = (
+        f"# my own\nlisten: 127.0.0.1:{box.port}\nrouting:\n    llm: mine   # by hand\n"
+        f"consumers:\n    mine:\n        preset: ollama\n        url: {box.fakes['ollama'].url}\n"
+        "        vram_resident_mib: 7777  # I know better\n\nlog: {level: warning}\n"
+    )
+    box.config.write_text(text)
+    done = box.setup("--yes", "--no-service")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = box.config.read_text()
+    for line in text.splitlines():
+        assert line in after.splitlines()
+    config = load_config(str(box.config))
+    assert set(config.consumers) == {"mine", "comfyui", "vllm"}
+    assert dict(config.routing) == {"llm": "mine", "image": "comfyui"}
+    assert config.log.level == "warning"
+
+
+def test_a_config_with_faults_is_told_and_not_touched(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    box.config.write_text("lisen: 127.0.0.1:1\n")
+    done = box.setup("--yes")
+    assert done.returncode == 2
+    assert "lisen" in done.stderr
+    assert box.config.read_text() == "lisen: 127.0.0.1:1\n"
+
+
+def test_with_systemd_it_becomes_a_users_service(box: Box) -> None:
+    box.with_systemd()
+    done = box.setup("--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    unit = box.home / "config" / "systemd" / "user" / "gpumanager.service"
+    text = unit.read_text()
+    for line in ("Type=notify", "WatchdogSec=30", "ExecReload=kill -HUP $MAINPID"):
+        assert line in text
+    said = [words[0] for words in box.systemctl()]
+    assert said[-3:] == ["daemon-reload", "enable", "restart"]
+    assert requests.get(f"{box.url}/healthz", timeout=5).json() == {"status": "ok"}
+
+
+def test_a_unit_of_the_users_own_is_left_alone(box: Box) -> None:
+    box.with_systemd()
+    unit = box.home / "config" / "systemd" / "user" / "gpumanager.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Service]\nExecStart=/bin/true\n")
+    done = box.setup("--yes", "--dry-run")
+    assert "is your own and stays" in done.stdout
+    assert unit.read_text() == "[Service]\nExecStart=/bin/true\n"
+
+
+def test_servers_nobody_knows_are_no_consumers(box: Box) -> None:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"<html>hello</html>"))) as other:
+        port = other.url.rpartition(":")[2]
+        done = box.run("setup", "--dry-run", "--ports", port)
+    assert done.returncode == 0
+    assert "no AI server" in done.stdout
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    dead = free_port()
+    consumers = {"dead": {"url": f"http://127.0.0.1:{dead}", "health": "/health"}}
+    config = {"listen": f"0.0.0.0:{box.port}", "consumers": consumers}
+    box.config.write_text(yaml.safe_dump(config))
+    done = box.run("doctor", "--config", str(box.config))
+    assert done.returncode == 1
+    for text in ("without keys", "no broker answers", "no way to be unloaded", "→"):
+        assert text in done.stdout
+    missing = box.run("doctor", "--config", "/nowhere.yaml")
+    assert missing.returncode == 2
+
+
+def test_systemd_is_told_when_it_is_ready_alive_and_stopping(box: Box) -> None:
+    path = str(box.home / "notify.sock")
+    heard: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+        sock.settimeout(20)
+
+        def listen() -> None:
+            while "STOPPING=1" not in heard:
+                heard.append(sock.recv(100).decode())
+
+        listener = threading.Thread(target=listen, name="notify", daemon=True)
+        listener.start()
+        box.environ.update(NOTIFY_SOCKET=path, WATCHDOG_USEC="400000")
+        box.config.parent.mkdir(parents=True)
+        box.config.write_text(f"listen: 127.0.0.1:{box.port}\n")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpumanager", "serve", "--config", str(box.config)],
+            env=box.environ,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(lambda: heard.count("WATCHDOG=1") >= 2, 20)
+        assert heard[0] == "READY=1"
+        assert requests.get(f"{box.url}/healthz", timeout=5).status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
+        listener.join(10)
+    assert heard[-1] == "STOPPING=1"
