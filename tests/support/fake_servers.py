@@ -204,6 +204,8 @@ class ComfyUI(Fake):
             if found := re.fullmatch(r"/history/([^/]+)", path):
                 entry = self.history.get(found[1])
                 return 200, {} if entry is None else {found[1]: entry}
+            if path == "/view" and query.get("filename") == ["it_00001_.png"]:
+                return 200, "a picture"
         return 404, {"error": "not found"}
 
     def _render_all(self) -> None:
@@ -232,7 +234,9 @@ class ComfyUI(Fake):
             messages = [["execution_error", {"exception_message": f"Allocation on device {error}"}]]
             return {"outputs": {}, "status": {"status_str": "error", "messages": messages}}
         word = "error" if self.interrupted.wait(self.job_s) else "success"
-        return {"outputs": {}, "status": {"status_str": word, "completed": word == "success"}}
+        images = [{"filename": "it_00001_.png", "subfolder": "", "type": "output"}]
+        outputs = {"9": {"images": images}} if word == "success" else {}
+        return {"outputs": outputs, "status": {"status_str": word, "completed": word == "success"}}
 
 
 class Vllm(Fake):

@@ -1,0 +1,59 @@
+"""Ask an LLM through the broker with requests: wait in line, try again where that helps, stream.
+
+    python examples/ask.py "Why is the sky blue?"
+
+For Ollama's /api/chat, which is where the preset sends `llm` jobs. GPUMANAGER_URL,
+GPUMANAGER_API_KEY and MODEL say where, who and which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import requests
+
+URL = os.environ.get("GPUMANAGER_URL", "http://127.0.0.1:8770")
+KEY = os.environ.get("GPUMANAGER_API_KEY")
+MODEL = os.environ.get("MODEL", "llama3.2")
+TRIES = 4
+
+
+def post(kind: str, body: Any) -> requests.Response:
+    """Send a job. What the broker says may be tried again is, as late as it says. Raises
+    SystemExit with the reason."""
+    # The longest wait in line; the time-outs here only have to be longer.
+    headers = {"Prefer": "wait=300"} | ({"Authorization": f"Bearer {KEY}"} if KEY else {})
+    for left in reversed(range(TRIES)):
+        answer = requests.post(
+            f"{URL}/v1/{kind}", json=body, headers=headers, stream=True, timeout=(5, 900)
+        )
+        if answer.ok:
+            return answer
+        try:
+            error = answer.json()
+        except ValueError:
+            error = {}
+        if not (left and error.get("retryable")):
+            sys.exit(f"{answer.status_code} {error.get('error', '')}: {error.get('message', '')}")
+        time.sleep(float(answer.headers.get("Retry-After", 2)))
+    raise AssertionError("unreachable")
+
+
+def words(question: str) -> Iterator[str]:
+    """The answer, piece by piece, as it comes."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
+    with post("llm", body) as answer:
+        for line in answer.iter_lines():
+            if line:
+                yield json.loads(line).get("message", {}).get("content", "")
+
+
+if __name__ == "__main__":
+    for word in words(" ".join(sys.argv[1:]) or "Why is the sky blue?"):
+        print(word, end="", flush=True)
+    print()

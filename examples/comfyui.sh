@@ -1,0 +1,40 @@
+#!/bin/sh
+# Render a ComfyUI workflow through the broker, wait for it, fetch the pictures.
+#
+#   examples/comfyui.sh workflow.json [FOLDER]
+#
+# workflow.json is what ComfyUI's "Export (API)" writes. The job waits its turn at the broker, which
+# holds the GPU until the render is over; the pictures are ComfyUI's own to give, and need no GPU.
+# Needs curl and jq. GPUMANAGER_URL, GPUMANAGER_API_KEY, COMFYUI_URL say where and who.
+set -eu
+url=${GPUMANAGER_URL:-http://127.0.0.1:8770}
+comfyui=${COMFYUI_URL:-http://127.0.0.1:8188}
+[ $# -ge 1 ] || { echo "usage: $0 workflow.json [FOLDER]" >&2; exit 2; }
+folder=${2:-.}
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT INT TERM
+: > "$dir/headers"
+[ -z "${GPUMANAGER_API_KEY:-}" ] || printf 'Authorization: Bearer %s\n' "$GPUMANAGER_API_KEY" > "$dir/headers"
+
+answer=$(jq '{prompt: .}' "$1" | curl --silent --show-error -H "@$dir/headers" \
+  -H 'Content-Type: application/json' --data-binary @- "$url/v1/image")
+id=$(printf '%s' "$answer" | jq -r '.prompt_id // empty')
+[ -n "$id" ] || { echo "$answer" >&2; exit 1; }
+
+tries=0
+until curl --silent --fail "$comfyui/history/$id" | jq -e --arg id "$id" '.[$id]' > "$dir/done"; do
+  tries=$((tries + 1))
+  [ $tries -lt 1200 ] || { echo "not rendered after ten minutes: $id" >&2; exit 1; }
+  sleep 0.5
+done
+
+if [ "$(jq -r '.status.status_str // "success"' "$dir/done")" = error ]; then
+  jq '.status.messages' "$dir/done" >&2
+  exit 1
+fi
+jq -r '.outputs[]?.images[]? | [.filename, .subfolder, .type] | @tsv' "$dir/done" |
+  while IFS="$(printf '\t')" read -r name subfolder type; do
+    curl --silent --show-error --fail --get "$comfyui/view" --data-urlencode "filename=$name" \
+      --data-urlencode "subfolder=$subfolder" --data-urlencode "type=$type" -o "$folder/${name##*/}"
+    echo "$folder/${name##*/}"
+  done

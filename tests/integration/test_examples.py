@@ -1,0 +1,144 @@
+"""What stands in examples/ does what it says, against a real broker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.broker import live_broker
+from tests.support.scene import scene
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+WAV = b"RIFF\x04\x00\x00\x00WAVE"
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def run(name: str, *words: str, url: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    path = EXAMPLES / name
+    command = [sys.executable, str(path)] if path.suffix == ".py" else [str(path)]
+    return subprocess.run(
+        [*command, *words],
+        env={**os.environ, "GPUMANAGER_URL": url, "NO_PROXY": "127.0.0.1", **environ},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=45,
+        check=False,
+    )
+
+
+def config(url: str, **paths: str) -> str:
+    consumer = {"url": url, "paths": paths}
+    routing = dict.fromkeys(paths, "it")
+    return yaml.safe_dump({"audio_proxy": "it", "routing": routing, "consumers": {"it": consumer}})
+
+
+def test_the_shell_speaks_a_sentence(tmp_path: Path) -> None:
+    asked: list[Received] = []
+
+    def speak(peer: Connection, request: Received) -> None:
+        asked.append(request)
+        if request.line.startswith(b"GET /audio/it.wav"):
+            peer.send(answer(WAV, headers=("Content-Type: audio/wav",)))
+        else:
+            peer.send(answer(b'{"audio_url":"/audio/it.wav","duration_s":1}'))
+
+    out = tmp_path / "it.wav"
+    sentence = 'She said "no\\yes"\nand left'
+    with (
+        ScriptedConsumer(speak) as consumer,
+        live_broker(config(consumer.url, tts="/api/tts")) as broker,
+    ):
+        done = run("speak.sh", "-o", str(out), sentence, url=broker.url)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == WAV
+    assert json.loads(asked[0].body) == {"text": sentence.replace("\n", " ")}
+
+
+def test_the_shell_takes_audio_as_it_comes_and_plays_it(tmp_path: Path) -> None:
+    played = tmp_path / "played"
+    player = tmp_path / "pw-play"
+    player.write_text(f'#!/bin/sh\ncp "$1" {played}\n')
+    player.chmod(0o755)
+    with (
+        ScriptedConsumer(
+            lambda peer, _: peer.send(answer(WAV, headers=("Content-Type: audio/wav",)))
+        ) as consumer,
+        live_broker(config(consumer.url, tts="/v1/audio/speech")) as broker,
+    ):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = run("speak.sh", "Hello", url=broker.url, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert played.read_bytes() == WAV
+
+
+def test_the_shell_says_what_the_broker_said() -> None:
+    with live_broker("{}") as broker:
+        done = run("speak.sh", "-o", "/dev/null", "Hello", url=broker.url)
+    assert done.returncode == 1
+    assert "no_consumer" in done.stderr
+    assert run("speak.sh", url="http://127.0.0.1:1").returncode == 2
+
+
+def test_python_streams_an_answer() -> None:
+    lines = b"".join(
+        json.dumps({"message": {"content": word}}).encode() + b"\n" for word in ("Blue", " light")
+    )
+    with (
+        ScriptedConsumer(lambda peer, _: peer.send(answer(lines))) as consumer,
+        live_broker(config(consumer.url, llm="/api/chat")) as broker,
+    ):
+        done = run("ask.py", "Why?", url=broker.url)
+    assert (done.returncode, done.stdout) == (0, "Blue light\n"), done.stderr
+
+
+def test_python_does_not_try_again_what_cannot_get_better() -> None:
+    with live_broker("{}") as broker:
+        done = run("ask.py", "Why?", url=broker.url)
+    assert done.returncode == 1
+    assert "no_consumer" in done.stderr
+
+
+def test_the_openai_sdk_goes_through_the_broker() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def chunk(word: str) -> bytes:
+        choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+        about = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        return b"data: " + json.dumps({**about, "choices": [choice]}).encode() + b"\n\n"
+
+    def chat(peer: Connection, request: Received) -> None:
+        asked.append(json.loads(request.body))
+        body = chunk("Blue") + chunk(" light") + b"data: [DONE]\n\n"
+        peer.send(answer(body, headers=("Content-Type: text/event-stream",)))
+
+    with (
+        ScriptedConsumer(chat) as consumer,
+        live_broker(config(consumer.url, llm="/v1/chat/completions")) as broker,
+    ):
+        done = run("openai_sdk.py", "Why?", url=broker.url, MODEL="m")
+    assert (done.returncode, done.stdout) == (0, "Blue light\n"), done.stderr
+    assert asked[0]["stream"] is True
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_a_comfyui_workflow_is_rendered_and_fetched(tmp_path: Path) -> None:
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text('{"1": {"class_type": "KSampler"}}')
+    with scene() as it:
+        comfyui = it.fakes["comfyui"].url
+        done = run(
+            "comfyui.sh", str(workflow), str(tmp_path), url=it.broker.url, COMFYUI_URL=comfyui
+        )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "it_00001_.png").read_text() == "a picture"
