@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.dev $(VENV)/.browser
+unit: $(VENV)/.dev $(VENV)/.tools
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
@@ -64,11 +64,13 @@ $(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
 	$(BIN)/pip install --quiet --editable '.[demo]' --requirement requirements-dev.txt
 	@touch $@
 
-# The dashboard is tested in Debian's Chromium, where it is, or may be installed.
-$(VENV)/.browser: $(VENV)/.dev
-	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || \
-	  echo "no chromium: the dashboard's tests will be skipped" >&2
+# Programs of Debian's that tests use: the dashboard's browser, the examples' jq, Prometheus' promtool.
+# They are installed where we may; where we may not, those tests are skipped and say so.
+$(VENV)/.tools: $(VENV)/.dev
+	@command -v chromium >/dev/null && command -v jq >/dev/null && command -v promtool >/dev/null || \
+	  [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -qq --no-install-recommends chromium jq prometheus >/dev/null; } || \
+	  echo "no chromium, jq or promtool: the tests that need them will be skipped" >&2
 	@touch $@
 
 # LiteLLM gets an environment of its own: it pins much of what we use.
