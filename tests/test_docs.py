@@ -9,7 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from docs import reference
 from gpumanager import errors
+from gpumanager.cli import main
 from gpumanager.config import (
     Config,
     ConsumerConfig,
@@ -96,3 +98,23 @@ def test_the_modules_that_the_documents_name_exist() -> None:
             package / f"{room}.py"
         ).read_text()
         assert in_room or in_module, f"{room}.{module}"
+
+
+def test_the_reference_pages_are_what_they_describe() -> None:
+    for name, text in reference.pages().items():
+        written = (ROOT / "docs" / name).read_text()
+        assert written == text, f"docs/{name} is old: python -m docs.reference"
+
+
+def test_what_to_do_is_said_for_every_error() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    rows = re.findall(r"^\| (\d{3}) ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)
+    told = {(int(status), code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    assert told == {(e.status, e.code) for e in error_classes() if e.status != 499}
+
+
+def test_every_command_is_in_the_readmes_table() -> None:
+    table = README.partition("## The command line")[2].partition("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    told = {word for row in rows for word in re.findall(r"`([a-z]+)`", row.split("|")[1])}
+    assert told == set(main.commands)

@@ -1,0 +1,288 @@
+"""Writes the reference pages from what they describe, so that they cannot fall behind it:
+`python -m docs.reference`, from the repository's root.
+
+- config.md from the config's models,
+- presets.md from the presets' files and what setup knows of the servers,
+- http.md from the OpenAPI description and the error classes.
+
+A test fails while a page is not what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from inspect import getdoc
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from gpumanager import __version__
+from gpumanager.config import parse_config, presets, schema
+from gpumanager.config.jsonschema import config_schema
+from gpumanager.setup.discovery import known_services
+from gpumanager.web.openapi import describe
+
+HERE = Path(__file__).parent
+WRITTEN = "<!-- Written by `python -m docs.reference`; change what it describes instead. -->\n"
+
+TITLES = {
+    "Config": "The file",
+    "GpuConfig": "`gpu`",
+    "SchedulerConfig": "`scheduler`",
+    "AuthConfig": "`auth`",
+    "LogConfig": "`log`",
+    "EventsConfig": "`events`",
+    "ConsumerConfig": "`consumers.NAME`",
+    "Route": "`consumers.NAME.paths.KIND`",
+    "Timeouts": "`consumers.NAME.timeouts`",
+    "Health": "`consumers.NAME.health`",
+    "Probe": "`consumers.NAME.probe`",
+    "Busy": "`consumers.NAME.probe.busy`",
+    "LoadCall": "`consumers.NAME.load` and `warm`, and a call in `on_disconnect`",
+    "UnloadCall": "`consumers.NAME.unload`",
+    "Settled": "`consumers.NAME.settled`",
+    "Rung": "one of `consumers.NAME.evict`",
+    "Done": "`consumers.NAME.done`",
+    "Match": "`consumers.NAME.done.match`",
+    "Poll": "`consumers.NAME.done.poll`",
+    "Lost": "`consumers.NAME.done.lost`",
+    "OutOfMemory": "`consumers.NAME.oom`",
+}
+
+
+def pages() -> dict[str, str]:
+    """The text of every page by its file's name."""
+    return {"config.md": config_page(), "presets.md": presets_page(), "http.md": http_page()}
+
+
+# -- the config ----------------------------------------------------------------------------------
+
+
+def config_page() -> str:
+    """Every key of the config, with its default and what it may hold."""
+    parts = [
+        WRITTEN,
+        "# The config, key by key\n",
+        "One YAML file: `--config`, else `GPUMANAGER_CONFIG`, else `config/consumers.yaml`. "
+        "Seconds are a number, or one with a unit: `500ms`, `90s`, `15m`, `2h`, `1d`. "
+        "Memory is in MiB. An unknown key is a fault, and every fault is told at once, by "
+        "`gpumanager check FILE`. "
+        "Editors complete and check it with the modeline in "
+        "[the example](../config/consumers.yaml), or with what `gpumanager schema` prints. A "
+        "changed file is applied by `gpumanager reload` or SIGHUP.\n",
+    ]
+    definitions = config_schema()
+    for name in TITLES:
+        model: type[BaseModel] = getattr(schema, name)
+        shape = definitions if name == "Config" else definitions["$defs"][name]
+        parts += [f"## {TITLES[name]}\n", _said(model), *_table(model, shape)]
+    return "\n".join(parts)
+
+
+def _said(model: type[BaseModel]) -> str:
+    text = re.sub(r"^    ", "  ", getdoc(model) or "", flags=re.MULTILINE)
+    return text + "\n"
+
+
+def _table(model: type[BaseModel], shape: dict[str, Any]) -> Iterator[str]:
+    yield "| Key | Default | May be |"
+    yield "|---|---|---|"
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        default = (
+            "required"
+            if field.is_required()
+            else _default(field.get_default(call_default_factory=True))
+        )
+        yield f"| `{key}` | {default} | {_may_be(shape['properties'][key])} |"
+    yield ""
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see there"
+    if value is None:
+        return "none"
+    if value in ((), {}):
+        return "empty"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    if isinstance(value, tuple) and len(value) > 6:
+        return f"{len(value)} of them, in `gpumanager schema`"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def _may_be(shape: dict[str, Any]) -> str:
+    return " or ".join(dict.fromkeys(word for word in _words(shape) if word != "none"))
+
+
+def _words(shape: dict[str, Any]) -> Iterator[str]:
+    """What a JSON Schema allows, in words."""
+    bounds = _bounds(shape)
+    if "$ref" in shape:
+        name = shape["$ref"].rpartition("/")[2]
+        yield f"a mapping: [{name}](#{_anchor(TITLES[name])})"
+    elif "enum" in shape:
+        yield ", ".join(f"`{each}`" for each in shape["enum"])
+    elif "const" in shape:
+        yield (
+            f"`{json.dumps(shape['const'])}`"
+            if not isinstance(shape["const"], str)
+            else f"`{shape['const']}`"
+        )
+    elif any("pattern" in each for each in shape.get("anyOf", ())):
+        yield f"seconds{bounds}"
+    elif "anyOf" in shape or "oneOf" in shape:
+        for each in shape.get("anyOf") or shape["oneOf"]:
+            yield from (word + bounds for word in _words(each))
+    elif shape.get("type") == "array":
+        yield f"a list: {_may_be(shape['items'])}" if shape.get("items") else "a list"
+    elif shape.get("type") == "object" and "additionalProperties" in shape:
+        keys = shape.get("propertyNames", {}).get("enum")
+        of = ", ".join(f"`{key}`" for key in keys) if keys else "names"
+        yield f"a mapping of {of} to {_may_be(shape['additionalProperties'])}"
+    elif "type" in shape:
+        plain = {"integer": "an integer", "number": "a number", "boolean": "`true`, `false`"}
+        plain |= {"string": "a text", "null": "none", "object": "a mapping"}
+        yield plain[shape["type"]] + bounds
+    else:
+        yield "anything that JSON can express"
+
+
+def _bounds(shape: dict[str, Any]) -> str:
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "gt": ">", "ge": "≥"}
+    words |= {"maximum": "≤", "exclusiveMaximum": "<", "le": "≤"}
+    said = [f"{sign} {shape[word]:,.15g}" for word, sign in words.items() if word in shape]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes them."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+# -- the presets ---------------------------------------------------------------------------------
+
+
+def presets_page() -> str:
+    """A section for every preset."""
+    services = {service.preset: service for service in known_services() if service.preset}
+    parts = [
+        WRITTEN,
+        "# Presets\n",
+        "`preset: NAME` fills in what is known of a server; any key that you set wins. They are "
+        "data files, each tested on recorded answers of the server (`tests/config/answers`). "
+        "They were written from the servers' source and documents. What the keys mean: "
+        "[config.md](config.md).\n",
+    ]
+    for name in presets.names():
+        text = files("gpumanager.config").joinpath("presets", f"{name}.yaml").read_text("utf-8")
+        head, rules = _split(text)
+        example = (
+            f'consumers:\n  {name}: {{preset: {name}, url: "http://127.0.0.1:{services[name].port}"'
+        )
+        config = parse_config(example + "}\n").consumers[name]
+        kinds = ", ".join(f"`{kind}` → `{route.path}`" for kind, route in config.paths.items())
+        unloads = "by a call" if config.unload else "not by itself: give it a rung (`evict`)"
+        parts += [
+            f"## {name}\n",
+            f"{head}\n",
+            f"- Routes: {kinds}",
+            f"- Unloads: {unloads}",
+            *(
+                ["- Its jobs are answered at once; the GPU is held until they are over"]
+                if config.done
+                else []
+            ),
+            "",
+            f"```yaml\n{example}, vram_resident_mib: 6000}}\n```\n",
+            f"<details><summary>What it fills in</summary>\n\n```yaml\n{rules}```\n\n</details>\n",
+        ]
+    return "\n".join(parts)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A preset's comment as a paragraph, and the rest."""
+    lines = text.splitlines(keepends=True)
+    count = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    return " ".join(line.lstrip("# ").strip() for line in lines[:count]), "".join(lines[count:])
+
+
+# -- HTTP ----------------------------------------------------------------------------------------
+
+
+def http_page() -> str:
+    """Every route, its parameters and the broker's own answers."""
+    document = describe(parse_config("{}"), __version__, keys=False)
+    parts = [
+        WRITTEN,
+        "# The HTTP API\n",
+        "The same as OpenAPI 3.1, with the schemas of all answers, is at `/openapi.json` of a "
+        "running broker. Every answer carries `X-Request-Id`, and a job's answer "
+        "`Server-Timing: queue;dur=…, evict;dur=…, upstream;dur=…` (ms). Errors that the broker "
+        "makes are JSON, `{error, message, consumer, retryable}`; what each means and what to do: "
+        "[operations.md](operations.md). Where keys are configured everything but `/healthz` wants "
+        "one, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.\n",
+    ]
+    jobs = [f"/v1/{kind}" for kind in schema.KINDS]
+    for path, methods in document["paths"].items():
+        if path in jobs[1:]:
+            continue  # they differ in their names only
+        for method, operation in methods.items():
+            of = ", ".join(jobs) if path in jobs else path
+            summary = "Run a job of a kind" if path in jobs else operation["summary"]
+            parts += [f"## {method.upper()} {of}\n", summary + ".\n"]
+            if "description" in operation:
+                parts.append(operation["description"] + "\n")
+            parts += [_parameter(each) for each in operation.get("parameters", ())]
+            parts += [
+                f"- {status}: {answer['description']}"
+                for status, answer in sorted(operation["responses"].items())
+            ]
+            parts.append("")
+    parts += ["## Fields\n"]
+    for name, shape in document["components"]["schemas"].items():
+        if shape.get("properties"):
+            parts += [f"### {name}\n", "| Field | Type | Always there |", "|---|---|---|"]
+            for key, each in shape["properties"].items():
+                there = "yes" if key in shape.get("required", ()) else "no"
+                parts.append(f"| `{key}` | {_type(each)} | {there} |")
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _parameter(each: dict[str, Any]) -> str:
+    said = each.get("description") or _type(each["schema"])
+    return f"- `{each['name']}` ({each['in']}): {said}"
+
+
+def _type(shape: dict[str, Any]) -> str:
+    if "$ref" in shape:
+        name = shape["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "enum" in shape or "const" in shape:
+        return ", ".join(f"`{each}`" for each in shape.get("enum", [shape.get("const")]))
+    if "anyOf" in shape:
+        return " or ".join(_type(each) for each in shape["anyOf"])
+    if shape.get("type") == "array":
+        return f"list of {_type(shape['items'])}"
+    if shape.get("type") == "object" and "properties" in shape:
+        return "{" + ", ".join(f"`{key}`" for key in shape["properties"]) + "}"
+    kind = shape.get("type", "any")
+    kinds = kind if isinstance(kind, list) else [kind]
+    time = " (RFC 3339)" if shape.get("format") == "date-time" else ""
+    return " or ".join(str(each) for each in kinds) + time
+
+
+def main() -> None:
+    """Write them."""
+    for name, text in pages().items():
+        (HERE / name).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
