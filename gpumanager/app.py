@@ -21,6 +21,7 @@ from gpumanager.events import EventHandler, EventLog
 from gpumanager.keys import ApiKey, KeysError, load_keys
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
+from gpumanager.monitoring import tracing
 from gpumanager.monitoring.attribution import Attributor
 from gpumanager.monitoring.eventfile import EventFile
 from gpumanager.monitoring.history import EVERY_S, MemoryHistory
@@ -154,6 +155,9 @@ class Broker:
             __version__,
         )
         self.events.listen(metrics.take_note)
+        self._tracing = tracing.from_environment(os.environ, __version__)
+        if self._tracing is not None:
+            self.events.listen(self._tracing.take_note)
         self.flask = create_app(
             Services(
                 config=config,
@@ -229,6 +233,8 @@ class Broker:
             logs.root().removeHandler(self._logged_events)
             if self._file_events is not None:
                 self._file_events.close()
+            if self._tracing is not None:
+                self._tracing.close()
             if self._state is not None:
                 self._state.save()
 

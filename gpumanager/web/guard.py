@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpumanager.clock import Clock
 from gpumanager.errors import InternalError
 from gpumanager.events import EventLog
-from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id
+from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id, traceparent
 from gpumanager.web.server import unsent_bytes
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Guard:
             path=environ.get("PATH_INFO", ""),
             client=environ.get("REMOTE_ADDR", "-"),
             started=self._clock.monotonic(),
+            traceparent=traceparent(environ),
         )
         environ[RECORD_KEY] = record
         with self._lock:

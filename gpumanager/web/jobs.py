@@ -147,6 +147,7 @@ class _Hold:
                 "client": job.client,
                 "request_id": job.request_id,
                 "key": self._record.key,
+                "traceparent": self._record.traceparent,
                 "status": self.status,
                 "failure": self.failure,
                 "wait_ms": _ms(ticket.waited_s),

@@ -13,6 +13,7 @@ RECORD_KEY = "gpumanager.record"
 """Where the guard leaves the record in the WSGI environ."""
 
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class RequestRecord:
     stack: ExitStack = field(default_factory=ExitStack)
     status: int = 0
     key: str | None = None
+    traceparent: str | None = None
     consumer: str | None = None
     waited_s: float | None = None
     prepared_s: float | None = None
@@ -55,3 +57,9 @@ def record_of(environ: Mapping[str, Any]) -> RequestRecord:
     """The record of the request that `environ` belongs to."""
     record: RequestRecord = environ[RECORD_KEY]
     return record
+
+
+def traceparent(environ: Mapping[str, Any]) -> str | None:
+    """The client's `traceparent` (W3C Trace Context), if it is well-formed."""
+    found = environ.get("HTTP_TRACEPARENT")
+    return found if found is not None and _TRACEPARENT.fullmatch(found) else None
