@@ -155,7 +155,7 @@ def _rest(results: Results) -> str:
         *line("start-up to the first answer, s", "start", "seconds"),
         *line("RSS idle, MiB", "rest", "rss_mib", 1),
         *line("CPU at rest, five consumers probed, % of a core", "rest", "cpu_percent"),
-        *line("RSS with 64 waiting, MiB", "status", "rss_mib", 1),
+        *line("RSS at the end of the run, with 64 waiting, MiB", "status", "rss_mib", 1),
         *line("`/v1/status` with 64 waiting, p50 ms", "status", "p50_ms"),
         *line("`/v1/status` with 64 waiting, p99 ms", "status", "p99_ms"),
         *line(
