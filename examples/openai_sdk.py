@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-import httpx
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 URL = os.environ.get("GPUMANAGER_URL", "http://127.0.0.1:8770")
 MODEL = os.environ.get("MODEL", "llama3.2")
@@ -28,7 +28,7 @@ ROUTES = {
 }
 
 
-def to_the_broker(request: httpx.Request) -> None:
+def to_the_broker(request: Any) -> None:
     """Send a request for an OpenAI path to the broker's route of that kind."""
     path = ROUTES.get(request.url.path)
     if path is not None:
@@ -42,7 +42,7 @@ def client() -> OpenAI:
         base_url=f"{URL}/v1",
         api_key=os.environ.get("GPUMANAGER_API_KEY", "none"),
         timeout=900,
-        http_client=httpx.Client(event_hooks={"request": [to_the_broker]}, timeout=900),
+        http_client=DefaultHttpxClient(event_hooks={"request": [to_the_broker]}, timeout=900),
     )
 
 
