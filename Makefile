@@ -64,13 +64,18 @@ $(VENV)/.dev: $(BIN)/pip requirements.txt requirements-dev.txt setup.py
 	$(BIN)/pip install --quiet --editable '.[demo,otel]' --requirement requirements-dev.txt
 	@touch $@
 
-# Programs of Debian's that tests use: the dashboard's browser, the examples' jq, Prometheus' promtool.
-# They are installed where we may; where we may not, those tests are skipped and say so.
+# Programs of Debian's that tests use: the dashboard's browser, the examples' jq, Prometheus' promtool,
+# of which only the program is taken: the package would start a server. They are installed where we
+# may; where we may not, those tests are skipped and say so.
 $(VENV)/.tools: $(VENV)/.dev
-	@command -v chromium >/dev/null && command -v jq >/dev/null && command -v promtool >/dev/null || \
-	  [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && apt-get install -qq --no-install-recommends chromium jq prometheus >/dev/null; } || \
-	  echo "no chromium, jq or promtool: the tests that need them will be skipped" >&2
+	@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+	  { command -v chromium && command -v jq && command -v promtool; } >/dev/null || apt-get update -qq; \
+	  { command -v chromium && command -v jq; } >/dev/null || \
+	    apt-get install -qq --no-install-recommends chromium jq >/dev/null; \
+	  command -v promtool >/dev/null || { rm -rf $(VENV)/deb && mkdir $(VENV)/deb && cd $(VENV)/deb && \
+	    apt-get download -qq -o APT::Sandbox::User=root prometheus && dpkg-deb -x prometheus_*.deb . && \
+	    cp usr/bin/promtool ../bin/ && cd .. && rm -rf deb; }; \
+	} || echo "no chromium, jq or promtool: the tests that need them will be skipped" >&2
 	@touch $@
 
 # LiteLLM gets an environment of its own: it pins much of what we use.
