@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, ConsumerConfig
+from gpumanager.config import Config
 from gpumanager.errors import (
     BrokerError,
     ConsumerTimeout,
@@ -23,9 +23,10 @@ from gpumanager.errors import (
     NoConsumer,
 )
 from gpumanager.learning import Learned
-from gpumanager.ledger import Balance, Held, balance, held
-from gpumanager.model import ConsumerState, MemoryReading
+from gpumanager.ledger import Balance, held
+from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
+from gpumanager.scheduling.census import Census
 from gpumanager.scheduling.evictor import FIRST_POLL_S, Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
@@ -39,8 +40,6 @@ FRESH_S = 2.0
 """For so long a sample of the card is good enough to see that a consumer holds what it needs."""
 
 READY_POLL_S = 0.25
-RELOAD_S = 5.0
-"""Taken for the time to load a consumer that was never seen to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,7 @@ class RoomMaker:
         self._config = config
         self._registry = registry
         self._learned = learned
+        self._census = Census(config, learned)
         self._controls = controls
         self._parks = parks
         self._measure = measure
@@ -127,7 +127,7 @@ class RoomMaker:
         target = ticket.job.consumer
         states, reading = self._registry.snapshot(), self._measure()
         released = 0
-        for other in candidates(self._residents(states, reading, set())):
+        for other in candidates(self._census.residents(states, reading)):
             if other.name != target:
                 release = self._evict(other, ticket)
                 if release is not None and release.outcome == "unverified":
@@ -146,7 +146,7 @@ class RoomMaker:
         if self._registry.get(name).active:  # only where nobody holds the GPU alone
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
         self._registry.quarantine(name, "")
-        resident = self._resident(name, self._registry.get(name), self._measure(), set())
+        resident = self._census.resident(name, self._registry.get(name), self._measure())
         release = self._evict(resident, ticket)
         if release is None:
             raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
@@ -242,9 +242,9 @@ class RoomMaker:
     def _look(self, target: str, tried: Set[str] = frozenset()) -> _Look:
         states, reading = self._registry.snapshot(), self._measure()
         consumer = self._config.consumers[target]
-        now = self._balance(states, reading)
+        now = self._census.balance(states, reading)
         own = held(target, states[target], consumer.vram_resident_mib, reading)
-        needed = self._needed(target, now)
+        needed = self._census.needed(target, now)
         if now.source == "unknown":
             plan = Plan(fits=True)
         else:
@@ -252,56 +252,12 @@ class RoomMaker:
             available = now.free_mib - self._config.gpu.reserved_mib
             plan = plan_eviction(
                 demand,
-                self._residents(states, reading, tried),
+                self._census.residents(states, reading, tried),
                 available,
                 order=self._config.eviction,
                 now=self._clock.monotonic(),
             )
         return _Look(target, plan, needed, own.surely_mib, now)
-
-    def _needed(self, name: str, now: Balance) -> int:
-        most = now.total_mib - self._config.gpu.reserved_mib if now.total_mib else None
-        return self._learned.needed_mib(name, self._config.consumers[name].vram_resident_mib, most)
-
-    def _balance(
-        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
-    ) -> Balance:
-        mib = [each.mib for each in self._held(states, reading).values()]
-        return balance(reading, self._config.gpu.total_mib, mib)
-
-    def _held(
-        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
-    ) -> dict[str, Held]:
-        return {
-            name: held(name, states[name], consumer.vram_resident_mib, reading)
-            for name, consumer in self._config.consumers.items()
-        }
-
-    def _residents(
-        self,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        tried: Set[str],
-    ) -> list[Resident]:
-        return [
-            self._resident(name, states[name], reading, tried) for name in self._config.consumers
-        ]
-
-    def _resident(
-        self, name: str, state: ConsumerState, reading: MemoryReading | None, tried: Set[str]
-    ) -> Resident:
-        consumer = self._config.consumers[name]
-        figures = self._learned.figures(name)
-        return Resident(
-            name=name,
-            loaded=state.loaded,
-            held_mib=held(name, state, consumer.vram_resident_mib, reading).mib,
-            last_used=state.last_used,
-            priority=consumer.priority,
-            evictable=_evictable(consumer, state) and name not in tried,
-            floor_mib=_floor(consumer, figures.residue_mib),
-            reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
-        )
 
     def _evict(
         self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
@@ -383,10 +339,10 @@ class RoomMaker:
     def _holders(self, target: str) -> list[str]:
         """Who holds the memory, for a person to read: consumers, then the largest of the others."""
         states, reading = self._registry.snapshot(), self._measure()
-        figures = self._held(states, reading)
+        figures = self._census.held(states, reading)
         named = {name: each.mib for name, each in figures.items() if each.mib}
         listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name != target]
-        others = self._balance(states, reading).used_mib - sum(named.values())
+        others = self._census.balance(states, reading).used_mib - sum(named.values())
         holdings = None if reading is None else reading.holdings
         for process in () if holdings is None else holdings.foreign:
             listed.append(f"{process.name or 'process'} (pid {process.pid}) {process.mib} MiB")
@@ -394,20 +350,6 @@ class RoomMaker:
         if others > 0:
             listed.append(f"others {others} MiB")
         return listed
-
-
-def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:
-    return (
-        bool(consumer.rungs)
-        and not consumer.vram_managed
-        and not consumer.pinned
-        and not state.quarantine
-    )
-
-
-def _floor(consumer: ConsumerConfig, residue_mib: int | None) -> int:
-    """What it keeps after an unload: as declared, else as was seen."""
-    return (residue_mib or 0) if consumer.floor_mib is None else consumer.floor_mib
 
 
 def _short(now: _Look, reserved_mib: int) -> int:
