@@ -1,7 +1,7 @@
 # The broker in a container. It needs no CUDA: NVML comes from the driver, with `--gpus all`.
-#   docker build -t gpumanager .
+#   docker build -t mgpumanager .
 #   docker run --gpus all --pid host -p 127.0.0.1:8770:8770 \
-#     -v ./consumers.yaml:/etc/gpumanager/consumers.yaml:ro gpumanager
+#     -v ./consumers.yaml:/etc/gpumanager/consumers.yaml:ro mgpumanager
 # --pid host lets it see whose memory it is; without, it goes by totals.
 FROM python:3.12-slim AS build
 WORKDIR /src
@@ -10,7 +10,7 @@ RUN pip wheel --no-cache-dir --wheel-dir /wheels .
 
 FROM python:3.12-slim
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir --no-index --find-links /wheels gpumanager \
+RUN pip install --no-cache-dir --no-index --find-links /wheels mgpumanager \
  && rm -rf /wheels \
  && useradd --uid 10001 --create-home --home-dir /var/lib/gpumanager gpumanager
 USER gpumanager

@@ -22,7 +22,7 @@ def _requirements() -> list[str]:
 
 
 setup(
-    name="gpumanager",
+    name="mgpumanager",  # `gpumanager` on PyPI is another program
     version=_version(),
     description="One URL, one queue and one lock in front of the AI services that share a GPU",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),

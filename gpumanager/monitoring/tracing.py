@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of jobs, an extra: `pip install 'gpumanager[otel]'`.
+"""OpenTelemetry spans of jobs, an extra: `pip install 'mgpumanager[otel]'`.
 
 It is switched on, pointed and tuned by OpenTelemetry's own environment variables: there is nothing
 to configure twice. A job's span is a child of the client's, if it sent a `traceparent`; the header
@@ -98,7 +98,7 @@ def from_environment(environ: Mapping[str, str], version: str) -> Tracing | None
     except ImportError as error:
         log.warning(
             "no traces",
-            extra={"reason": f"{error}; pip install 'gpumanager[otel]'"},
+            extra={"reason": f"{error}; pip install 'mgpumanager[otel]'"},
         )
         return None
     about = {"service.version": version}

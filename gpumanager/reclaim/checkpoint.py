@@ -22,7 +22,7 @@ HELPER = (sys.executable, "-m", "gpumanager.reclaim.checkpoint")
 START_S = 15.0
 """What the helper may take beside the driver's own work: Python, and CUDA's start."""
 
-INSTALL = "pip install 'gpumanager[checkpoint]'"
+INSTALL = "pip install 'mgpumanager[checkpoint]'"
 STEPS = 2
 """Lock and checkpoint; restore and unlock."""
 

@@ -45,7 +45,7 @@ def own_files() -> set[str]:
 def test_the_version_comes_from_one_place(built: Path) -> None:
     names = sorted(path.name for path in built.iterdir())
     version = gpumanager.__version__
-    assert names == [f"gpumanager-{version}-py3-none-any.whl", f"gpumanager-{version}.tar.gz"]
+    assert names == [f"mgpumanager-{version}-py3-none-any.whl", f"mgpumanager-{version}.tar.gz"]
 
 
 def test_nothing_of_the_package_is_left_out(built: Path) -> None:

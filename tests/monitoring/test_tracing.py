@@ -86,7 +86,7 @@ def test_a_missing_extra_is_told(
         environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
         assert tracing.from_environment(environ, "1") is None
     (record,) = caplog.records
-    assert "gpumanager[otel]" in vars(record)["reason"]
+    assert "mgpumanager[otel]" in vars(record)["reason"]
 
 
 def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,4 +173,4 @@ def test_without_the_extra_the_helper_says_what_to_install(
 
     monkeypatch.setattr(checkpoint, "import_module", missing)
     assert checkpoint.main(["suspend", "11", "700"]) == 1
-    assert "gpumanager[checkpoint]" in capsys.readouterr().err
+    assert "mgpumanager[checkpoint]" in capsys.readouterr().err
