@@ -26,6 +26,7 @@ from gpumanager.config.schema import (
     Route,
     Rung,
     SchedulerConfig,
+    Settled,
     Timeouts,
     UnloadCall,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Route",
     "Rung",
     "SchedulerConfig",
+    "Settled",
     "Timeouts",
     "UnloadCall",
     "config_path_from_env",

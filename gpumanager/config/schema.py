@@ -380,7 +380,9 @@ class Probe(Call):
 
 class Settled(Call):
     """A call that is repeated `every` so many seconds after an unload, for at most `timeout`,
-    until `until` gives true. It is asked beside the card, never instead of it."""
+    until `until` gives true. It is asked beside the card, never instead of it: `timeout` is also
+    what the consumer's memory is given to show as free, if it is longer than
+    `gpu.release_timeout`."""
 
     until: Expression
     every: Seconds = 0.25
@@ -619,7 +621,8 @@ class ConsumerConfig(_Model):
 class GpuConfig(_Model):
     """The card. `total_mib` 0: ask NVML; `reserved_mib` is promised to nobody; `device` is
     NVML's index, a UUID or `simulated:FILE`; `sample_interval` in seconds; `release_timeout` the
-    longest wait, in seconds, for unloaded memory to show as free."""
+    longest wait, in seconds, for unloaded memory to show as free; a consumer whose `settled`
+    call has a longer `timeout` is given that."""
 
     total_mib: Mib = 0
     reserved_mib: Mib = 256

@@ -7,12 +7,13 @@ outside any lock, each with a bound.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, Rung
+from gpumanager.config import Config, Rung, Settled
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.learning import Learned
 from gpumanager.model import MemoryReading, Parked, ProbeReport
@@ -58,6 +59,27 @@ class Parks(Protocol):
 
     def bring_back(self, name: str, parked: Parked) -> bool:
         """Start it again; True if it can be used at once, False if it has yet to get ready."""
+
+
+class _Word:
+    """A consumer's own word that its unload is over: its `settled` call, made every so often,
+    until it is given or its time is over. Without such a call it is taken as given."""
+
+    def __init__(self, call: Settled | None, now: float) -> None:
+        self.given = call is None
+        self.deadline = -math.inf if call is None else now + call.timeout
+        self._every = 0.0 if call is None else call.every
+        self._next = now
+
+    def due(self, now: float) -> bool:
+        """Whether it is to be asked for now."""
+        if now >= self.deadline:
+            self.given = True  # it had its time: the card alone decides
+        return not self.given and now >= self._next
+
+    def take(self, given: bool, now: float) -> None:
+        """Take note of an answer."""
+        self.given, self._next = given, now + self._every
 
 
 class Evictor:
@@ -121,7 +143,9 @@ class Evictor:
                 continue
             tried.append(rung.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
-            release = self._await(name, before, expected, ticket, fits)
+            settled = self._config.consumers[name].settled if rung.http else None
+            word = _Word(settled, self._clock.monotonic())
+            release = self._await(name, before, expected, word, ticket, fits)
             release = replace(
                 release, seconds=self._clock.monotonic() - began, certain=holds is not None
             )
@@ -170,15 +194,20 @@ class Evictor:
         name: str,
         before: MemoryReading | None,
         expected_mib: int,
+        word: _Word,
         ticket: Ticket,
         fits: Callable[[], bool] | None,
     ) -> Release:
-        """Poll until the memory is back, or will not come."""
+        """Poll until the memory is back, or will not come: as long as `gpu.release_timeout` and
+        the consumer's own `settled` allow, whichever is longer."""
         now = self._clock.monotonic()
-        deadline, stable_since, began = now + self._config.gpu.release_timeout, now, now
+        stable_since, began = now, now
+        deadline = max(now + self._config.gpu.release_timeout, word.deadline)
         delay, last_mib = FIRST_POLL_S, 0
         while True:
-            settled = self._controls.settled(name)
+            if word.due(now):
+                word.take(self._controls.settled(name), self._clock.monotonic())
+            settled = word.given
             reading = None if before is None else self._measure()
             now = self._clock.monotonic()
             if before is None or reading is None:

@@ -115,6 +115,19 @@ def test_ollamas_memory_is_waited_for_though_its_list_is_empty_before(
         assert broker.get("/v1/status").json()["scheduler"]["evictions"] == 4
 
 
+def test_ollama_is_given_the_time_that_its_preset_says(card: SimulatedCard) -> None:
+    """Longer than the card is given: nothing leaked, and nobody else has to go."""
+    consumers = {
+        "ollama": {"fake": "ollama", "mib": 6000},
+        "voice": {"fake": "plain", "mib": 5000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["ollama"].set(unload_lag_s=1.5)  # gpu.release_timeout is 1 here
+        assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
+        assert job(broker, "tts").status_code == 200
+        assert "quarantine" not in status_of(broker, "ollama")
+
+
 def test_a_model_that_went_to_the_cpu_is_reported(
     card: SimulatedCard, caplog: pytest.LogCaptureFixture
 ) -> None:
