@@ -27,28 +27,35 @@ RAISE = 1.25
 measured what it really needs."""
 
 _VERSION = 1
-_TIMES = ("load_s", "unload_s", "run_s")
+_TIMES = ("load_s", "unload_s", "run_s", "cold_s")
+"""`cold_s`: jobs that found their consumer not loaded, and loaded it themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long something took, in seconds: median, 95th percentile, and of how many."""
+    """How long something took, in seconds: median, 95th percentile, of how many, and mean."""
 
     p50: float
     p95: float
     count: int
+    mean: float
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What was learned of one consumer; None where nothing was yet. `peak_mib` is the most that
-    its recent jobs held, `residue_mib` what it kept after its latest unload."""
+    its recent jobs held, `residue_mib` what it kept after its latest unload.
+
+    `cold_s` is how long jobs took that loaded their consumer themselves, `run_s` all others. What
+    the former took longer than a usual run counts as a load.
+    """
 
     peak_mib: int | None = None
     residue_mib: int | None = None
     load_s: Times | None = None
     unload_s: Times | None = None
     run_s: Times | None = None
+    cold_s: Times | None = None
 
 
 class _Record:
@@ -76,10 +83,14 @@ class Learned:
         """What is known of one consumer."""
         with self._lock:
             record = self._records[name]
+            times = {each: _times(record.times[each]) for each in _TIMES}
+            if record.times["cold_s"] and (usual := times["run_s"]) is not None:
+                loads = (max(0.0, seconds - usual.p50) for seconds in record.times["cold_s"])
+                times["load_s"] = _times([*record.times["load_s"], *loads])
             return Figures(
                 peak_mib=_peak(record),
                 residue_mib=record.residue_mib,
-                **{each: _times(record.times[each]) for each in _TIMES},
+                **times,
             )
 
     def needed_mib(self, name: str, declared_mib: int, most_mib: int | None) -> int:
@@ -100,11 +111,12 @@ class Learned:
                 record.current_peak = mib
                 self._changes += 1
 
-    def ran(self, name: str, seconds: float) -> None:
-        """A job of it has ended."""
+    def ran(self, name: str, seconds: float, *, cold: bool = False) -> None:
+        """A job of it has ended. `cold`: the consumer was not loaded before it, so that loading
+        is part of what it took."""
         with self._lock:
             record = self._records[name]
-            record.times["run_s"].append(seconds)
+            record.times["cold_s" if cold else "run_s"].append(seconds)
             if record.current_peak:
                 record.peaks.append(record.current_peak)
                 record.current_peak = 0
@@ -166,7 +178,8 @@ class Learned:
             residue = entry["residue_mib"]
             record.residue_mib = None if residue is None else _count(residue)
             for each in _TIMES:
-                record.times[each].extend(_seconds(value) for value in entry[each])
+                values = entry.get(each, ()) if each == "cold_s" else entry[each]  # a newer key
+                record.times[each].extend(_seconds(value) for value in values)
             with self._lock:
                 self._records[name] = record
 
@@ -276,7 +289,7 @@ def _times(values: Iterable[float]) -> Times | None:
     if not ordered:
         return None
     p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
-    return Times(p50, p95, len(ordered))
+    return Times(p50, p95, len(ordered), sum(ordered) / len(ordered))
 
 
 def _count(value: Any) -> int:

@@ -57,10 +57,25 @@ def test_times_by_the_nearest_rank() -> None:
     learned.unloaded("tts", 0.7, None)
     learned.ran("tts", 2)
     figures = learned.figures("tts")
-    assert figures.load_s == Times(10, 19, 20)
-    assert figures.unload_s == Times(0.5, 0.7, 2)
-    assert figures.run_s == Times(2, 2, 1)
+    assert figures.load_s == Times(10, 19, 20, 10.5)
+    assert figures.unload_s == Times(0.5, 0.7, 2, 0.6)
+    assert figures.run_s == Times(2, 2, 1, 2)
     assert figures.residue_mib == 300
+
+
+def test_what_the_first_job_takes_longer_than_a_usual_one_is_the_load() -> None:
+    learned = Learned(["llm"])
+    learned.ran("llm", 14, cold=True)
+    figures = learned.figures("llm")
+    assert (figures.load_s, figures.run_s) == (None, None)  # nobody can tell the two apart yet
+    assert figures.cold_s == Times(14, 14, 1, 14)
+    for seconds in (3, 4, 5):
+        learned.ran("llm", seconds)
+    figures = learned.figures("llm")
+    assert figures.run_s == Times(4, 5, 3, 4)
+    assert figures.load_s == Times(10, 10, 1, 10)
+    learned.ran("llm", 3, cold=True)  # it was loaded after all: a load takes no less than no time
+    assert learned.figures("llm").load_s == Times(0, 10, 2, 5)
 
 
 # -- over a restart ------------------------------------------------------------------------------
@@ -70,6 +85,7 @@ def filled() -> Learned:
     learned = Learned(["tts", "llm"])
     learned.held("tts", 3000)
     learned.ran("tts", 1.5)
+    learned.ran("tts", 9.5, cold=True)
     learned.loaded("llm", 7.25)
     learned.unloaded("llm", 0.5, 400)
     return learned
@@ -120,6 +136,19 @@ def test_a_consumer_that_is_gone_from_the_config_is_passed_over(tmp_path: Path) 
     only = Learned(["llm"])
     StateFile(path, only, dict).load()
     assert only.figures("llm").residue_mib == 400
+
+
+def test_a_file_from_before_first_jobs_were_told_apart_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    StateFile(path, filled(), dict).save()
+    data = json.loads(path.read_text())
+    for entry in data["consumers"].values():
+        del entry["cold_s"]
+    path.write_text(json.dumps(data))
+    learned = Learned(["tts"])
+    StateFile(path, learned, dict).load()
+    assert learned.figures("tts").run_s == Times(1.5, 1.5, 1, 1.5)
+    assert learned.figures("tts").cold_s is None
 
 
 def test_without_a_file_nothing_is_known(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class _Hold:
         )
         self._ticket.close()
         if self.failure is None and self.status is not None and self.status < 400:
-            self._learned.ran(name, seconds)
+            self._learned.ran(name, seconds, cold=not self.before.loaded)
         self._note(seconds)
 
     def _note(self, seconds: float) -> None:

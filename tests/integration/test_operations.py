@@ -150,6 +150,21 @@ def test_an_operator_who_leaves_waits_no_more(broker: LiveBroker, voice: Running
     assert loaded(broker)["voice"]
 
 
+def test_the_load_of_a_consumer_that_loads_with_its_first_job_is_learned(
+    broker: LiveBroker, voice: Running
+) -> None:
+    voice.set(load_s=0.6)
+    for _ in range(4):
+        assert broker.post("/v1/tts", json={}).status_code == 200
+    (known,) = (
+        each["learned"]
+        for each in broker.get("/v1/status").json()["consumers"]
+        if each["name"] == "voice"
+    )
+    assert (known["load_ms"]["count"], known["run_ms"]["count"]) == (1, 3)
+    assert known["run_ms"]["p50"] < 500 <= known["load_ms"]["p50"]
+
+
 def test_who_is_idle_is_unloaded_and_what_is_missed_is_restored(
     card: SimulatedCard, voice: Running, ollama: Running
 ) -> None:
