@@ -20,12 +20,12 @@ import waitress
 import waitress.server
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from gpumanager import errors
 from gpumanager.config import Config
+from gpumanager.web.parsing import StrictRequestParser
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -46,19 +46,6 @@ SPARE_CONNECTIONS = 512
 
 SPARE_DESCRIPTORS = 256
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
-
-
-class StrictRequestParser(HTTPRequestParser):
-    """Waitress's parser, which also refuses what two servers may frame differently: a length
-    beside a transfer coding, and a transfer coding in HTTP/1.0."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
-        # Of a Transfer-Encoding that it honours waitress keeps `chunked` only.
-        if "TRANSFER_ENCODING" in self.headers:
-            raise ParsingError("Transfer-Encoding in HTTP/1.0")
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
-            raise ParsingError("Content-Length beside Transfer-Encoding")
 
 
 class JsonErrorTask(ErrorTask):
