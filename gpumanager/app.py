@@ -23,6 +23,7 @@ from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
 from gpumanager.monitoring import tracing
 from gpumanager.monitoring.attribution import Attributor
+from gpumanager.monitoring.containers import ContainedConsumers
 from gpumanager.monitoring.eventfile import EventFile
 from gpumanager.monitoring.history import EVERY_S, MemoryHistory
 from gpumanager.monitoring.housekeeper import Housekeeper
@@ -93,7 +94,12 @@ class Broker:
         self.memory = GpuMemory(
             open_card(config.gpu.device) if card is None else card,
             clock,
-            Attributor(consumer_processes, processes, clock),
+            Attributor(
+                consumer_processes,
+                ContainedConsumers(config, consumer_processes, processes),
+                processes,
+                clock,
+            ),
         )
         calls = ControlCalls(config, self.watcher, clock)
         self.breakers = Breakers(clock)

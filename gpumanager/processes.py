@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -17,7 +22,22 @@ _FRONTS = frozenset(
 )
 """Processes that hold a port for another one, which is not their descendant."""
 
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
+"""The inode of the machine's own PID namespace: PROC_PID_INIT_INO in Linux's proc_ns.h."""
+
+_LISTENS = "0A"
+"""TCP_LISTEN, as /proc/net/tcp writes it."""
+
 Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network namespace: its own IP addresses, loopback's left out, and the TCP ports that
+    are listened on in it."""
+
+    addresses: frozenset[str] = frozenset()
+    ports: frozenset[int] = frozenset()
 
 
 class ProcessTable(Protocol):
@@ -37,6 +57,16 @@ class ProcessTable(Protocol):
 
     def cgroup(self, pid: int) -> str:
         """The path of its cgroup; empty if it is not known."""
+
+    def command(self, pid: int) -> tuple[str, ...]:
+        """Its command line; empty if it is not known."""
+
+    def network(self, pid: int) -> Network:
+        """Its network namespace; empty if it is not known."""
+
+    def sees_all(self) -> bool:
+        """Whether this is the machine's own PID namespace, where every process shows under the
+        number that the driver knows it by."""
 
 
 class SystemProcesses:
@@ -79,6 +109,70 @@ class SystemProcesses:
         paths = dict(line.split(":", 2)[::2] for line in lines if line.count(":") >= 2)
         return paths.get("0", "")  # the unified hierarchy
 
+    def command(self, pid: int) -> tuple[str, ...]:
+        try:
+            return tuple(psutil.Process(pid).cmdline())
+        except (psutil.Error, OSError):
+            return ()
+
+    def network(self, pid: int) -> Network:
+        # /proc/PID/net may be read by everybody; /proc/PID/ns/net, which would tell at once whether
+        # the namespace is another one, only by who may trace the process.
+        own = Path(f"/proc/{pid}/net")
+        return Network(
+            frozenset(_own_ipv4(_lines(own / "fib_trie")) | _own_ipv6(_lines(own / "if_inet6"))),
+            frozenset(_listened_on(_lines(own / "tcp")) | _listened_on(_lines(own / "tcp6"))),
+        )
+
+    def sees_all(self) -> bool:
+        try:
+            return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+        except OSError:
+            return True  # no Linux: no such namespaces
+
+
+def host_memory() -> tuple[int, int]:
+    """The machine's memory in bytes: in all, and what it can still give."""
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _own_ipv4(trie: list[str]) -> set[str]:
+    """From fib_trie: a line with an address, then a line that says `/32 host LOCAL`."""
+    found = {
+        before.rpartition(" ")[2]
+        for before, line in pairwise(trie)
+        if line.strip() == "/32 host LOCAL"
+    }
+    return {address for address in found if not address.startswith("127.")}
+
+
+def _own_ipv6(rows: list[str]) -> set[str]:
+    """From if_inet6: an address in 32 hexadecimal digits first in each line."""
+    found = {
+        str(ipaddress.IPv6Address(int(row.split()[0], 16)))
+        for row in rows
+        if re.match(r"[0-9a-f]{32} ", row)
+    }
+    return found - {"::1"}
+
+
+def _listened_on(rows: list[str]) -> set[int]:
+    """From tcp and tcp6: `N: ADDRESS:PORT REMOTE STATE …`, all in hexadecimal."""
+    columns = [row.split() for row in rows[1:]]
+    return {
+        int(each[1].rpartition(":")[2], 16)
+        for each in columns
+        if len(each) > 3 and each[3] == _LISTENS
+    }
+
 
 def _listening() -> list[tuple[Address, int | None]]:
     """Who listens where; the process is None where it may not be seen."""
@@ -107,6 +201,10 @@ class ConsumerProcesses:
         are its own."""
         return dict(self._find(self._local()))
 
+    def fronts(self) -> dict[str, tuple[int, ...]]:
+        """The processes that hold a consumer's port for another process, as docker-proxy does."""
+        return dict(self._find(self._local(), fronts=True))
+
     def of(self, name: str) -> tuple[int, ...]:
         """The listening processes of one consumer; empty if they cannot be seen."""
         address = self._local().get(name)
@@ -124,15 +222,19 @@ class ConsumerProcesses:
             self._consumers = consumers
         return self._addresses
 
-    def _find(self, addresses: Mapping[str, Address]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _find(
+        self, addresses: Mapping[str, Address], *, fronts: bool = False
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
         listeners = self._table.listeners()
         for name, (host, port) in addresses.items():
             anywhere = "::" if ":" in host else "0.0.0.0"  # noqa: S104  # looked for, not bound
             for ip in (host, f"::ffff:{host}", anywhere, "::"):
                 if pids := listeners.get((ip, port)):
-                    own = tuple(pid for pid in pids if self._table.name(pid) not in _FRONTS)
-                    if own:
-                        yield name, own
+                    wanted = tuple(
+                        pid for pid in pids if (self._table.name(pid) in _FRONTS) == fronts
+                    )
+                    if wanted:
+                        yield name, wanted
                     break
 
 

@@ -52,12 +52,15 @@ def doctor(path: str | None, key: str | None) -> None:
 def _findings(config: Config, keys: int, key: str | None) -> Iterator[Finding]:
     from gpumanager.clock import SystemClock
     from gpumanager.monitoring.attribution import Attributor
+    from gpumanager.monitoring.containers import ContainedConsumers
     from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable, open_card
     from gpumanager.processes import ConsumerProcesses, SystemProcesses
     from gpumanager.setup import diagnosis
 
     processes, clock = SystemProcesses(), SystemClock()
-    attributor = Attributor(ConsumerProcesses(config, processes), processes, clock)
+    consumers = ConsumerProcesses(config, processes)
+    contained = ContainedConsumers(config, consumers, processes)
+    attributor = Attributor(consumers, contained, processes, clock)
     memory = GpuMemory(open_card(config.gpu.device), clock, attributor)
     try:
         yield from diagnosis.card(memory.read(), "")

@@ -569,7 +569,9 @@ class ConsumerConfig(_Model):
     take its memory back, by default its `unload` call alone. `on_disconnect` says whether it
     aborts when its client goes (`native`), works on (`none`), or has to be told by a call.
     `idle_unload`: unloaded after so many seconds without a job. `ready_timeout`: the seconds it
-    may take from being started until its health is good.
+    may take from being started until its health is good. `container` is the name or id of the
+    Docker or Podman container it runs in: it tells whose a process on the card is where that
+    cannot be seen otherwise; by default the one that `evict` names.
     """
 
     url: Annotated[StrictStr, AfterValidator(_url)]
@@ -580,6 +582,7 @@ class ConsumerConfig(_Model):
     paths: dict[Kind, _Route] = Field(default_factory=dict)
     vram_resident_mib: Mib = 0
     floor_mib: Mib | None = None
+    container: Annotated[StrictStr, AfterValidator(_container_name)] | None = None
     vram_managed: StrictBool = False
     pinned: StrictBool = False
     idle_unload: Seconds | None = None
@@ -602,6 +605,14 @@ class ConsumerConfig(_Model):
         if self.evict is not None:
             return self.evict
         return () if self.unload is None else (HTTP,)
+
+    @property
+    def container_named(self) -> tuple[str | None, str | None]:
+        """The container it runs in, and the engine's socket; None where they are not named."""
+        for rung in self.evict or ():
+            if rung.container is not None and self.container in (None, rung.container):
+                return rung.container, rung.socket
+        return self.container, None
 
     @cached_property
     def base_url(self) -> str:

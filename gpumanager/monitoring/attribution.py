@@ -1,5 +1,5 @@
 """Which consumer holds which memory of the card: listening port → process → its descendants, or
-its service's cgroup. What no consumer holds is foreign."""
+its service's cgroup, or its container. What no consumer holds is foreign."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 from gpumanager.clock import Clock
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
+from gpumanager.monitoring.containers import Contained, ContainedConsumers, Place
 from gpumanager.processes import ConsumerProcesses, ProcessTable
 
 log = logging.getLogger(__name__)
@@ -30,14 +31,23 @@ _SERVICE = re.compile(
 class Attributor:
     """Draws up the holdings behind each reading. For one thread at a time."""
 
-    def __init__(self, consumers: ConsumerProcesses, table: ProcessTable, clock: Clock) -> None:
+    def __init__(
+        self,
+        consumers: ConsumerProcesses,
+        contained: ContainedConsumers,
+        table: ProcessTable,
+        clock: Clock,
+    ) -> None:
         self._consumers = consumers
+        self._contained = contained
         self._table = table
         self._clock = clock
         self._looked_at: float | None = None
-        self._owners: dict[int, str | None] = {}
+        self._owners: dict[int, frozenset[str]] = {}
         self._names: dict[int, str] = {}
-        self._listening: dict[str, tuple[int, ...]] = {}
+        self._main: dict[str, tuple[int, ...]] = {}
+        self._found = Contained()
+        self._here: dict[str, Place] = {}
 
     def attribute(self, reading: MemoryReading) -> Holdings:
         """Never raises: what cannot be found out is said in `reason`."""
@@ -48,24 +58,44 @@ class Attributor:
             return Holdings(reason=f"{reading.used_mib} MiB are in use, but no process shows")
         try:
             self._look(pids)
+            elsewhere = self._elsewhere(pids)
         except Exception as error:
             log.exception("attribution failed")
             return Holdings(reason=f"the processes cannot be looked up: {error}")
-        if pids and not any(self._names[pid] for pid in pids):
+        if elsewhere:
             return Holdings(reason="the card's processes are outside this PID namespace")
         return self._drawn_up(reading.processes)
 
+    def _elsewhere(self, pids: frozenset[int]) -> bool:
+        """Whether the driver's numbers are those of another PID namespace: then a number that
+        happens to be somebody's here, too, means nothing either."""
+        unknown = [pid for pid in pids if not self._names[pid]]
+        if self._table.sees_all():
+            return bool(unknown) and len(unknown) == len(pids)  # some may just have ended
+        return bool(unknown)
+
     def _drawn_up(self, processes: tuple[GpuProcess, ...]) -> Holdings:
-        held = dict.fromkeys(self._listening, 0)
+        here = [
+            name
+            for name, place in self._found.places.items()
+            if place.certain or self._here.get(name) == place
+        ]
+        held = dict.fromkeys([*self._main, *here], 0)
         pids: dict[str, tuple[int, ...]] = {}
-        foreign = []
+        foreign, shared = [], set[str]()
         for process in processes:
-            owner = self._owners[process.pid]
-            if owner is None:
+            owners = self._owners[process.pid]
+            if not owners:
                 foreign.append(GpuProcess(process.pid, process.mib, self._names[process.pid]))
+            elif len(owners) > 1:
+                shared |= owners
             else:
+                (owner,) = owners
                 held[owner] = held.get(owner, 0) + process.mib
                 pids[owner] = (*pids.get(owner, ()), process.pid)
+        for name in shared:  # what of it is whose cannot be told, nor that it is nothing
+            held.pop(name, None)
+            pids.pop(name, None)
         foreign.sort(key=lambda process: (-process.mib, process.pid))
         return Holdings(held, pids, tuple(foreign))
 
@@ -79,29 +109,43 @@ class Attributor:
         for pid in pids - self._owners.keys():
             self._names[pid] = self._table.name(pid)
             self._owners[pid] = self._owner(pid)
-            if self._owners[pid] is None:
+            if not self._owners[pid]:
                 self._look_up(pids, now)  # perhaps it serves in the place of one that ended
                 return
 
     def _look_up(self, pids: frozenset[int], now: float) -> None:
-        self._listening = self._consumers.find()
+        listening = self._consumers.find()
+        self._found = self._contained.find(listening.keys())
+        self._main = {**listening, **self._found.main}
         self._owners = {pid: self._owner(pid) for pid in pids}
         self._names = {pid: self._table.name(pid) for pid in pids}
         self._looked_at = now
 
-    def _owner(self, pid: int) -> str | None:
-        """The consumer whose listening process is nearest among `pid` and its ancestors; else
-        the one that alone shares its service's cgroup."""
+    def _owner(self, pid: int) -> frozenset[str]:
+        """The consumers whose main process is nearest among `pid` and its ancestors; else the
+        one that alone shares its service's cgroup, or that listens in its network namespace.
+        More than one where several share a process; none if it is nobody's."""
         for each in self._table.ancestry(pid):
-            names = [name for name, listening in self._listening.items() if each in listening]
+            names = [name for name, main in self._main.items() if each in main]
             if names:
-                return names[0] if len(names) == 1 else None  # two consumers in one process
+                return frozenset(names)
+        return self._by_cgroup(pid) or self._by_network(pid)
+
+    def _by_cgroup(self, pid: int) -> frozenset[str]:
         cgroup = self._table.cgroup(pid)
         if not _SERVICE.fullmatch(cgroup.rpartition("/")[2]):
-            return None
+            return frozenset()
         sharing = [
             name
-            for name, listening in self._listening.items()
-            if any(self._table.cgroup(each) == cgroup for each in listening)
+            for name, main in self._main.items()
+            if any(self._table.cgroup(each) == cgroup for each in main)
         ]
-        return sharing[0] if len(sharing) == 1 else None
+        return frozenset(sharing if len(sharing) == 1 else ())
+
+    def _by_network(self, pid: int) -> frozenset[str]:
+        if not self._found.places:
+            return frozenset()
+        network = self._table.network(pid)
+        found = {name: place for name, place in self._found.places.items() if place.is_in(network)}
+        self._here.update(found)
+        return frozenset(found)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
+from gpumanager.processes import host_memory
 
 MIB = 1024 * 1024
 FIRST_BACKOFF_S = 1.0
@@ -58,7 +59,7 @@ class NvmlCard:
         try:
             if self._handle is None:
                 self._open()
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+            total, free = self._memory()
         except Exception as error:  # NVMLLibraryMismatchError is no NVMLError
             raise GpuUnavailable(f"NVML: {error}") from error
         faults: list[str] = []
@@ -66,14 +67,23 @@ class NvmlCard:
         rates = self._optional(faults, "utilization", self._nvml.nvmlDeviceGetUtilizationRates)
         processes = self._processes(faults)
         return MemoryReading(
-            total_mib=memory.total // MIB,
-            used_mib=(memory.total - memory.free) // MIB,
-            free_mib=memory.free // MIB,
+            total_mib=total // MIB,
+            used_mib=(total - free) // MIB,
+            free_mib=free // MIB,
             name=name.decode() if isinstance(name, bytes) else name,
             utilization_percent=None if rates is None else rates.gpu,
             fault="; ".join(faults) or None,
             processes=processes,
         )
+
+    def _memory(self) -> tuple[int, int]:
+        """Bytes in all, and free. A chip that shares the host's memory, as GB10, has no figures of
+        its own: the host's memory is the card's, and what the host can still give is free."""
+        try:
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        except self._nvml.NVMLError_NotSupported:
+            return host_memory()
+        return memory.total, memory.free
 
     def _processes(self, faults: list[str]) -> tuple[GpuProcess, ...] | None:
         """Every process with its MiB; None where the platform does not tell all of them."""
@@ -82,13 +92,13 @@ class NvmlCard:
         if compute is None:
             return None
         graphics = self._optional(faults, "processes", nvml.nvmlDeviceGetGraphicsRunningProcesses)
-        figures: dict[int, set[int]] = {}
+        figures: dict[int, int] = {}
         for row in [*compute, *(graphics or ())]:
             if row.usedGpuMemory is None:
                 return None  # WDDM, WSL2, MIG
-            figures.setdefault(row.pid, set()).add(row.usedGpuMemory)
-        # Both lists count, but a process that is in both with the same figure is told of twice.
-        return tuple(GpuProcess(pid, sum(found) // MIB) for pid, found in sorted(figures.items()))
+            # One that is in both lists is told of twice, a moment apart: the larger figure counts.
+            figures[row.pid] = max(figures.get(row.pid, 0), row.usedGpuMemory)
+        return tuple(GpuProcess(pid, used // MIB) for pid, used in sorted(figures.items()))
 
     def close(self) -> None:
         nvml, self._nvml, self._handle = self._nvml, None, None

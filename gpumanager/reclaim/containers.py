@@ -7,12 +7,15 @@ import http.client
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gpumanager.reclaim.errors import ReclaimFailed
 
 CALL_TIMEOUT_S = 10.0
-_LONGEST_ANSWER = 64 * 1024
+INSPECT_TIMEOUT_S = 1.0
+_LONGEST_ANSWER = 4 * 1024 * 1024
 _NOT_MODIFIED = 304
 """It is stopped, or started, already."""
 
@@ -52,14 +55,26 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def inspect(container: str, socket_path: str | None) -> Mapping[str, Any]:
+    """What the engine knows of a container (`State.Pid`: its main process, by the engine's host).
+    Raises ReclaimFailed."""
+    found = _call("GET", f"containers/{container}/json", socket_path, INSPECT_TIMEOUT_S)
+    return found if isinstance(found, dict) else {}
+
+
 def _post(container: str, what: str, socket_path: str | None, *, timeout: float) -> None:
+    _call("POST", f"containers/{container}/{what}", socket_path, timeout)
+
+
+def _call(method: str, what: str, socket_path: str | None, timeout: float) -> Any:
+    """The engine's answer, None if it is no JSON. Raises ReclaimFailed."""
     path = socket_path or next(filter(os.path.exists, default_sockets()), None)
     if path is None:
         raise ReclaimFailed("no socket of Docker or Podman was found; set `socket`")
     connection = _UnixConnection(path, timeout)
     try:
         # Docker's API has been at 1.24 or later since 2016; without a version Podman differs.
-        connection.request("POST", f"/v1.24/containers/{container}/{what}")
+        connection.request(method, f"/v1.24/{what}")
         answer = connection.getresponse()
         body = answer.read(_LONGEST_ANSWER)
     except TimeoutError:
@@ -68,9 +83,14 @@ def _post(container: str, what: str, socket_path: str | None, *, timeout: float)
         raise ReclaimFailed(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         connection.close()
+    said = None
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads(body)
     if answer.status >= 400 or (answer.status >= 300 and answer.status != _NOT_MODIFIED):
         reason = body.decode(errors="replace")
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            reason = str(json.loads(body)["message"])
-        verb = what.partition("?")[0]
+        if isinstance(said, dict) and "message" in said:
+            reason = str(said["message"])
+        _, container, verb = what.partition("?")[0].split("/")
+        verb = {"json": "inspect"}.get(verb, verb)
         raise ReclaimFailed(f"container {container}, {verb}: {answer.status} {reason[:200]}")
+    return said

@@ -438,6 +438,7 @@ def _schemas() -> dict[str, Any]:
                 "learned": _ref("Learned"),
             },
             {
+                "attribution": {"enum": ["processes", "totals"]},
                 "last_used": _TIME,
                 "last_probe": _TIME,
                 "last_error": text,

@@ -104,6 +104,7 @@ class StatusView:
             "loaded": state.loaded,
             "gpu_resident_mib": holds.mib,
             "resident_source": holds.source,
+            **self._attribution(name),
             "vram_budget_mib": consumer.vram_resident_mib,
             "active": state.active,
             "total_requests": state.total_requests,
@@ -125,6 +126,15 @@ class StatusView:
         if state.last_error:
             view["last_error"] = state.last_error
         return view
+
+    def _attribution(self, name: str) -> dict[str, str]:
+        """Whether the memory of this consumer's processes is known (`processes`), or the card's
+        totals have to do; nothing where the card is not measured at all."""
+        reading = self._registry.gpu.reading
+        if reading is None or reading.holdings is None:
+            return {}
+        known = reading.measured_mib(name) is not None
+        return {"attribution": "processes" if known else "totals"}
 
     def _stats(self) -> dict[str, Any]:
         stats, failures = self._scheduler.stats(), self._memory_failures()

@@ -14,6 +14,7 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import Config, parse_config
 from gpumanager.model import MemoryReading
 from gpumanager.monitoring.attribution import Attributor
+from gpumanager.monitoring.containers import ContainedConsumers
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable, open_card
 from gpumanager.processes import ConsumerProcesses, SystemProcesses
 from gpumanager.reclaim import checkpoint
@@ -60,7 +61,9 @@ def config(port: int) -> Config:
 @pytest.fixture
 def memory(holder: CudaProcess) -> Iterator[GpuMemory]:
     table, clock = SystemProcesses(), SystemClock()
-    attributor = Attributor(ConsumerProcesses(config(holder.port), table), table, clock)
+    consumers = ConsumerProcesses(config(holder.port), table)
+    contained = ContainedConsumers(config(holder.port), consumers, table)
+    attributor = Attributor(consumers, contained, table, clock)
     found = GpuMemory(open_card(0), clock, attributor)
     yield found
     found.close()

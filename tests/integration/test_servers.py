@@ -106,6 +106,7 @@ def test_ollamas_memory_is_waited_for_though_its_list_is_empty_before(
         assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
         eventually(lambda: status_of(broker, "ollama")["gpu_resident_mib"] == 7000)
         assert status_of(broker, "ollama")["resident_source"] == "measured"  # a child holds it
+        assert status_of(broker, "ollama")["attribution"] == "processes"
         for _ in range(2):
             assert job(broker, "tts").status_code == 200
             assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
@@ -370,3 +371,4 @@ def test_without_figures_per_process_the_totals_have_to_do(card: SimulatedCard) 
         assert "per process" in gpu["attribution"]["reason"]
         assert gpu["foreign"] == []
         eventually(lambda: status_of(broker, "voice")["resident_source"] == "reported")
+        assert status_of(broker, "voice")["attribution"] == "totals"

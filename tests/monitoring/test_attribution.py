@@ -14,7 +14,8 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import Config, parse_config
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from gpumanager.monitoring.attribution import REFRESH_S, Attributor
-from gpumanager.processes import Address, ConsumerProcesses, SystemProcesses
+from gpumanager.monitoring.containers import ContainedConsumers, Resolver
+from gpumanager.processes import Address, ConsumerProcesses, Network, SystemProcesses
 from tests.support.clock import FakeClock
 
 SERVE = """
@@ -39,6 +40,9 @@ class FakeProcesses:
         self.tree = {100: 1, 200: 1, 201: 200, 202: 201, 300: 1}
         self.names = {300: "game"}
         self.cgroups: dict[int, str] = {}
+        self.commands: dict[int, tuple[str, ...]] = {}
+        self.networks: dict[int, Network] = {}
+        self.all_seen = True
         self.looks = 0
 
     def ports(self) -> set[int]:
@@ -61,6 +65,15 @@ class FakeProcesses:
     def cgroup(self, pid: int) -> str:
         return self.cgroups.get(pid, "/user.slice/user-1000.slice/session-1.scope")
 
+    def command(self, pid: int) -> tuple[str, ...]:
+        return self.commands.get(pid, ())
+
+    def network(self, pid: int) -> Network:
+        return self.networks.get(pid, Network(frozenset({"192.0.2.9"}), frozenset({8766, 11434})))
+
+    def sees_all(self) -> bool:
+        return self.all_seen
+
 
 def config(**urls: str) -> Config:
     urls = urls or {"mvoice": "http://127.0.0.1:8766", "ollama": "http://localhost:11434"}
@@ -74,9 +87,17 @@ def reading(**held: int) -> MemoryReading:
     return MemoryReading(24_000, used, 24_000 - used, processes=found)
 
 
-def attributor(table: FakeProcesses, of: Config | None = None) -> tuple[Attributor, FakeClock]:
-    clock = FakeClock()
-    return Attributor(ConsumerProcesses(of or config(), table), table, clock), clock
+def attributor(
+    table: FakeProcesses,
+    of: Config | None = None,
+    names: Mapping[str, set[str]] | None = None,
+) -> tuple[Attributor, FakeClock]:
+    """`names`: what names resolve to."""
+    clock, it = FakeClock(), of or config()
+    resolver = Resolver(lambda host: (names or {}).get(host, set()), wait_s=10)
+    consumers = ConsumerProcesses(it, table)
+    contained = ContainedConsumers(it, consumers, table, resolver)
+    return Attributor(consumers, contained, table, clock), clock
 
 
 def test_a_process_its_descendants_and_strangers() -> None:
@@ -157,7 +178,25 @@ def test_two_consumers_in_one_process_cannot_be_told_apart() -> None:
     table = FakeProcesses()
     table.listening["127.0.0.1", 8766] = (200,)
     one, _ = attributor(table)
-    assert one.attribute(reading(p202=4000)).foreign == (GpuProcess(202, 4000, "python"),)
+    shared = reading(p202=4000, p300=50)
+    # Neither is measured, at 0 least of all, and their process is nobody else's.
+    assert one.attribute(shared) == Holdings(foreign=(GpuProcess(300, 50, "game"),))
+
+
+def test_a_process_number_that_is_somebody_elses_here_proves_nothing() -> None:
+    table = FakeProcesses()
+    table.all_seen = False  # in a container without the host's PID namespace
+    one, _ = attributor(table)
+    seen = one.attribute(reading(p100=1000, p7777=5000))
+    assert "outside this PID namespace" in seen.reason
+    assert seen.consumers == {}
+
+
+def test_a_process_that_has_just_ended_hides_nobody() -> None:
+    one, _ = attributor(FakeProcesses())
+    seen = one.attribute(reading(p100=1000, p7777=5000))
+    assert seen.consumers == {"mvoice": 1000, "ollama": 0}
+    assert seen.foreign == (GpuProcess(7777, 5000, ""),)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +273,8 @@ def test_on_the_real_machine() -> None:
             table = SystemProcesses()
             consumers = ConsumerProcesses(config(it=f"http://127.0.0.1:{port}"), table)
             assert consumers.of("it") == (server.pid,)
-            one = Attributor(consumers, table, SystemClock())
+            contained = ContainedConsumers(config(), consumers, table)
+            one = Attributor(consumers, contained, table, SystemClock())
             found = one.attribute(reading(**{f"p{child}": 3000, f"p{os.getpid()}": 20}))
             assert found.consumers == {"it": 3000}
             assert found.pids == {"it": (child,)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from gpumanager.model import GpuProcess, MemoryReading
@@ -89,14 +90,14 @@ def test_a_reading_in_mib() -> None:
     )
 
 
-def test_the_processes_of_both_lists_count_each_figure_once() -> None:
+def test_of_a_process_in_both_lists_the_larger_figure_counts() -> None:
     nvml = FakeNvml()
-    nvml.compute = [(7, 1000), (8, 500), (9, 300)]
-    nvml.graphics = [(8, 500), (9, 40), (10, 60)]  # 8 is told of twice, 9 has two contexts
+    nvml.compute = [(7, 1000), (8, 5000), (9, 300)]
+    nvml.graphics = [(8, 5002), (9, 40), (10, 60)]  # 8 grew between the two calls
     assert card(nvml).read().processes == (
         GpuProcess(7, 1000),
-        GpuProcess(8, 500),
-        GpuProcess(9, 340),
+        GpuProcess(8, 5002),
+        GpuProcess(9, 300),
         GpuProcess(10, 60),
     )
 
@@ -115,6 +116,17 @@ def test_without_a_list_of_processes_the_totals_remain(error: Exception, fault: 
     nvml.failing = {"compute": error}
     reading = card(nvml).read()
     assert (reading.processes, reading.free_mib, reading.fault) == (None, 20000, fault)
+
+
+def test_a_chip_without_memory_of_its_own_has_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    nvml.failing = {"memory": NotSupported("no")}
+    host = SimpleNamespace(total=119_000 * MIB, available=90_000 * MIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
+    nvml.compute = [(7, 1000)]
+    reading = card(nvml).read()
+    assert (reading.total_mib, reading.used_mib, reading.free_mib) == (119_000, 29_000, 90_000)
+    assert reading.processes == (GpuProcess(7, 1000),)
 
 
 def test_a_card_is_chosen_by_uuid() -> None:

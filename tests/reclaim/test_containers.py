@@ -26,6 +26,9 @@ class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         engine = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
                 engine.asked.append(self.path)
                 self.send_response(engine.status)
