@@ -7,9 +7,14 @@ from typing import Any
 
 import requests
 
+KEY_ENV = "GPUMANAGER_API_KEY"
+"""In the environment of a client: the key it shows."""
+
 TIMEOUT_S = 10.0
 LONG_TIMEOUT_S = 3600.0
 """For what waits in line: unloading, loading."""
+
+UNAUTHORIZED = 401
 
 
 class BrokerUnavailable(Exception):
@@ -77,9 +82,10 @@ class BrokerClient:
                 raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
         if answer.status_code >= 300:
             said = body.get("message") if isinstance(body, dict) else None
-            raise BrokerUnavailable(
-                said or f"{self.url} answered {answer.status_code}", answer.status_code
-            )
+            said = said or f"{self.url} answered {answer.status_code}"
+            if answer.status_code == UNAUTHORIZED:
+                said += f"; here: --key, or {KEY_ENV}"
+            raise BrokerUnavailable(said, answer.status_code)
         return body
 
 

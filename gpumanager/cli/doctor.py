@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpumanager.cli.group import main
+from gpumanager.cli.group import key_option, main
 from gpumanager.config import Config, ConfigError, config_path_from_env, load_config
 from gpumanager.keys import KeysError, load_keys
 
@@ -27,7 +27,7 @@ _SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "
     type=click.Path(dir_okay=False),
     help="The config file; by default the one setup wrote, or that GPUMANAGER_CONFIG names.",
 )
-@click.option("--key", envvar="GPUMANAGER_KEY", help="An API key; else GPUMANAGER_KEY.")
+@key_option
 def doctor(path: str | None, key: str | None) -> None:
     """What is wrong with this box: driver, other brokers, open ports, services that do not
     release. Exit code 1 if anything is bad."""

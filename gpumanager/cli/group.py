@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from gpumanager import __version__
-from gpumanager.client import BrokerClient, BrokerUnavailable
+from gpumanager.client import KEY_ENV, BrokerClient, BrokerUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8770"
 
@@ -19,6 +19,10 @@ DEFAULT_URL = "http://127.0.0.1:8770"
 @click.version_option(__version__, prog_name="gpumanager")
 def main() -> None:
     """One URL, one queue and one lock in front of the AI services that share a GPU."""
+
+
+key_option = click.option("--key", envvar=KEY_ENV, help=f"An API key; else {KEY_ENV}.")
+"""For a command that shows a broker a key."""
 
 
 def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +36,7 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="The broker; else GPUMANAGER_URL.",
     )
-    @click.option("--key", envvar="GPUMANAGER_KEY", help="An API key; else GPUMANAGER_KEY.")
+    @key_option
     @functools.wraps(command)
     def asking(*, url: str, key: str | None, **more: Any) -> Any:
         try:

@@ -227,9 +227,9 @@ def _healthy(config: Config) -> bool:
 
 
 def _client(config: Config) -> Any:
-    from gpumanager.client import BrokerClient
+    from gpumanager.client import KEY_ENV, BrokerClient
 
-    return BrokerClient(f"http://{config.listen}", os.environ.get("GPUMANAGER_KEY"))
+    return BrokerClient(f"http://{config.listen}", os.environ.get(KEY_ENV))
 
 
 def _until(condition: Callable[[], bool], limit_s: float) -> bool:
