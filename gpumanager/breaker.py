@@ -27,6 +27,7 @@ class _Circuit:
     pause_s: float = 0.0
     retry_at: float = 0.0
     trial: bool = False
+    opened_at: float | None = None
 
     @property
     def tripped(self) -> bool:
@@ -50,6 +51,10 @@ class Breakers:
         if circuit.trial:
             return "trial"
         return "open" if circuit.tripped else "closed"
+
+    def opened_at(self, name: str) -> float | None:
+        """When it last opened (monotonic seconds); None while it is closed."""
+        return self._circuits.get(name, _CLOSED).opened_at
 
     def refusal(self, name: str) -> float | None:
         """Seconds after which to try again, if a call would be refused now; None if not."""
@@ -82,7 +87,8 @@ class Breakers:
             if failures >= FAILURES_TO_OPEN:
                 pause = min(LONGEST_PAUSE_S, was.pause_s * 2 or FIRST_PAUSE_S)
             now = self._clock.monotonic()
-            self._circuits[name] = _Circuit(failures, pause, retry_at=now + pause)
+            opened = was.opened_at if was.tripped else now if pause else None
+            self._circuits[name] = _Circuit(failures, pause, now + pause, opened_at=opened)
         if pause:
             log.warning(
                 "breaker open",

@@ -39,6 +39,8 @@ LOGGED = {
     "gpu available": "gpu_found",
     "answer truncated": "truncated",
     "quarantined": "quarantined",
+    "pinned": "pinned",
+    "unpinned": "unpinned",
     "still busy": "still_busy",
     "cancel failed": "cancel_failed",
     "housekeeping failed": "housekeeping_failed",

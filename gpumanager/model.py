@@ -92,10 +92,10 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """The card's memory in MiB. `name` and `utilization_percent` are None where the card does
-    not tell; `fault` says which of them failed and how. `processes` are those the card knows to
-    hold memory, None where it does not tell; `holdings` is what was made of them, None if
-    nobody tried."""
+    """The card's memory in MiB, and what its sensors say: load in percent, power in W beside its
+    limit, temperature in degrees Celsius. What the card does not tell is None; `fault` says which
+    of the optional fields failed and how. `processes` are those the card knows to hold memory,
+    None where it does not tell; `holdings` is what was made of them, None if nobody tried."""
 
     total_mib: int
     used_mib: int
@@ -105,6 +105,9 @@ class MemoryReading:
     fault: str | None = None
     processes: tuple[GpuProcess, ...] | None = None
     holdings: Holdings | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
 
     def measured_mib(self, consumer: str) -> int | None:
         """MiB the consumer's processes hold; None where that cannot be told."""
@@ -137,6 +140,8 @@ class ConsumerState:
     `active` counts its jobs, `busy` the broker's own calls to load or unload it.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
+    `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
+    `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
     `parked` is set while the broker has stopped it to take its memory back; `quarantine` says
     why it is not asked to release memory any more, empty if it is. `residency_version` changes
     with every load, unload, start and end of a job, so that a probe that began before cannot
@@ -157,6 +162,12 @@ class ConsumerState:
     on_cpu: tuple[str, ...] = ()
     parked: Parked | None = None
     quarantine: str = ""
+    health_since: float | None = None
+    pinned: bool | None = None
+
+    def is_pinned(self, configured: bool) -> bool:
+        """Whether it is never to be evicted, with what the config says."""
+        return configured if self.pinned is None else self.pinned
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,10 @@ class Registry:
         process ends, or the reason is lifted with an empty one."""
         self._change(name, lambda state: replace(state, quarantine=reason))
 
+    def pin(self, name: str, pinned: bool) -> None:
+        """An operator's word, for as long as the broker runs: never evict it, or do so again."""
+        self._change(name, lambda state: replace(state, pinned=pinned))
+
     @contextmanager
     def busy(self, name: str) -> Iterator[None]:
         """The broker has it load or unload: a probe that times out meanwhile proves nothing."""
@@ -252,5 +256,8 @@ class Registry:
         """Publish one consumer's changed state; returns the one before."""
         with self._lock:
             before = self._consumers[name]
-            self._consumers = MappingProxyType({**self._consumers, name: change(before)})
+            after = change(before)
+            if (after.healthy, after.parked) != (before.healthy, before.parked):
+                after = replace(after, health_since=self._clock.monotonic())
+            self._consumers = MappingProxyType({**self._consumers, name: after})
         return before

@@ -113,3 +113,16 @@ def test_admission_looks_at_probe_and_breaker(breakers: Breakers, clock: FakeClo
     with pytest.raises(ConsumerUnhealthy, match="answered 500") as refused:
         admission.check("mvoice")
     assert refused.value.retry_after == 5
+
+
+def test_it_is_known_since_when_it_is_open(breakers: Breakers, clock: FakeClock) -> None:
+    assert breakers.opened_at("mvoice") is None
+    trip(breakers)
+    opened = clock.monotonic()
+    assert breakers.opened_at("mvoice") == opened
+    clock.advance(LONGEST_PAUSE_S)
+    breakers.begin("mvoice")
+    breakers.failed("mvoice")
+    assert breakers.opened_at("mvoice") == opened
+    breakers.succeeded("mvoice")
+    assert breakers.opened_at("mvoice") is None

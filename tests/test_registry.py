@@ -267,3 +267,23 @@ def test_figures_of_its_processes_outweigh_its_own() -> None:
     assert held("mvoice", state, 3000, reading) == Held(500, 500, "measured")
     assert held("other", state, 3000, reading) == Held(2800, 2800, "reported")
     assert held("mvoice", state, 3000, None) == Held(2800, 2800, "reported")
+
+
+def test_it_is_known_since_when_a_consumer_is_down_stopped_or_back() -> None:
+    registry, clock = make()
+    assert registry.get("mvoice").health_since is None
+    probe(registry)
+    came = clock.monotonic()
+    clock.advance(5)
+    probe(registry)
+    assert registry.get("mvoice").health_since == came
+    registry.probe_failed("mvoice", "connection refused")
+    fell = clock.monotonic()
+    clock.advance(5)
+    registry.probe_failed("mvoice", "timed out")
+    assert registry.get("mvoice").health_since == fell
+    registry.park("mvoice", Parked("unit"))
+    assert registry.get("mvoice").health_since == clock.monotonic()
+    clock.advance(5)
+    registry.unpark("mvoice", resumed=False)
+    assert registry.get("mvoice").health_since == clock.monotonic()

@@ -59,8 +59,10 @@ class Housekeeper:
     def _is_idle(self, name: str) -> bool:
         """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
         yet, for longer than it was seen loaded."""
-        limit = self._config.consumers[name].idle_unload
-        state = self._registry.get(name)
+        consumer = self._config.consumers[name]
+        limit, state = consumer.idle_unload, self._registry.get(name)
+        if state.is_pinned(consumer.pinned):
+            limit = None
         if limit is None or not _is_at_rest(state) or not state.loaded or state.quarantine:
             self._seen_idle.pop(name, None)
             return False

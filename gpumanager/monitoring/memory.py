@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -22,6 +23,9 @@ MIB = 1024 * 1024
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 SIMULATED = "simulated:"
+SENSED_EVERY_S = 1.0
+"""Power and temperature take the driver longer than the memory, which is read every 100 ms while
+a release is watched, so they are asked for less often."""
 
 
 class GpuUnavailable(Exception):
@@ -49,8 +53,11 @@ class NvmlCard:
         self,
         device: int | str,
         load_module: Callable[[], ModuleType] = lambda: import_module("pynvml"),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
+        self._monotonic = monotonic
+        self._sensed: tuple[float, _Sensors] | None = None
         self._load_module = load_module
         self._nvml: Any = None
         self._handle: Any = None
@@ -65,6 +72,8 @@ class NvmlCard:
         faults: list[str] = []
         name = self._optional(faults, "name", self._nvml.nvmlDeviceGetName)
         rates = self._optional(faults, "utilization", self._nvml.nvmlDeviceGetUtilizationRates)
+        sensors = self._sensors()
+        faults += sensors.faults
         processes = self._processes(faults)
         return MemoryReading(
             total_mib=total // MIB,
@@ -74,6 +83,9 @@ class NvmlCard:
             utilization_percent=None if rates is None else rates.gpu,
             fault="; ".join(faults) or None,
             processes=processes,
+            power_w=sensors.power_w,
+            power_limit_w=sensors.power_limit_w,
+            temperature_c=sensors.temperature_c,
         )
 
     def _memory(self) -> tuple[int, int]:
@@ -84,6 +96,29 @@ class NvmlCard:
         except self._nvml.NVMLError_NotSupported:
             return host_memory()
         return memory.total, memory.free
+
+    def _sensors(self) -> _Sensors:
+        """What the slower sensors say, or said within the last `SENSED_EVERY_S`."""
+        now = self._monotonic()
+        if self._sensed is not None and now - self._sensed[0] < SENSED_EVERY_S:
+            return self._sensed[1]
+        nvml = self._nvml
+        faults: list[str] = []
+        power = self._optional(faults, "power", nvml.nvmlDeviceGetPowerUsage)
+        limit = self._optional(faults, "power limit", nvml.nvmlDeviceGetEnforcedPowerLimit)
+        temperature = self._optional(
+            faults,
+            "temperature",
+            lambda it: nvml.nvmlDeviceGetTemperature(it, nvml.NVML_TEMPERATURE_GPU),
+        )
+        sensors = _Sensors(
+            power_w=None if power is None else power / 1000,  # NVML says mW
+            power_limit_w=None if limit is None else limit / 1000,
+            temperature_c=temperature,
+            faults=tuple(faults),
+        )
+        self._sensed = (now, sensors)
+        return sensors
 
     def _processes(self, faults: list[str]) -> tuple[GpuProcess, ...] | None:
         """Every process with its MiB; None where the platform does not tell all of them."""
@@ -101,7 +136,7 @@ class NvmlCard:
         return tuple(GpuProcess(pid, used // MIB) for pid, used in sorted(figures.items()))
 
     def close(self) -> None:
-        nvml, self._nvml, self._handle = self._nvml, None, None
+        nvml, self._nvml, self._handle, self._sensed = self._nvml, None, None, None
         if nvml is not None:
             with contextlib.suppress(nvml.NVMLError):  # a driver that is gone cannot be told
                 nvml.nvmlShutdown()
@@ -124,6 +159,16 @@ class NvmlCard:
         except Exception as error:  # noqa: BLE001  # a name that is no text is no NVMLError
             faults.append(f"{what}: {error}")
             return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sensors:
+    """None where the card does not tell."""
+
+    power_w: float | None
+    power_limit_w: float | None
+    temperature_c: int | None
+    faults: tuple[str, ...]
 
 
 class SimulatedMemory:

@@ -80,7 +80,7 @@ def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:
     return (
         bool(consumer.rungs)
         and not consumer.vram_managed
-        and not consumer.pinned
+        and not state.is_pinned(consumer.pinned)
         and not state.quarantine
     )
 

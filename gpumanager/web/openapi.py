@@ -44,6 +44,12 @@ _JOB: tuple[type[errors.BrokerError], ...] = (
 _JSON = "application/json"
 _TIME = {"type": "string", "format": "date-time"}
 _COUNT = {"type": "integer", "minimum": 0}
+_FLAG = {"type": "boolean"}
+_SENSORS = {
+    "utilization_percent": _COUNT,
+    "power_w": {"type": "number", "minimum": 0},
+    "temperature_c": {"type": "integer"},
+}
 
 
 def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
@@ -59,9 +65,23 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
         "post": _move("Unload a consumer", "Unloaded", consumer)
     }
     paths["/v1/consumers/{consumer}/load"] = {"post": _move("Load a consumer", "Loaded", consumer)}
+    paths["/v1/consumers/{consumer}/pin"] = {
+        "post": _pin("Never evict a consumer, nor unload it for being idle", consumer),
+        "delete": _pin("Let a consumer be evicted again", consumer),
+    }
     paths["/v1/events"] = {"get": _events()}
     paths["/v1/history"] = {
-        "get": _read("Who held how much of the card in the last hour", "History")
+        "get": {
+            **_read("Who held how much of the card in the last hour", "History"),
+            "parameters": [
+                {
+                    "name": "seconds",
+                    "in": "query",
+                    "description": "Only the samples of so many seconds; 0 for all",
+                    "schema": {**_COUNT, "maximum": 3600},
+                }
+            ],
+        }
     }
     paths["/v1/trace"] = {
         "get": _read("The events as a trace for chrome://tracing or Perfetto", "Trace")
@@ -206,6 +226,19 @@ def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _pin(summary: str, consumer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "description": "Counts more than `pinned` in the config, until the broker ends or is told "
+        "otherwise; what is to last longer belongs in the config.",
+        "parameters": [consumer],
+        "responses": {
+            "200": _json("It was done", _object({"consumer": {"type": "string"}, "pinned": _FLAG})),
+            **_errors([errors.NotFound]),
+        },
+    }
+
+
 def _events() -> dict[str, Any]:
     number = {"type": "integer", "minimum": 0}
     limit = {**number, "maximum": 1000}
@@ -345,7 +378,8 @@ def _schemas() -> dict[str, Any]:
             {
                 "last_sample": _TIME,
                 "name": text,
-                "utilization_percent": _COUNT,
+                **_SENSORS,
+                "power_limit_w": _SENSORS["power_w"],
                 "attribution": _object(
                     {"source": {"enum": ["processes", "totals"]}}, {"reason": text}
                 ),
@@ -401,7 +435,8 @@ def _schemas() -> dict[str, Any]:
                 "total_mib": _COUNT,
                 "used_mib": _COUNT,
                 "held_mib": {"type": "object", "additionalProperties": _COUNT},
-            }
+            },
+            _SENSORS,
         ),
         "Trace": _object({"traceEvents": {"type": "array", "items": {"type": "object"}}}),
         "Draining": _object({"status": {"const": "draining"}}),
@@ -442,6 +477,8 @@ def _schemas() -> dict[str, Any]:
                 "last_used": _TIME,
                 "last_probe": _TIME,
                 "last_error": text,
+                "health_since": _TIME,
+                "breaker_since": _TIME,
                 "parked": {"enum": ["unit", "container", "signal", "checkpoint"]},
                 "quarantine": text,
                 "on_cpu": {"type": "array", "items": text},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,8 @@ from gpumanager.web.record import record_of
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -81,6 +84,14 @@ class Operations:
             "loaded": self._registry.get(name).loaded,
             "ms": round(seconds * 1000),
         }
+
+    def pin(self, name: str, pinned: bool) -> dict[str, Any]:
+        """Never evict a consumer, nor unload it for being idle, or do so again: whatever the
+        config says, until the broker ends. Raises NotFound."""
+        self._known(name)
+        self._registry.pin(name, pinned)
+        log.info("pinned" if pinned else "unpinned", extra={"consumer": name})
+        return {"consumer": name, "pinned": pinned}
 
     def plan(self, kind: Kind) -> dict[str, Any]:
         """What would happen to a job of `kind` that came now. Acts on nothing."""

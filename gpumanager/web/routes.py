@@ -32,7 +32,7 @@ from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
-from gpumanager.web.status import StatusView
+from gpumanager.web.status import StatusView, sensed
 from gpumanager.web.timeline import chrome_trace
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ ROOT_TEXT = (
 
 MOST_EVENTS = 1000
 """In one answer."""
+
+HISTORY_S = 3600
+"""How far back the history goes."""
 
 _SENDABLE = re.compile(r"[!-~]*")
 """What may stand in a request line."""
@@ -67,7 +70,7 @@ class Services:
     version: str
     events: EventLog
     metrics: Metrics
-    history: Callable[[], Iterable[MemorySample]]
+    history: Callable[[float | None], Iterable[MemorySample]]
     drain: Callable[[], None]
     reload: Callable[[], Mapping[str, Any]]
     draining: Callable[[], bool]
@@ -181,6 +184,7 @@ def _record_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/history", provide_automatic_options=False)
     def history() -> Response:
+        seconds = _query_number("seconds", 0, most=HISTORY_S) or None
         return json_response(
             {
                 "samples": [
@@ -189,8 +193,9 @@ def _record_routes(app: Flask, services: Services) -> None:
                         "total_mib": sample.total_mib,
                         "used_mib": sample.used_mib,
                         "held_mib": dict(sample.held_mib),
+                        **sensed(sample),
                     }
-                    for sample in services.history()
+                    for sample in services.history(seconds)
                 ]
             }
         )
@@ -234,6 +239,14 @@ def _operator_routes(app: Flask, services: Services) -> None:
     @app.post("/v1/consumers/<name>/load", provide_automatic_options=False)
     def load(name: str) -> Response:
         return json_response(operations.load(request.environ, name))
+
+    @app.post("/v1/consumers/<name>/pin", provide_automatic_options=False)
+    def pin(name: str) -> Response:
+        return json_response(operations.pin(name, True))
+
+    @app.delete("/v1/consumers/<name>/pin", provide_automatic_options=False)
+    def unpin(name: str) -> Response:
+        return json_response(operations.pin(name, False))
 
     @app.post("/v1/drain", provide_automatic_options=False)
     def drain() -> Response:

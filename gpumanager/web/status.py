@@ -10,7 +10,8 @@ from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.learning import Figures, Learned
 from gpumanager.ledger import Held, balance, held
-from gpumanager.model import ConsumerState, LineEntry
+from gpumanager.model import ConsumerState, LineEntry, MemoryReading
+from gpumanager.monitoring.history import MemorySample
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.jobs import MemoryFailures
@@ -79,8 +80,8 @@ class StatusView:
             view["last_sample"] = self._time(gpu.sampled_at)
         if gpu.reading is not None and gpu.reading.name is not None:
             view["name"] = gpu.reading.name
-        if gpu.reading is not None and gpu.reading.utilization_percent is not None:
-            view["utilization_percent"] = gpu.reading.utilization_percent
+        if gpu.reading is not None:
+            view |= sensed(gpu.reading)
         if gpu.reading is not None and (holdings := gpu.reading.holdings) is not None:
             view["attribution"] = {"source": "totals" if holdings.reason else "processes"}
             if holdings.reason:
@@ -110,7 +111,7 @@ class StatusView:
             "total_requests": state.total_requests,
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
-            "pinned": consumer.pinned,
+            "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(self._learned.figures(name)),
         }
         if state.parked is not None:
@@ -125,6 +126,10 @@ class StatusView:
             view["last_probe"] = self._time(state.last_probe)
         if state.last_error:
             view["last_error"] = state.last_error
+        if state.health_since is not None:
+            view["health_since"] = self._time(state.health_since)
+        if (opened_at := self._breakers.opened_at(name)) is not None:
+            view["breaker_since"] = self._time(opened_at)
         return view
 
     def _attribution(self, name: str) -> dict[str, str]:
@@ -167,6 +172,18 @@ class StatusView:
 
     def _time(self, instant: float) -> str:
         return rfc3339(wall_time(self._clock, instant))
+
+
+def sensed(what: MemoryReading | MemorySample) -> dict[str, Any]:
+    """What the card's sensors said, as far as it has any."""
+    said = {
+        "utilization_percent": what.utilization_percent,
+        "power_w": None if what.power_w is None else round(what.power_w, 1),
+        "temperature_c": what.temperature_c,
+    }
+    if isinstance(what, MemoryReading) and what.power_limit_w is not None:
+        said["power_limit_w"] = round(what.power_limit_w, 1)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 _CONSEQUENCE = {

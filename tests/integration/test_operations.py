@@ -126,6 +126,21 @@ def test_what_cannot_be_done_is_told(
     assert broker.get(f"/v1/consumers/{path}").status_code == 405
 
 
+def test_who_is_pinned_is_never_evicted_until_unpinned(broker: LiveBroker) -> None:
+    assert broker.post("/v1/tts", json={}).status_code == 200
+    pin = "/v1/consumers/voice/pin"
+    assert broker.post(pin).json() == {"consumer": "voice", "pinned": True}
+    (voice,) = (c for c in broker.get("/v1/status").json()["consumers"] if c["name"] == "voice")
+    assert voice["pinned"] is True
+    refused = broker.post("/v1/llm", json={"model": "llama3:8b"})
+    assert refused.json()["error"] == "insufficient_vram"
+    assert broker.delete(pin).json() == {"consumer": "voice", "pinned": False}
+    assert broker.post("/v1/llm", json={"model": "llama3:8b"}).status_code == 200
+    happened = [each["event"] for each in broker.get("/v1/events").json()["events"]]
+    assert happened.index("pinned") < happened.index("unpinned") < happened.index("evicted")
+    assert broker.post("/v1/consumers/nobody/pin").status_code == 404
+
+
 def test_an_unload_waits_for_the_running_job(broker: LiveBroker, voice: Running) -> None:
     voice.set(job_s=0.5)
     job = Outcome(lambda: broker.post("/v1/tts", json={}).status_code)

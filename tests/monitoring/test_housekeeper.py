@@ -100,6 +100,21 @@ def test_who_had_no_job_for_long_is_unloaded_once() -> None:
     assert house.pass_time(120) == ["unload tts"]
 
 
+def test_who_was_pinned_by_an_operator_is_not_unloaded_until_unpinned() -> None:
+    house = House({"a": {"idle_unload": "5m"}})
+    house.registry.set_loaded("a", True)
+    house.registry.pin("a", True)
+    for _ in range(3):
+        house.keeper.tidy()
+        house.clock.advance(301)
+    assert house.did == []
+    house.registry.pin("a", False)
+    house.keeper.tidy()
+    house.clock.advance(301)
+    house.keeper.tidy()
+    assert house.did == ["unload a"]
+
+
 def test_every_job_puts_it_off() -> None:
     house = House(IDLE)
     house.used("tts")

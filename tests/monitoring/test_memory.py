@@ -79,6 +79,18 @@ class FakeNvml:
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
         return self._answer("utilization", SimpleNamespace(gpu=37))
 
+    NVML_TEMPERATURE_GPU = 0
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> Any:  # noqa: N802
+        return self._answer("power", 182_400)
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> Any:  # noqa: N802
+        return self._answer("power limit", 350_000)
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> Any:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return self._answer("temperature", 61)
+
 
 def card(nvml: FakeNvml, device: int | str = 0) -> NvmlCard:
     return NvmlCard(device, load_module=lambda: nvml)  # type: ignore[arg-type, return-value]
@@ -86,8 +98,52 @@ def card(nvml: FakeNvml, device: int | str = 0) -> NvmlCard:
 
 def test_a_reading_in_mib() -> None:
     assert card(FakeNvml()).read() == MemoryReading(
-        24576, 4576, 20000, name="NVIDIA card 0", utilization_percent=37, processes=()
+        24576,
+        4576,
+        20000,
+        name="NVIDIA card 0",
+        utilization_percent=37,
+        processes=(),
+        power_w=182.4,
+        power_limit_w=350.0,
+        temperature_c=61,
     )
+
+
+@pytest.mark.parametrize("failing", ["power", "power limit", "temperature"])
+def test_a_sensor_that_fails_hides_no_other_and_is_named(failing: str) -> None:
+    nvml = FakeNvml()
+    nvml.failing[failing] = NVMLError("Unknown Error")
+    reading = card(nvml).read()
+    figures = {
+        "power": reading.power_w,
+        "power limit": reading.power_limit_w,
+        "temperature": reading.temperature_c,
+    }
+    assert figures.pop(failing) is None
+    assert None not in figures.values()
+    assert (reading.used_mib, reading.utilization_percent) == (4576, 37)
+    assert reading.fault == f"{failing}: Unknown Error"
+
+
+def test_a_sensor_that_the_card_does_not_have_is_no_fault() -> None:
+    nvml = FakeNvml()
+    nvml.failing = dict.fromkeys(("power", "power limit", "temperature"), NotSupported("no"))
+    reading = card(nvml).read()
+    assert (reading.power_w, reading.temperature_c, reading.fault) == (None, None, None)
+
+
+def test_slow_sensors_are_asked_once_a_second_however_often_the_memory_is() -> None:
+    nvml, clock = FakeNvml(), FakeClock()
+    it = NvmlCard(0, load_module=lambda: nvml, monotonic=clock.monotonic)  # type: ignore[arg-type, return-value]
+    for _ in range(10):
+        assert it.read().power_w == 182.4
+        clock.advance(0.1)
+    assert nvml.calls.count("memory") == 10
+    assert nvml.calls.count("power") == 1
+    clock.advance(0.1)
+    it.read()
+    assert nvml.calls.count("power") == 2
 
 
 def test_of_a_process_in_both_lists_the_larger_figure_counts() -> None:
