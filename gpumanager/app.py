@@ -394,9 +394,13 @@ def prepare(config: Config, read_config: Callable[[], Config] | None = None) -> 
     """
     logs.configure(config.log)
     server.set_defaults(config)
+    keys = load_keys(os.environ, config.auth.keys_file)
+    if without := [key.name for key in keys if key.role is None]:
+        # As before there were roles, so that an update takes nothing from anybody.
+        log.warning("keys without a role are admins", extra={"keys": " ".join(without)})
     broker = Broker(
         config,
-        keys=load_keys(os.environ, config.auth.keys_file),
+        keys=keys,
         state_file=state_path(config.state_file, config.listen, os.environ),
         read_config=read_config,
     )

@@ -81,7 +81,8 @@ class Unauthorized(BrokerError):
 
 
 class Forbidden(BrokerError):
-    """The request comes from a page of another site, or for a Host that is not served."""
+    """The request comes from a page of another site, is for a Host that is not served, or wants
+    another role than its key has."""
 
     status, code, retryable = 403, "forbidden", False
 

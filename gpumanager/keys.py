@@ -6,23 +6,31 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 KEYS_ENV = "GPUMANAGER_API_KEYS"
 SHORTEST_SECRET = 16
 
+Role = Literal["client", "admin"]
+"""`client`: its own jobs. `admin`: everything."""
+
+_ROLES: Mapping[str, Role] = {"client": "client", "admin": "admin"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_LIMIT = re.compile(r"max_queued=([1-9][0-9]{0,5})")
+_LIMIT = re.compile(r"[1-9][0-9]{0,5}")
+_SHAPE = "NAME KEY [max_queued=N] [role=admin|client]"
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """A key by the name it has in logs. `max_queued` bounds its jobs in the line, running ones
-    included; None leaves them to the line's own bound."""
+    included; None leaves them to the line's own bound. A key that was given no `role` may do
+    everything, as all keys could before there were roles."""
 
     name: str
     secret: str
     max_queued: int | None = None
+    role: Role | None = None
 
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r}, ***)"
@@ -34,7 +42,7 @@ class KeysError(Exception):
 
 def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...]:
     """The keys of GPUMANAGER_API_KEYS (separated by `;` or newlines) and of `file` (a line each;
-    `#` begins a comment): `NAME KEY [max_queued=N]`. Raises KeysError.
+    `#` begins a comment): `NAME KEY [max_queued=N] [role=admin|client]`. Raises KeysError.
     """
     keys = list(_parse(re.split(r"[;\n]", environ.get(KEYS_ENV, "")), KEYS_ENV))
     if file is not None:
@@ -61,11 +69,26 @@ def _parse(lines: Iterable[str], source: str) -> Iterator[ApiKey]:
         if not words:
             continue
         where = f"{source}, entry {number}"
-        if len(words) not in (2, 3) or not _NAME.fullmatch(words[0]):
-            raise KeysError(f"{where}: must be NAME KEY [max_queued=N]")
+        if len(words) < 2 or not _NAME.fullmatch(words[0]):
+            raise KeysError(f"{where}: must be {_SHAPE}")
         if len(words[1]) < SHORTEST_SECRET:
             raise KeysError(f"{where}: the key must have at least {SHORTEST_SECRET} characters")
-        limit = _LIMIT.fullmatch(words[2]) if len(words) == 3 else None
-        if len(words) == 3 and limit is None:
-            raise KeysError(f"{where}: the third word must be max_queued=N")
-        yield ApiKey(words[0], words[1], int(limit[1]) if limit else None)
+        yield _with_options(ApiKey(words[0], words[1]), words[2:], where)
+
+
+def _with_options(key: ApiKey, words: list[str], where: str) -> ApiKey:
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if any(earlier.startswith(f"{name}=") for earlier in words[:number]):
+            raise KeysError(f"{where}: {name} is given twice")
+        if name == "max_queued":
+            if not _LIMIT.fullmatch(value):
+                raise KeysError(f"{where}: max_queued=N wants a number from 1 to 999999")
+            key = replace(key, max_queued=int(value))
+        elif name == "role":
+            if value not in _ROLES:
+                raise KeysError(f"{where}: role must be admin or client")
+            key = replace(key, role=_ROLES[value])
+        else:
+            raise KeysError(f"{where}: after the key may come max_queued=N and role=admin|client")
+    return key

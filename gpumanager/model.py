@@ -17,7 +17,8 @@ class Job:
 
     `max_wait` is the longest the client is willing to wait in line, in seconds; None leaves
     it to the scheduler's own bound. `makes_room` is False for what needs the GPU to itself, but
-    no memory of it, as an unload.
+    no memory of it, as an unload. `key` is the name of the API key it came with, where keys are
+    in use.
     """
 
     consumer: str
@@ -26,6 +27,7 @@ class Job:
     request_id: str = "-"
     max_wait: float | None = None
     makes_room: bool = True
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

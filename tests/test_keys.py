@@ -13,13 +13,15 @@ LONG = "0123456789abcdef"
 
 def test_keys_from_the_environment_and_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# the household\nalice {LONG}a max_queued=2  # phone\n\nbob {LONG}b\n")
-    environ = {"GPUMANAGER_API_KEYS": f"ci {LONG}c; cron {LONG}d max_queued=1"}
+    file.write_text(
+        f"# the household\nalice {LONG}a max_queued=2  # phone\n\nbob {LONG}b role=client\n"
+    )
+    environ = {"GPUMANAGER_API_KEYS": f"ci {LONG}c; cron {LONG}d role=admin max_queued=1"}
     assert load_keys(environ, str(file)) == (
         ApiKey("ci", f"{LONG}c"),
-        ApiKey("cron", f"{LONG}d", 1),
+        ApiKey("cron", f"{LONG}d", 1, "admin"),
         ApiKey("alice", f"{LONG}a", 2),
-        ApiKey("bob", f"{LONG}b"),
+        ApiKey("bob", f"{LONG}b", role="client"),
     )
 
 
@@ -31,7 +33,11 @@ def test_without_any_there_are_none() -> None:
     ("line", "words"),
     [
         ("alice", "NAME KEY"),
-        (f"alice {LONG} max_queued=2 more", "NAME KEY"),
+        (f"alice {LONG} max_queued=2 more", "after the key"),
+        (f"alice {LONG} role=root", "admin or client"),
+        (f"alice {LONG} role=", "admin or client"),
+        (f"alice {LONG} role=client role=admin", "role is given twice"),
+        (f"alice {LONG} max_queued=1 max_queued=2", "max_queued is given twice"),
         (f"al/ice {LONG}", "NAME KEY"),
         ("alice short", "at least 16"),
         (f"alice {LONG} max_queued=0", "max_queued=N"),

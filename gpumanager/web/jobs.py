@@ -246,7 +246,7 @@ class JobRunner:
 
         try:
             ticket = self._scheduler.enqueue(
-                Job(name, kind, record.client, record.request_id, max_wait)
+                Job(name, kind, record.client, record.request_id, max_wait, key=record.key)
             )
             record.stack.callback(until_held.close)
             until_held.callback(ticket.close)

@@ -42,6 +42,11 @@ _JOB: tuple[type[errors.BrokerError], ...] = (
 )
 
 _JSON = "application/json"
+_FOR_ADMINS = "Where keys are in use it wants one with the role `admin`."
+_OF_OTHERS = (
+    "A key with the role `client` sees whose job it is of its own only: `client` and `request_id` "
+    "of all others are `-`."
+)
 _TIME = {"type": "string", "format": "date-time"}
 _COUNT = {"type": "integer", "minimum": 0}
 _FLAG = {"type": "boolean"}
@@ -55,8 +60,8 @@ _SENSORS = {
 def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     """The description. `keys`: whether clients have to show one."""
     paths: dict[str, Any] = {f"/v1/{kind}": {"post": _job(kind)} for kind in KINDS}
-    paths["/v1/status"] = {"get": _read("The live state", "Status")}
-    paths["/v1/queue"] = {"get": _read("The line: who runs, then who waits", "Queue")}
+    paths["/v1/status"] = {"get": _read("The live state", "Status", _OF_OTHERS)}
+    paths["/v1/queue"] = {"get": _read("The line: who runs, then who waits", "Queue", _OF_OTHERS)}
     paths["/v1/queue/{ticket}"] = {"delete": _cancel()}
     kind = _path_parameter("kind", {"enum": list(KINDS)})
     consumer = _path_parameter("consumer", {"type": "string"})
@@ -101,6 +106,7 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     paths["/v1/drain"] = {
         "post": {
             "summary": "Refuse new jobs, finish running ones, and end the broker",
+            "description": _FOR_ADMINS,
             "parameters": [
                 {
                     "name": "boot",
@@ -116,6 +122,7 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     paths["/v1/reload"] = {
         "post": {
             "summary": "Read the config anew and apply what changed",
+            "description": _FOR_ADMINS,
             "responses": {"200": _json("What changed", _ref("Changes")), **_errors([])},
         }
     }
@@ -160,6 +167,9 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
         }
         document["security"] = [{"bearer": []}, {"header": []}]
         paths["/healthz"]["get"]["security"] = []
+        for operation in (each for path in paths.values() for each in path.values()):
+            if _FOR_ADMINS in operation.get("description", ""):
+                operation["security"] = [{"bearer": ["admin"]}, {"header": ["admin"]}]
     return document
 
 
@@ -194,8 +204,12 @@ def _audio() -> dict[str, Any]:
     }
 
 
-def _read(summary: str, schema: str) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": _json(summary, _ref(schema)), **_errors([])}}
+def _read(summary: str, schema: str, description: str = "") -> dict[str, Any]:
+    return {
+        "summary": summary,
+        **({"description": description} if description else {}),
+        "responses": {"200": _json(summary, _ref(schema)), **_errors([])},
+    }
 
 
 def _path_parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +231,7 @@ def _plan(kind: dict[str, Any]) -> dict[str, Any]:
 def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary,
-        "description": "Waits in line like a job.",
+        "description": f"Waits in line like a job. {_FOR_ADMINS}",
         "parameters": [consumer],
         "responses": {
             "200": _json("It was done", _ref(schema)),
@@ -244,7 +258,8 @@ def _events() -> dict[str, Any]:
     limit = {**number, "maximum": 1000}
     return {
         "summary": "What has happened lately",
-        "description": "Ask again with `since` set to `last`; `boot` changes with a restart.",
+        "description": "Ask again with `since` set to `last`; `boot` changes with a restart. A key "
+        "with the role `client` sees who it was in events of its own jobs only.",
         "parameters": [
             {"name": "since", "in": "query", "schema": number},
             {"name": "limit", "in": "query", "schema": limit},
@@ -262,6 +277,7 @@ def _cancel() -> dict[str, Any]:
     ticket = {"type": "integer", "minimum": 0}
     return {
         "summary": "Take a waiting or running job out of the line",
+        "description": "A key with the role `client` may cancel its own jobs only.",
         "parameters": [{"name": "ticket", "in": "path", "required": True, "schema": ticket}],
         "responses": {"200": _json("It is cancelled", done), **_errors([errors.NotFound])},
     }

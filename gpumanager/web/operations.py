@@ -163,7 +163,14 @@ class Operations:
         record.consumer = name
         client = ClientWatch(environ, self._watcher)
         record.stack.callback(client.stop)
-        job = Job(name, kind, record.client, record.request_id, makes_room=kind != "unload")
+        job = Job(
+            name,
+            kind,
+            record.client,
+            record.request_id,
+            makes_room=kind != "unload",
+            key=record.key,
+        )
         ticket = self._scheduler.enqueue(job)
         record.stack.callback(ticket.close)
         client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))

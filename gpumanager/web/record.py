@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpumanager.keys import Role
+
 RECORD_KEY = "gpumanager.record"
 """Where the guard leaves the record in the WSGI environ."""
 
@@ -19,7 +21,8 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 @dataclass(slots=True)
 class RequestRecord:
     """One request. `stack` holds whatever must be undone when it is over, however it ends;
-    times are in seconds, None until known."""
+    times are in seconds, None until known. `role` is the key's; without keys everybody is an
+    admin."""
 
     request_id: str
     method: str
@@ -29,6 +32,7 @@ class RequestRecord:
     stack: ExitStack = field(default_factory=ExitStack)
     status: int = 0
     key: str | None = None
+    role: Role = "admin"
     traceparent: str | None = None
     consumer: str | None = None
     waited_s: float | None = None
@@ -36,6 +40,11 @@ class RequestRecord:
     upstream_s: float | None = None
     run_s: float | None = None
     failure: str | None = None
+
+    @property
+    def whose(self) -> str | None:
+        """The key whose jobs this request may see whole and cancel; None: everybody's."""
+        return self.key if self.role == "client" else None
 
     def server_timing(self) -> str | None:
         """The `Server-Timing` of a job that was granted the GPU, None for any other request."""

@@ -20,7 +20,7 @@ from gpumanager.events import EventLog
 from gpumanager.monitoring.history import MemorySample
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
-from gpumanager.web import boundary, dashboard, security
+from gpumanager.web import boundary, dashboard, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.entrance import Entrance, JobView
 from gpumanager.web.jobs import ClientWatch, JobRunner
@@ -28,7 +28,7 @@ from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.openapi import describe
 from gpumanager.web.operations import Operations
-from gpumanager.web.record import record_of
+from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
@@ -84,8 +84,8 @@ def create_app(services: Services) -> Flask:
     app.url_map.strict_slashes = True
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
-    security.install(app, checks)
     jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
+    security.install(app, checks, for_clients={*jobs, "cancel"})
     for path, view in jobs.items():
         app.add_url_rule(
             path,
@@ -133,7 +133,7 @@ def _job_view(services: Services, kind: Kind) -> JobView:
 def _control_routes(app: Flask, services: Services) -> None:
     @app.get("/v1/status", provide_automatic_options=False)
     def status() -> Response:
-        return json_response(services.status.snapshot())
+        return json_response(services.status.snapshot(_record().whose))
 
     description = describe(services.config, services.version, keys=bool(services.keyring))
 
@@ -143,13 +143,17 @@ def _control_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/queue", provide_automatic_options=False)
     def queue() -> Response:
-        return json_response({"line": services.status.line()})
+        return json_response({"line": services.status.line(_record().whose)})
 
     @app.delete("/v1/queue/<int:ticket>", provide_automatic_options=False)
     def cancel(ticket: int) -> Response:
-        error = errors.Cancelled("the operator cancelled the job")
-        if not services.cancel(ticket, error):
-            raise errors.NotFound(f"there is no ticket {ticket} in the line")
+        try:
+            roles.check_owner(_record(), ticket, services.status.key_of(ticket))
+        except KeyError:
+            raise _no_ticket(ticket) from None
+        who = "the operator" if _record().whose is None else "its own client"
+        if not services.cancel(ticket, errors.Cancelled(f"{who} cancelled the job")):
+            raise _no_ticket(ticket)
         return json_response({"ticket": ticket, "state": "cancelled"})
 
     @app.get("/healthz", provide_automatic_options=False)
@@ -165,6 +169,14 @@ def _control_routes(app: Flask, services: Services) -> None:
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
 
+def _record() -> RequestRecord:
+    return record_of(request.environ)
+
+
+def _no_ticket(ticket: int) -> errors.NotFound:
+    return errors.NotFound(f"there is no ticket {ticket} in the line")
+
+
 def _record_routes(app: Flask, services: Services) -> None:
     events = services.events
 
@@ -178,7 +190,9 @@ def _record_routes(app: Flask, services: Services) -> None:
                 "boot": events.boot,
                 "last": found.last,
                 "missed": found.missed,
-                "events": [event.as_json() for event in found.events],
+                "events": [
+                    event.as_json() for event in roles.visible(found.events, _record().whose)
+                ],
             }
         )
 
@@ -202,7 +216,7 @@ def _record_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/trace", provide_automatic_options=False)
     def trace() -> Response:
-        return json_response(chrome_trace(events.since(0).events))
+        return json_response(chrome_trace(roles.visible(events.since(0).events, _record().whose)))
 
     @app.get("/metrics", provide_automatic_options=False)
     def metrics() -> Response:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, request
 
 from gpumanager.errors import Forbidden, QueueFull, Unauthorized
-from gpumanager.keys import ApiKey
+from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
 from gpumanager.web.record import record_of
+from gpumanager.web.roles import check_role
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -37,6 +38,7 @@ class _Known:
     name: str
     digest: bytes
     max_queued: int | None
+    role: Role
 
 
 class Keyring:
@@ -47,15 +49,17 @@ class Keyring:
     """
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._keys = tuple(_Known(k.name, _digest(k.secret), k.max_queued) for k in keys)
+        self._keys = tuple(
+            _Known(k.name, _digest(k.secret), k.max_queued, k.role or "admin") for k in keys
+        )
         self._lock = threading.Lock()
         self._queued: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def identify(self, environ: WSGIEnvironment) -> str:
-        """The name of the key in `Authorization: Bearer …` or `X-Api-Key: …`, and takes those
+    def identify(self, environ: WSGIEnvironment) -> tuple[str, Role]:
+        """Name and role of the key in `Authorization: Bearer …` or `X-Api-Key: …`, and takes those
         headers out of `environ`, so that no consumer ever sees the key.
 
         Raises Unauthorized.
@@ -71,7 +75,7 @@ class Keyring:
             raise Unauthorized(f"{message}: Authorization: Bearer KEY, or X-Api-Key: KEY")
         for header in CREDENTIAL_HEADERS:
             environ.pop(header, None)
-        return found.name
+        return found.name, found.role
 
     def enter(self, name: str) -> None:
         """Count a job of the key's in the line. Raises QueueFull over its `max_queued`."""
@@ -96,15 +100,17 @@ class Checks:
         self._allowed = frozenset(allowed_hosts)
 
     def __call__(self, environ: WSGIEnvironment) -> None:
-        """Raises Forbidden or Unauthorized; notes whose key it was."""
+        """Raises Forbidden or Unauthorized; notes whose key it was, and its role."""
         check_host(environ, self._allowed)
         check_origin(environ)
         if self._keyring and environ["PATH_INFO"] != "/healthz":
-            record_of(environ).key = self._keyring.identify(environ)
+            record = record_of(environ)
+            record.key, record.role = self._keyring.identify(environ)
 
 
-def install(app: Flask, checks: Checks) -> None:
-    """Check every request to `app` before its route is looked at."""
+def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
+    """Check every request to `app` before its route is looked at. `for_clients` are the endpoints
+    that change something and are open to keys with the role client."""
 
     @app.before_request
     def check() -> Response | None:
@@ -114,6 +120,7 @@ def install(app: Flask, checks: Checks) -> None:
             if request.path == "/" and dashboard.wanted():
                 return dashboard.response(401)  # the page asks for the key
             raise
+        check_role(record_of(request.environ), request.endpoint, for_clients)
         return None
 
 

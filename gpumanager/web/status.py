@@ -15,6 +15,7 @@ from gpumanager.monitoring.history import MemorySample
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.jobs import MemoryFailures
+from gpumanager.web.roles import NAMELESS
 
 
 class StatusView:
@@ -40,8 +41,8 @@ class StatusView:
         self._clock = clock
         self._version = version
 
-    def snapshot(self) -> dict[str, Any]:
-        """The whole answer, ready for JSON."""
+    def snapshot(self, whose: str | None = None) -> dict[str, Any]:
+        """The whole answer, ready for JSON. `whose`: as for `line`."""
         consumers = self._config.consumers
         states, reading = self._registry.snapshot(), self._registry.gpu.reading
         holds = {
@@ -59,12 +60,20 @@ class StatusView:
                 for name in sorted(consumers)
             ],
             "scheduler": self._stats(),
-            "line": self.line(),
+            "line": self.line(whose),
         }
 
-    def line(self) -> list[dict[str, Any]]:
-        """Who runs, then who waits, in their order."""
-        return [self._entry(entry) for entry in self._scheduler.line()]
+    def line(self, whose: str | None = None) -> list[dict[str, Any]]:
+        """Who runs, then who waits, in their order. With `whose`, the name of a key, all other
+        keys' jobs are nameless."""
+        return [
+            {**self._entry(entry), **({} if whose in (None, entry.job.key) else NAMELESS)}
+            for entry in self._scheduler.line()
+        ]
+
+    def key_of(self, ticket: int) -> str | None:
+        """The key of the job with that ticket. Raises KeyError if there is none in the line."""
+        return {entry.ticket: entry.job.key for entry in self._scheduler.line()}[ticket]
 
     def _gpu(self, held_mib: list[int]) -> dict[str, Any]:
         gpu = self._registry.gpu
