@@ -3,8 +3,8 @@ measurement, as the consumers report and the config declares. Pure functions ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpumanager.model import ConsumerState, MemoryReading
@@ -61,13 +61,64 @@ def held(name: str, state: ConsumerState, declared_mib: int, reading: MemoryRead
     """What a consumer holds, from the best source there is.
 
     A figure it reported itself is a lower bound while a job since may have loaded more: it is
-    credited with that, but taken to hold what it declares.
+    credited with that, but taken to hold what it declares. So is one that is only assumed to be
+    loaded, which is credited with nothing.
     """
     measured = None if reading is None else reading.measured_mib(name)
     if measured is not None:
         return Held(measured, measured, "measured")
     declared = declared_mib if state.loaded else 0
     if state.resident_mib is None:
-        return Held(declared, declared, "declared")
+        return Held(declared, 0 if state.assumed is not None else declared, "declared")
     surely = state.resident_mib
     return Held(max(surely, declared) if state.report_outdated else surely, surely, "reported")
+
+
+def plausible(
+    states: Mapping[str, ConsumerState],
+    declared_mib: Mapping[str, int],
+    reading: MemoryReading | None,
+    total_mib: int,
+) -> Mapping[str, ConsumerState]:
+    """The states without the assumptions that cannot all be true: while what the consumers are
+    taken to hold is more than the ledger's total, the oldest assumption is dropped (of those that
+    are as old as each other, the first). A consumer at work keeps its own."""
+    if reading is not None or not total_mib:
+        return states
+    holds = {name: held(name, states[name], mib, None).mib for name, mib in declared_mib.items()}
+    used = sum(holds.values())
+    if used <= total_mib:
+        return states
+    kept = dict(states)
+    for name in sorted(_assumed(states, declared_mib), key=lambda each: states[each].assumed or 0):
+        if used <= total_mib:
+            break
+        kept[name] = replace(states[name], loaded=False, assumed=None)
+        used -= holds[name]
+    return kept
+
+
+def disproved(
+    states: Mapping[str, ConsumerState], declared_mib: Mapping[str, int], total_mib: int
+) -> list[str]:
+    """Consumers that cannot be loaded as is assumed of them, since those that surely are would
+    leave too little of the ledger's total."""
+    if not total_mib:
+        return []
+    assumed = _assumed(states, declared_mib)
+    sure = sum(
+        held(name, states[name], mib, None).mib
+        for name, mib in declared_mib.items()
+        if name not in assumed
+    )
+    return [name for name in assumed if sure + declared_mib[name] > total_mib]
+
+
+def _assumed(states: Mapping[str, ConsumerState], declared_mib: Mapping[str, int]) -> list[str]:
+    return [
+        name
+        for name in declared_mib
+        if states[name].assumed is not None
+        and states[name].resident_mib is None
+        and not states[name].active
+    ]

@@ -140,6 +140,8 @@ class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
     `active` counts its jobs, `busy` the broker's own calls to load or unload it.
+    `assumed` is since when `loaded` is only an assumption, None once a report, a measurement, or a
+    job or load of the broker has confirmed it.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
@@ -151,6 +153,7 @@ class ConsumerState:
     """
 
     loaded: bool
+    assumed: float | None = None
     healthy: bool | None = None
     resident_mib: int | None = None
     active: int = 0

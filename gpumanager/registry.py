@@ -28,7 +28,7 @@ class Registry:
         self._lock = threading.Lock()
         self._assumed_loaded = dict(assumed_loaded)
         self._consumers: Mapping[str, ConsumerState] = MappingProxyType(
-            {name: ConsumerState(loaded=loaded) for name, loaded in assumed_loaded.items()}
+            {name: self._fresh(loaded) for name, loaded in assumed_loaded.items()}
         )
         self._gpu = GpuState()
 
@@ -37,8 +37,15 @@ class Registry:
         it."""
         with self._lock:
             self._assumed_loaded[name] = assumed_loaded
-            fresh = {name: ConsumerState(loaded=assumed_loaded)}
+            fresh = {name: self._fresh(assumed_loaded)}
             self._consumers = MappingProxyType({**self._consumers, **fresh})
+
+    def _fresh(self, loaded: bool) -> ConsumerState:
+        return ConsumerState(loaded=loaded, assumed=self._since(loaded))
+
+    def _since(self, loaded: bool) -> float | None:
+        """Since when it is assumed to be loaded, if it is assumed from now on."""
+        return self._clock.monotonic() if loaded else None
 
     def snapshot(self) -> Mapping[str, ConsumerState]:
         """Every consumer's state by name, as it was at one instant."""
@@ -60,8 +67,8 @@ class Registry:
     # -- jobs ------------------------------------------------------------------------------
 
     def job_started(self, name: str) -> ConsumerState:
-        """A real job begins: it counts as use, and from here on the model takes memory. Returns
-        the state before."""
+        """A real job begins: it counts as use, and from here on the model takes memory, which is
+        an assumption until the job has ended well. Returns the state before."""
         now = self._clock.monotonic()
         return self._change(
             name,
@@ -71,35 +78,45 @@ class Registry:
                 total_requests=state.total_requests + 1,
                 last_used=now,
                 loaded=True,
+                assumed=state.assumed if state.loaded else now,
                 resident_mib=state.resident_mib if state.loaded else None,
                 residency_version=state.residency_version + 1,
             ),
         )
 
     def job_finished(
-        self, name: str, *, unloaded: ConsumerState | None = None, process_gone: bool = False
+        self,
+        name: str,
+        *,
+        worked: bool = True,
+        unloaded: ConsumerState | None = None,
+        process_gone: bool = False,
     ) -> None:
         """The counterpart of `job_started`.
 
-        `unloaded`: the job loaded nothing, so back to what was so before it; `process_gone`:
-        nothing listens there. What the consumer reported before the job is a lower bound of what
-        it holds now.
+        `worked`: the consumer did what it was asked, which shows that it is loaded; `unloaded`:
+        the job loaded nothing, so back to what was so before it; `process_gone`: nothing listens
+        there. What the consumer reported before the job is a lower bound of what it holds now.
         """
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
             loaded, resident, outdated = state.loaded, state.resident_mib, True
+            assumed = None if worked else state.assumed
             quarantine = state.quarantine
             if process_gone:
                 loaded, resident, outdated, quarantine = False, 0, False, ""
+                assumed = None
             elif unloaded is not None:
                 loaded, resident = unloaded.loaded, unloaded.resident_mib
+                assumed = unloaded.assumed
                 outdated = unloaded.report_outdated
             return replace(
                 state,
                 active=state.active - 1,
                 last_used=now,
                 loaded=loaded,
+                assumed=assumed,
                 resident_mib=resident,
                 report_outdated=outdated,
                 quarantine=quarantine,
@@ -117,12 +134,29 @@ class Registry:
             lambda state: replace(
                 state,
                 loaded=loaded,
+                assumed=None,
                 resident_mib=None if loaded else 0,
                 report_outdated=False,
                 on_cpu=(),
                 residency_version=state.residency_version + 1,
             ),
         )
+
+    def drop_assumption(self, name: str) -> None:
+        """It cannot be loaded, as was assumed: others hold the memory. Does nothing if it was
+        confirmed meanwhile, or works on a job."""
+
+        def change(state: ConsumerState) -> ConsumerState:
+            if state.assumed is None or state.active:
+                return state
+            version = state.residency_version + 1
+            return replace(state, loaded=False, assumed=None, residency_version=version)
+
+        self._change(name, change)
+
+    def confirm(self, name: str) -> None:
+        """The card shows that it is loaded."""
+        self._change(name, lambda state: replace(state, assumed=None))
 
     def park(self, name: str, parked: Parked) -> None:
         """The broker stopped the consumer: that it does not answer says nothing from now on."""
@@ -133,6 +167,7 @@ class Registry:
                 healthy=None,
                 last_error="",
                 loaded=False,
+                assumed=None,
                 resident_mib=0,
                 report_outdated=False,
                 on_cpu=(),
@@ -145,12 +180,14 @@ class Registry:
     def unpark(self, name: str, *, resumed: bool) -> None:
         """The broker started it again; `resumed`: it goes on where it was, with its model."""
         loaded = resumed or self._assumed_loaded[name]
+        assumed = None if resumed else self._since(loaded)
         self._change(
             name,
             lambda state: replace(
                 state,
                 healthy=True,
                 loaded=loaded,
+                assumed=assumed,
                 resident_mib=None,
                 parked=None,
                 residency_version=state.residency_version + 1,
@@ -197,16 +234,21 @@ class Registry:
         def change(state: ConsumerState) -> ConsumerState:
             if state.parked is not None and seen_version != state.residency_version:
                 return replace(state, last_probe=now)  # from just before it was stopped
+            if state.parked is not None:  # somebody else has started it
+                state = self._as_assumed(name, state)
             state = replace(state, healthy=True, last_error="", last_probe=now, parked=None)
             if seen_version != state.residency_version or state.active:
                 return state
             state = replace(state, on_cpu=report.on_cpu)
             loaded = state.loaded if report.loaded is None else report.loaded
+            if report.loaded is not None:
+                state = replace(state, assumed=None)
             if report.resident_mib is None:
                 resident = state.resident_mib if loaded == state.loaded else None
                 return replace(state, loaded=loaded, resident_mib=resident)
             if report.loaded is None and report.resident_mib > CONTEXT_MIB:
                 loaded = True  # it cannot say so, but its memory does
+                state = replace(state, assumed=None)
             return replace(
                 state, loaded=loaded, resident_mib=report.resident_mib, report_outdated=False
             )
@@ -231,6 +273,7 @@ class Registry:
             return replace(
                 state,
                 loaded=False,
+                assumed=None,
                 resident_mib=0,
                 on_cpu=(),
                 quarantine="",
@@ -243,14 +286,18 @@ class Registry:
     def process_returned(self, name: str, *, seen_version: int) -> None:
         """A consumer that was gone answers again: a fresh process, so back to the assumption,
         unless a job, a load or an unload came in between."""
-        loaded = self._assumed_loaded[name]
 
         def change(state: ConsumerState) -> ConsumerState:
             if seen_version != state.residency_version or state.active:
                 return state
-            return replace(state, loaded=loaded, resident_mib=None)
+            return self._as_assumed(name, state)
 
         self._change(name, change)
+
+    def _as_assumed(self, name: str, state: ConsumerState) -> ConsumerState:
+        """A fresh process, of which nothing is known."""
+        loaded = self._assumed_loaded[name]
+        return replace(state, loaded=loaded, assumed=self._since(loaded), resident_mib=None)
 
     def _change(self, name: str, change: Callable[[ConsumerState], ConsumerState]) -> ConsumerState:
         """Publish one consumer's changed state; returns the one before."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpumanager.ledger import Balance, balance
-from gpumanager.model import MemoryReading
+from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
+from gpumanager.model import ConsumerState, MemoryReading
 
 READING = MemoryReading(total_mib=24000, used_mib=6000, free_mib=18000)
 
@@ -24,3 +24,46 @@ def test_without_a_measurement_the_declared_figures_add_up() -> None:
 
 def test_without_either_nothing_is_known() -> None:
     assert balance(None, 0, [2800]) == Balance("unknown")
+
+
+DECLARED = {"tts": 6000, "llm": 6000, "stt": 3000}
+
+
+def assumed(at: float, *, active: int = 0) -> ConsumerState:
+    return ConsumerState(loaded=True, assumed=at, active=active)
+
+
+def test_what_is_assumed_takes_room_but_is_no_room_of_its_own() -> None:
+    assert held("tts", assumed(1), 6000, None) == Held(6000, 0, "declared")
+    assert held("tts", ConsumerState(loaded=True), 6000, None) == Held(6000, 6000, "declared")
+
+
+def loaded(states: dict[str, ConsumerState], total: int) -> list[str]:
+    return [name for name, each in plausible(states, DECLARED, None, total).items() if each.loaded]
+
+
+def test_a_ledger_over_the_total_drops_the_oldest_assumptions() -> None:
+    states = {"tts": assumed(2), "llm": assumed(1), "stt": assumed(3)}
+    assert loaded(states, 15_000) == ["tts", "llm", "stt"]
+    assert loaded(states, 10_000) == ["tts", "stt"]
+    assert loaded(states, 8000) == ["stt"]
+    assert loaded(states, 0) == ["tts", "llm", "stt"]  # no total, no ledger
+    states["llm"] = assumed(1, active=1)
+    assert loaded(states, 10_000) == ["llm", "stt"]
+
+
+def test_what_is_known_is_never_dropped() -> None:
+    states = {
+        "tts": ConsumerState(loaded=True),
+        "llm": ConsumerState(loaded=True, assumed=1, resident_mib=500),
+        "stt": assumed(3),
+    }
+    assert loaded(states, 2000) == ["tts", "llm"]
+    assert plausible(states, DECLARED, READING, 2000) is states
+
+
+def test_what_surely_is_loaded_disproves_what_would_not_fit_beside_it() -> None:
+    states = {"tts": ConsumerState(loaded=True), "llm": assumed(1), "stt": assumed(2)}
+    assert disproved(states, DECLARED, 10_000) == ["llm"]
+    assert disproved(states, DECLARED, 15_000) == []
+    assert disproved(states, DECLARED, 0) == []  # no total, no ledger

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from gpumanager.ledger import Held, held
@@ -287,3 +289,79 @@ def test_it_is_known_since_when_a_consumer_is_down_stopped_or_back() -> None:
     clock.advance(5)
     registry.unpark("mvoice", resumed=False)
     assert registry.get("mvoice").health_since == clock.monotonic()
+
+
+# -- what is only assumed ------------------------------------------------------------------------
+
+
+def test_what_is_assumed_at_the_start_is_known_to_be_assumed() -> None:
+    registry, clock = make()
+    assert registry.get("mvoice").assumed == clock.monotonic()
+    assert registry.get("comfyui").assumed is None
+
+
+@pytest.mark.parametrize(
+    "confirm",
+    [
+        lambda registry: probe(registry, loaded=True),
+        lambda registry: probe(registry, mib=2800),
+        lambda registry: registry.set_loaded("mvoice", True),
+        lambda registry: registry.confirm("mvoice"),
+        lambda registry: (registry.job_started("mvoice"), registry.job_finished("mvoice")),
+    ],
+)
+def test_an_assumption_is_confirmed(confirm: Callable[[Registry], object]) -> None:
+    registry, _ = make()
+    confirm(registry)
+    state = registry.get("mvoice")
+    assert (state.loaded, state.assumed) == (True, None)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_job_that_failed_confirms_nothing(loaded: bool) -> None:
+    registry, _ = make(loaded=loaded)
+    probe(registry)
+    before = registry.job_started("mvoice")
+    assert registry.get("mvoice").assumed is not None
+    registry.job_finished("mvoice", worked=False)
+    state = registry.get("mvoice")
+    assert state.loaded
+    assert state.assumed is not None
+    registry.job_started("mvoice")
+    registry.job_finished("mvoice", worked=False, unloaded=before)
+    state = registry.get("mvoice")
+    assert (state.loaded, state.assumed is not None) == (loaded, loaded)
+
+
+def test_a_fresh_process_is_known_as_little_as_at_the_start() -> None:
+    registry, _ = make()
+    probe(registry, loaded=True)
+    registry.probe_failed("mvoice", "refused", process_gone=True)
+    assert registry.get("mvoice").assumed is None
+    registry.process_returned("mvoice", seen_version=registry.get("mvoice").residency_version)
+    assert registry.get("mvoice").assumed is not None
+    registry.park("mvoice", PARKED)
+    assert registry.get("mvoice").assumed is None
+    registry.unpark("mvoice", resumed=False)
+    assert registry.get("mvoice").assumed is not None
+
+
+def test_one_that_somebody_else_started_may_have_its_model() -> None:
+    registry, _ = make()
+    registry.park("mvoice", PARKED)
+    probe(registry)
+    state = registry.get("mvoice")
+    assert (state.loaded, state.assumed is not None) == (True, True)
+
+
+def test_only_an_assumption_can_be_dropped() -> None:
+    registry, _ = make()
+    registry.job_started("mvoice")
+    registry.drop_assumption("mvoice")
+    assert registry.get("mvoice").loaded
+    registry.job_finished("mvoice", worked=False)
+    registry.drop_assumption("mvoice")
+    assert not registry.get("mvoice").loaded
+    registry.set_loaded("mvoice", True)
+    registry.drop_assumption("mvoice")
+    assert registry.get("mvoice").loaded

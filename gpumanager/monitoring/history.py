@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
-from gpumanager.ledger import balance, held
+from gpumanager.ledger import balance, held, plausible
 from gpumanager.registry import Registry
 
 EVERY_S = 1.0
@@ -49,12 +49,11 @@ class MemoryHistory:
 
     def take(self) -> float:
         """Take a sample of what is known now; returns the seconds until the next."""
-        states, reading = self._registry.snapshot(), self._registry.gpu.reading
-        holds = {
-            name: held(name, states[name], consumer.vram_resident_mib, reading).mib
-            for name, consumer in self._config.consumers.items()
-        }
-        now = balance(reading, self._config.gpu.total_mib, holds.values())
+        config, reading = self._config, self._registry.gpu.reading
+        declared = {name: each.vram_resident_mib for name, each in config.consumers.items()}
+        states = plausible(self._registry.snapshot(), declared, reading, config.gpu.total_mib)
+        holds = {name: held(name, states[name], mib, reading).mib for name, mib in declared.items()}
+        now = balance(reading, config.gpu.total_mib, holds.values())
         sample = MemorySample(self._clock.now(), now.total_mib, now.used_mib, holds)
         if reading is not None:
             sample = replace(

@@ -72,5 +72,7 @@ class Sampler:
                 continue
             if state.loaded and mib:
                 self._learned.held(name, mib)
+            if state.assumed is not None and mib > CONTEXT_MIB:
+                self._registry.confirm(name)
             if state.quarantine and mib <= CONTEXT_MIB:
                 self._registry.quarantine(name, "")

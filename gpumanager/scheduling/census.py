@@ -4,15 +4,27 @@ the decisions, from the config, the registry and what was learned. Makes no call
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.learning import Learned
-from gpumanager.ledger import Balance, Held, balance, held
+from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
 from gpumanager.model import ConsumerState, MemoryReading
-from gpumanager.scheduling.victims import Resident
+from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
 RELOAD_S = 5.0
 """Taken for the time to load a consumer that was never seen to load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The card and the consumers as of one moment, and what follows from them for a target."""
+
+    target: str
+    plan: Plan
+    needed_mib: int
+    held_mib: int
+    balance: Balance
 
 
 class Census:
@@ -28,11 +40,83 @@ class Census:
         return self._learned.needed_mib(name, self._config.consumers[name].vram_resident_mib, most)
 
     def balance(
-        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
+        self,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        target: str | None = None,
     ) -> Balance:
-        """How much of the card is free."""
-        mib = [each.mib for each in self.held(states, reading).values()]
+        """How much of the card is free; for the next job of `target`, if that is given: what it
+        may hold, but not surely, is not in its own way."""
+        mib = [
+            each.surely_mib if name == target else each.mib
+            for name, each in self.held(states, reading).items()
+        ]
         return balance(reading, self._config.gpu.total_mib, mib)
+
+    def impossible(self, states: Mapping[str, ConsumerState], target: str) -> list[str]:
+        """By the ledger: the consumers that are assumed to be loaded and cannot be, since those
+        that surely are leave no room for them; and `target`, if all the assumptions cannot be
+        true at once. That one is about to be loaded anyway; what is assumed of others may make
+        room scarcer, never plentier."""
+        total = self._config.gpu.total_mib
+        found = disproved(states, self._declared(), total)
+        if plausible(states, self._declared(), None, total) is not states:
+            found.append(target)
+        return found
+
+    def plan(
+        self,
+        target: str,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        tried: Set[str],
+        now: float,
+    ) -> Look:
+        """What making room for the next job of `target` takes. Those in `tried` may not go.
+
+        A guess may cost an eviction, never a refusal: where the room would not be enough even
+        without all that may go, but would be if what is only assumed turns out well, they all
+        go, and the job is tried.
+        """
+        look = self._plan(target, states, reading, tried, now)
+        if not look.plan.in_vain:
+            return look
+        hopeful = self._plan(target, _hopeful(states, target), reading, tried, now)
+        if hopeful.plan.in_vain:
+            return look
+        spared = {target, *self._config.consumers[target].can_coexist_with}
+        may_go = tuple(
+            each
+            for each in candidates(self.residents(states, reading, tried))
+            if each.name not in spared
+        )
+        return replace(look, plan=Plan(fits=not may_go, victims=may_go))
+
+    def _plan(
+        self,
+        target: str,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        tried: Set[str],
+        now: float,
+    ) -> Look:
+        consumer = self._config.consumers[target]
+        balance = self.balance(states, reading, target)
+        own = held(target, states[target], consumer.vram_resident_mib, reading)
+        needed = self.needed(target, balance)
+        if balance.source == "unknown":
+            return Look(target, Plan(fits=True), needed, own.surely_mib, balance)
+        plan = plan_eviction(
+            Demand(target, needed, own.surely_mib, frozenset(consumer.can_coexist_with)),
+            self.residents(states, reading, tried),
+            balance.free_mib - self._config.gpu.reserved_mib,
+            order=self._config.eviction,
+            now=now,
+        )
+        return Look(target, plan, needed, own.surely_mib, balance)
+
+    def _declared(self) -> dict[str, int]:
+        return {name: each.vram_resident_mib for name, each in self._config.consumers.items()}
 
     def held(
         self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
@@ -74,6 +158,16 @@ class Census:
             floor_mib=_floor(consumer, figures.residue_mib),
             reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
         )
+
+
+def _hopeful(states: Mapping[str, ConsumerState], target: str) -> Mapping[str, ConsumerState]:
+    """As if all that is assumed were in favour of `target`."""
+    return {
+        name: state
+        if state.assumed is None
+        else replace(state, loaded=name == target, assumed=None)
+        for name, state in states.items()
+    }
 
 
 def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:

@@ -10,7 +10,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Set
-from dataclasses import dataclass
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -23,13 +22,13 @@ from gpumanager.errors import (
     NoConsumer,
 )
 from gpumanager.learning import Learned
-from gpumanager.ledger import Balance, held
+from gpumanager.ledger import held
 from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
-from gpumanager.scheduling.census import Census
+from gpumanager.scheduling.census import Census, Look
 from gpumanager.scheduling.evictor import FIRST_POLL_S, Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
-from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
+from gpumanager.scheduling.victims import Resident, candidates
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +39,6 @@ FRESH_S = 2.0
 """For so long a sample of the card is good enough to see that a consumer holds what it needs."""
 
 READY_POLL_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """The card and the consumers as of one moment, and what follows from them for a target."""
-
-    target: str
-    plan: Plan
-    needed_mib: int
-    held_mib: int
-    balance: Balance
 
 
 class RoomMaker:
@@ -104,6 +92,7 @@ class RoomMaker:
             self._await_first_probes(ticket)
         # It may have died while the job was in line: unloading somebody for it would be in vain.
         self._admit(target)
+        self._drop_the_impossible(target)
         if not self._holds_enough(target):
             self._unload_others(target, ticket)
         self._bring_back(target, ticket)
@@ -199,7 +188,7 @@ class RoomMaker:
 
         def unknown(name: str) -> bool:
             state = self._registry.get(name)
-            return state.healthy is None and state.parked is None
+            return state.healthy is None and state.last_probe is None
 
         while self._clock.monotonic() < self._probes_due and any(map(unknown, matter)):
             ticket.pause(FIRST_POLL_S)
@@ -222,6 +211,12 @@ class RoomMaker:
         needed = self._learned.needed_mib(target, declared, None)
         return needed <= held(target, state, declared, gpu.reading).surely_mib
 
+    def _drop_the_impossible(self, target: str) -> None:
+        gpu = self._registry.gpu
+        if gpu.reading is None and gpu.err:  # the ledger decides
+            for name in self._census.impossible(self._registry.snapshot(), target):
+                self._registry.drop_assumption(name)
+
     def _unload_others(self, target: str, ticket: Ticket) -> None:
         tried: set[str] = set()
         while True:
@@ -239,25 +234,10 @@ class RoomMaker:
                 self._refuse_if_short(target, victim.name)
             ticket.pause(0)
 
-    def _look(self, target: str, tried: Set[str] = frozenset()) -> _Look:
-        states, reading = self._registry.snapshot(), self._measure()
-        consumer = self._config.consumers[target]
-        now = self._census.balance(states, reading)
-        own = held(target, states[target], consumer.vram_resident_mib, reading)
-        needed = self._census.needed(target, now)
-        if now.source == "unknown":
-            plan = Plan(fits=True)
-        else:
-            demand = Demand(target, needed, own.surely_mib, frozenset(consumer.can_coexist_with))
-            available = now.free_mib - self._config.gpu.reserved_mib
-            plan = plan_eviction(
-                demand,
-                self._census.residents(states, reading, tried),
-                available,
-                order=self._config.eviction,
-                now=self._clock.monotonic(),
-            )
-        return _Look(target, plan, needed, own.surely_mib, now)
+    def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
+        return self._census.plan(
+            target, self._registry.snapshot(), self._measure(), tried, self._clock.monotonic()
+        )
 
     def _evict(
         self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
@@ -324,7 +304,7 @@ class RoomMaker:
         self._learned.loaded(target, seconds)
         log.info(event, extra={"consumer": target, "ms": round(seconds * 1000)})
 
-    def _insufficient(self, now: _Look, why: str = "") -> InsufficientVram:
+    def _insufficient(self, now: Look, why: str = "") -> InsufficientVram:
         target = now.target
         return InsufficientVram(
             f"{why}{target} needs {now.needed_mib} MiB and is "
@@ -352,5 +332,5 @@ class RoomMaker:
         return listed
 
 
-def _short(now: _Look, reserved_mib: int) -> int:
+def _short(now: Look, reserved_mib: int) -> int:
     return now.needed_mib - now.held_mib - (now.balance.free_mib - reserved_mib)

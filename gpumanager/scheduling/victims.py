@@ -64,6 +64,11 @@ class Plan:
     victims: tuple[Resident, ...] = ()
     short_mib: int = 0
 
+    @property
+    def in_vain(self) -> bool:
+        """Whether the room would not be enough even without all that may go."""
+        return not self.fits and not self.victims
+
 
 def plan_eviction(
     demand: Demand,

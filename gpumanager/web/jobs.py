@@ -126,13 +126,15 @@ class _Hold:
         seconds = self._clock.monotonic() - self.began
         self._record.run_s = seconds
         # First what the next job's eviction looks at, then the GPU.
+        worked = self.failure is None and self.status is not None and self.status < 400
         self._registry.job_finished(
             name,
+            worked=worked,
             unloaded=self.before if self.loaded_nothing else None,
             process_gone=self.process_gone,
         )
         self._ticket.close()
-        if self.failure is None and self.status is not None and self.status < 400:
+        if worked:
             self._learned.ran(name, seconds, cold=not self.before.loaded)
         self._note(seconds)
 

@@ -490,6 +490,7 @@ def _schemas() -> dict[str, Any]:
             },
             {
                 "attribution": {"enum": ["processes", "totals"]},
+                "assumed": {"const": True},
                 "last_used": _TIME,
                 "last_probe": _TIME,
                 "last_error": text,

@@ -9,7 +9,7 @@ from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.learning import Figures, Learned
-from gpumanager.ledger import Held, balance, held
+from gpumanager.ledger import Held, balance, held, plausible
 from gpumanager.model import ConsumerState, LineEntry, MemoryReading
 from gpumanager.monitoring.history import MemorySample
 from gpumanager.registry import Registry
@@ -44,11 +44,10 @@ class StatusView:
     def snapshot(self, whose: str | None = None) -> dict[str, Any]:
         """The whole answer, ready for JSON. `whose`: as for `line`."""
         consumers = self._config.consumers
-        states, reading = self._registry.snapshot(), self._registry.gpu.reading
-        holds = {
-            name: held(name, states[name], consumer.vram_resident_mib, reading)
-            for name, consumer in consumers.items()
-        }
+        reading = self._registry.gpu.reading
+        declared = {name: consumer.vram_resident_mib for name, consumer in consumers.items()}
+        states = plausible(self._registry.snapshot(), declared, reading, self._config.gpu.total_mib)
+        holds = {name: held(name, states[name], mib, reading) for name, mib in declared.items()}
         return {
             "listen": self._config.listen,
             "time": rfc3339(self._clock.now()),
@@ -123,6 +122,8 @@ class StatusView:
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(self._learned.figures(name)),
         }
+        if state.assumed is not None:
+            view["assumed"] = True
         if state.parked is not None:
             view["parked"] = state.parked.rung
         if state.quarantine:

@@ -117,3 +117,23 @@ def test_what_can_never_fit_is_refused_with_what_is_in_the_way(
         assert int(reply.headers["Retry-After"]) >= 1
         assert broker.stats.evictions == 0
         assert broker.stats.in_flight == 0
+
+
+def test_without_a_card_to_ask_two_that_say_nothing_of_themselves_never_meet(
+    urls: dict[str, str], card: Path
+) -> None:
+    """Both can be loaded and unloaded, so both are taken for loaded at the start, and cannot be."""
+    SimulatedCard.create(card, TOTAL_MIB)
+    silent = yaml.safe_load(config(urls, {"device": 99, "total_mib": TOTAL_MIB}))
+    for consumer in silent["consumers"].values():
+        consumer |= {"health": "/quiet", "load": "/job"}
+    with live_broker(yaml.safe_dump(silent)) as broker:
+        gpu = broker.get("/v1/status").json()["gpu"]
+        assert gpu["used_mib"] <= gpu["total_mib"] == TOTAL_MIB
+        for kind in ("tts", "llm", "tts", "llm", "llm"):
+            assert broker.post(f"/v1/{kind}", data=b"{}").status_code == 200
+            consumers = broker.get("/v1/status").json()["consumers"]
+            assert [each["name"] for each in consumers if each["loaded"]] == [
+                name for name in NEEDS if KINDS[name] == kind
+            ]
+        assert broker.stats.evictions == 4

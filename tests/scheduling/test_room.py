@@ -42,7 +42,13 @@ class Bench:
     """
 
     def __init__(
-        self, consumers: dict[str, dict[str, Any]], *, total: int, measured: bool = True
+        self,
+        consumers: dict[str, dict[str, Any]],
+        *,
+        total: int,
+        measured: bool = True,
+        assumed: bool = False,
+        **top: Any,
     ) -> None:
         self.clock = FakeClock()
         self.total = total
@@ -69,13 +75,14 @@ class Bench:
         config = {
             "gpu": {"total_mib": 0 if measured else total, "reserved_mib": 200},
             "routing": {},
+            **top,
             "consumers": {
                 name: {"url": "http://127.0.0.1:1", "unload": call, **settings}
                 for name, settings in consumers.items()
             },
         }
         self.config = parse_config(yaml.safe_dump(config))
-        self.registry = Registry(dict.fromkeys(consumers, False), self.clock)
+        self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
         self.learned = Learned(consumers)
         admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
         self.room = RoomMaker(
@@ -581,8 +588,8 @@ def test_a_client_that_leaves_while_the_model_loads_has_nothing_sent() -> None:
 LADDER = ["http", {"unit": "tts.service"}]
 
 
-def attributed(consumers: dict[str, dict[str, Any]], *, total: int) -> Bench:
-    bench = Bench(consumers, total=total)
+def attributed(consumers: dict[str, dict[str, Any]], *, total: int, **top: Any) -> Bench:
+    bench = Bench(consumers, total=total, **top)
     bench.attributed = True
     return bench
 
@@ -914,9 +921,7 @@ def test_an_operators_load_warms_who_loads_with_its_first_job() -> None:
 
 
 def test_the_cheapest_to_reload_goes_first_where_that_is_wanted() -> None:
-    bench = attributed(THREE, total=9500)
-    bench.config = bench.config.model_copy(update={"eviction": "cost"})
-    bench.room._config = bench.config
+    bench = attributed(THREE, total=9500, eviction="cost")
     bench.resident("tts", used=50)
     bench.resident("stt", used=40)
     bench.learned.loaded("tts", 60)
@@ -952,3 +957,73 @@ def test_the_consumers_own_figure_of_that_moment_is_evidence() -> None:
     with pytest.raises(InsufficientVram, match="tts was unloaded, but gave nothing back"):
         bench.make_room("llm")
     assert bench.registry.get("tts").quarantine == "gave back 0 of 3000 MiB after http"
+
+
+# -- what is only assumed ------------------------------------------------------------------------
+
+BOTH = {name: {"vram_resident_mib": 6000, "load": "/load"} for name in ("tts", "llm")}
+
+
+@pytest.mark.parametrize("first", ["tts", "llm"])
+def test_two_that_cannot_both_be_loaded_are_not_let_in_side_by_side(first: str) -> None:
+    bench = Bench(BOTH, total=10_000, measured=False, assumed=True)
+    bench.registry.set_gpu(GpuState(err="no driver"))
+    other = "llm" if first == "tts" else "tts"
+    for name, victim in ((first, other), (other, first), (first, other)):
+        bench.calls.clear()
+        bench.make_room(name)
+        bench.registry.job_started(name)
+        bench.registry.job_finished(name)
+        # Which of them is loaded was never known: so the one is unloaded and the other loaded.
+        assert bench.calls == [f"unload {victim}", f"load {name}"]
+
+
+def test_what_was_confirmed_is_not_unloaded_for_itself_nor_loaded_again() -> None:
+    bench = Bench(BOTH, total=13_000, measured=False, assumed=True)
+    bench.registry.set_gpu(GpuState(err="no driver"))
+    bench.make_room("llm")
+    assert bench.calls == []  # both may be there
+
+
+def test_an_assumption_that_a_job_disproved_is_dropped() -> None:
+    bench = Bench(BOTH, total=10_000, measured=False, assumed=True)
+    bench.registry.set_gpu(GpuState(err="no driver"))
+    bench.registry.job_started("tts")
+    bench.registry.job_finished("tts")
+    bench.make_room("tts")
+    assert not bench.registry.get("llm").loaded
+    assert bench.calls == []
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_nobody_is_refused_for_what_is_only_assumed(measured: bool) -> None:
+    """`fixed` cannot be unloaded, and may not be there at all; or it is, and `llm` is not."""
+    fixed = {"vram_resident_mib": 6000, "unload": None}
+    bench = Bench(
+        {"fixed": fixed, "llm": {"vram_resident_mib": 6000}, "tts": {"vram_resident_mib": 1000}},
+        total=10_000,
+        measured=measured,
+        assumed=True,
+    )
+    bench.holds = {"fixed": 6000, "tts": 1000}
+    bench.make_room("fixed" if measured else "llm")
+    assert "unload tts" in bench.calls  # a guess may cost an eviction
+    assert bench.scheduler.stats().in_flight == 0
+
+
+def test_one_that_was_stopped_by_an_old_state_is_asked_before_its_memory_is_promised() -> None:
+    """Somebody has started it again while the broker was away."""
+    probed = {"vram_resident_mib": 6000, "health": "/health"}
+    bench = Bench({"tts": probed, "llm": dict(probed)}, total=10_000, measured=False)
+    bench.registry.park("tts", Parked("unit"))
+
+    def probes_answer() -> None:
+        bench.on_pause = lambda: None
+        for name in ("tts", "llm"):
+            version = bench.registry.get(name).residency_version
+            loaded = ProbeReport(loaded=name == "tts")
+            bench.registry.probe_succeeded(name, loaded, seen_version=version)
+
+    bench.on_pause = probes_answer
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]

@@ -75,6 +75,8 @@ class Plain(Fake):
         self.held = 0
 
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if path == "/quiet":
+            return 200, {"status": "ok"}
         if path == "/health":
             return 200, {"loaded": self.held > 0, "gpu_resident_mib": self.held}
         with self.lock:
