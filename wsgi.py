@@ -15,9 +15,10 @@ from gpumanager.app import prepare
 from gpumanager.config import ConfigError, config_path_from_env, load_config
 from gpumanager.keys import KeysError
 
-_read = partial(load_config, config_path_from_env(os.environ))
+_path = config_path_from_env(os.environ)
+_read = partial(load_config, _path)
 try:
-    _broker = prepare(_read(), _read)
+    _broker = prepare(_read(), _read, _path)
 except (ConfigError, KeysError) as error:
     print(error, file=sys.stderr)
     raise SystemExit(2) from None

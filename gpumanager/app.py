@@ -62,7 +62,7 @@ class Broker:
     `keys` are what clients have to show, if there are any; `card` and `clock` replace the
     configured card and the system's clocks, for tests. What was learned outlives the broker in
     `state_file`, if there is one. `read_config` reads the config anew for a reload, and raises
-    ConfigError.
+    ConfigError; `config_file` is where it reads it, which `/v1/status` tells.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Broker:
         clock: Clock | None = None,
         state_file: Path | None = None,
         read_config: Callable[[], Config] | None = None,
+        config_file: str | None = None,
     ) -> None:
         self._read_config = read_config
         self._live = LiveConfig(config)
@@ -153,6 +154,7 @@ class Broker:
             lambda: jobs.memory_failures,
             clock,
             __version__,
+            config_file,
         )
         metrics = Metrics(
             config,
@@ -304,7 +306,10 @@ class Broker:
         """
         with self._lock:
             if self._read_config is None:
-                raise BadRequest("this broker was not started from a config file")
+                raise BadRequest(
+                    "this broker was not started from a config file, and has nothing to read anew; "
+                    "end it, and start one with: gpumanager serve --config FILE"
+                )
             try:
                 new = self._read_config()
             except ConfigError as error:
@@ -343,14 +348,18 @@ class Broker:
             worker.start()
 
 
-def serve(config: Config, read_config: Callable[[], Config] | None = None) -> int:
+def serve(
+    config: Config,
+    read_config: Callable[[], Config] | None = None,
+    config_file: str | None = None,
+) -> int:
     """Serve the broker on `config.listen` until it is told to end; returns the exit code.
-    `read_config` reads the config anew for a reload.
+    `read_config` reads the config anew for a reload, from `config_file`.
 
     To be called from the main thread.
     """
     try:
-        broker = prepare(config, read_config)
+        broker = prepare(config, read_config, config_file)
     except KeysError as error:
         log.error("bad keys", extra={"reason": str(error)})
         return 2
@@ -387,7 +396,11 @@ def _sign_of_life(broker: Broker, notifier: Notifier) -> float:
     return notifier.watchdog_s or 1.0
 
 
-def prepare(config: Config, read_config: Callable[[], Config] | None = None) -> Broker:
+def prepare(
+    config: Config,
+    read_config: Callable[[], Config] | None = None,
+    config_file: str | None = None,
+) -> Broker:
     """A started broker, with logs, signals and the server's defaults set for this process.
 
     Raises KeysError if the API keys cannot be read.
@@ -403,6 +416,7 @@ def prepare(config: Config, read_config: Callable[[], Config] | None = None) -> 
         keys=keys,
         state_file=state_path(config.state_file, config.listen, os.environ),
         read_config=read_config,
+        config_file=None if config_file is None else os.path.abspath(config_file),
     )
     broker.lifecycle.install_signal_handlers(broker.reload)
     broker.start()

@@ -26,7 +26,7 @@ def serve(path: str | None) -> None:
     config = _load(path)
     from gpumanager.app import serve as serve_config  # `check` needs no server
 
-    sys.exit(serve_config(config, partial(load_config, path)))
+    sys.exit(serve_config(config, partial(load_config, path), path))
 
 
 @main.command()

@@ -376,6 +376,7 @@ def _schemas() -> dict[str, Any]:
                 "listen": text,
                 "time": _TIME,
                 "version": text,
+                "config_file": {"type": ["string", "null"]},
                 "gpu": _ref("Gpu"),
                 "routing": {"type": "object", "additionalProperties": text},
                 "consumers": {"type": "array", "items": _ref("Consumer")},
@@ -390,6 +391,7 @@ def _schemas() -> dict[str, Any]:
                 "free_mib": _COUNT,
                 "reserved_mib": _COUNT,
                 "source": {"enum": ["measured", "ledger", "unknown"]},
+                "device": {"type": ["string", "integer"]},
             },
             {
                 "last_sample": _TIME,

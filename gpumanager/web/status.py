@@ -31,6 +31,7 @@ class StatusView:
         memory_failures: Callable[[], MemoryFailures],
         clock: Clock,
         version: str,
+        config_file: str | None = None,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -40,6 +41,7 @@ class StatusView:
         self._breakers = breakers
         self._clock = clock
         self._version = version
+        self._config_file = config_file
 
     def snapshot(self, whose: str | None = None) -> dict[str, Any]:
         """The whole answer, ready for JSON. `whose`: as for `line`."""
@@ -52,6 +54,7 @@ class StatusView:
             "listen": self._config.listen,
             "time": rfc3339(self._clock.now()),
             "version": self._version,
+            "config_file": self._config_file,
             "gpu": self._gpu([each.mib for each in holds.values()]),
             "routing": dict(self._config.routing),
             "consumers": [
@@ -83,6 +86,7 @@ class StatusView:
             "free_mib": figures.free_mib,
             "reserved_mib": self._config.gpu.reserved_mib,
             "source": figures.source,
+            "device": self._config.gpu.device,
         }
         if gpu.sampled_at is not None:
             view["last_sample"] = self._time(gpu.sampled_at)

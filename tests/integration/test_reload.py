@@ -142,8 +142,10 @@ def test_what_cannot_be_applied_is_refused_with_the_reason_and_changes_nothing(
 def test_a_broker_without_a_file_says_so() -> None:
     with live_broker(config_for("http://127.0.0.1:1")) as broker:
         refused = broker.post("/v1/reload")
+        assert broker.get("/v1/status").json()["config_file"] is None
     assert refused.status_code == 400
     assert "not started from a config file" in refused.json()["message"]
+    assert "gpumanager serve --config" in refused.json()["message"]
 
 
 def test_sighup_reloads(tmp_path: Path) -> None:

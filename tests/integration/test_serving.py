@@ -99,6 +99,8 @@ def test_it_serves_its_listen_address_unless_flags_say_otherwise(
         assert process.post("/v1/tts").json() == {"done": True}
         status = process.get("/v1/status").json()
         assert status["scheduler"]["total_jobs"] == 1
+        assert status["config_file"] == str(tmp_path / "broker.yaml")
+        assert status["gpu"]["device"] == 0
         threads = len(list(Path(f"/proc/{process.popen.pid}/task").iterdir()))
         assert threads < 40  # the others come when they are needed
 
