@@ -63,6 +63,7 @@ class _Record:
         self.peaks: deque[int] = deque(maxlen=REMEMBERED)
         self.current_peak = 0
         self.residue_mib: int | None = None
+        self.releasing: tuple[float, int] | None = None
         self.times = {name: deque[float](maxlen=REMEMBERED) for name in _TIMES}
 
 
@@ -107,6 +108,7 @@ class Learned:
         """Its processes hold so much, during a job."""
         with self._lock:
             record = self._records[name]
+            record.releasing = None
             if mib > record.current_peak:
                 record.current_peak = mib
                 self._changes += 1
@@ -126,12 +128,34 @@ class Learned:
         """It was loaded."""
         self._took(name, "load_s", seconds)
 
-    def unloaded(self, name: str, seconds: float, residue_mib: int | None) -> None:
-        """It was unloaded, and kept `residue_mib`; None where that was not measured."""
+    def unloaded(self, name: str, seconds: float, kept_mib: int | None, until: float = 0.0) -> None:
+        """It was unloaded, and kept `kept_mib`; None where that was not measured. Where more of
+        it may come back until `until` (monotonic seconds), that is what it keeps only if it still
+        does then."""
         self._took(name, "unload_s", seconds)
-        if residue_mib is not None:
-            with self._lock:
-                self._records[name].residue_mib = residue_mib
+        if kept_mib is None:
+            return
+        with self._lock:
+            record = self._records[name]
+            record.releasing = (until, kept_mib) if until else None
+            if not until or kept_mib < (record.residue_mib or 0):
+                record.residue_mib = kept_mib
+
+    def kept(self, name: str, mib: int, now: float) -> None:
+        """Unloaded and at rest, it was seen to hold so much at `now`: what it keeps is at most
+        that."""
+        with self._lock:
+            record = self._records[name]
+            if record.residue_mib is not None and mib < record.residue_mib:
+                record.residue_mib = mib
+                self._changes += 1
+            if record.releasing is not None:
+                until, at_most = record.releasing
+                if mib > at_most:  # somebody else has it load
+                    record.releasing = None
+                elif now >= until:
+                    record.releasing, record.residue_mib = None, mib
+                    self._changes += 1
 
     def ran_out(self, name: str, needed_mib: int) -> None:
         """A job ran out of memory although there was room for `needed_mib`: it takes more."""

@@ -229,3 +229,39 @@ def test_a_place_that_cannot_be_read_or_written_is_told_of(
 )
 def test_where_it_is_kept(configured: str | None, environ: dict[str, str], path: str) -> None:
     assert str(state_path(configured, "127.0.0.1:8770", environ)) == path
+
+
+def test_what_it_keeps_is_learned_when_a_release_is_over_and_falls_with_less() -> None:
+    learned = Learned(["tts"])
+    learned.unloaded("tts", 1.0, 2400, until=10.0)  # it was cut short: more may come
+
+    def residue() -> int | None:
+        return learned.figures("tts").residue_mib
+
+    assert residue() is None
+    learned.kept("tts", 2000, 9.0)
+    assert residue() is None
+    learned.kept("tts", 900, 10.0)
+    assert residue() == 900
+    learned.kept("tts", 1500, 20.0)  # somebody uses it beside the broker
+    assert residue() == 900
+    changes = learned.changes
+    learned.kept("tts", 300, 21.0)
+    assert residue() == 300
+    assert learned.changes == changes + 1
+    learned.unloaded("tts", 1.0, 500)
+    assert residue() == 500
+    learned.unloaded("tts", 1.0, 100, until=30.0)
+    assert residue() == 100
+
+
+@pytest.mark.parametrize("what", ["a job", "somebody beside the broker"])
+def test_a_release_that_was_cut_short_and_loaded_again_says_nothing(what: str) -> None:
+    learned = Learned(["tts"])
+    learned.unloaded("tts", 1.0, 900, until=10.0)
+    if what == "a job":
+        learned.held("tts", 3000)
+    else:
+        learned.kept("tts", 3000, 5.0)
+    learned.kept("tts", 800, 11.0)
+    assert learned.figures("tts").residue_mib is None

@@ -64,8 +64,9 @@ class Sampler:
         return self._interval
 
     def _learn(self, reading: MemoryReading) -> None:
-        """What loaded consumers hold is a lower bound of what they need; and one that could not
-        release its memory, but holds hardly any now, may be asked again."""
+        """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
+        an upper bound of what they keep; and one that could not release its memory, but holds
+        hardly any now, may be asked again."""
         for name, state in self._registry.snapshot().items():
             mib = reading.measured_mib(name)
             if mib is None:
@@ -74,5 +75,7 @@ class Sampler:
                 self._learned.held(name, mib)
             if state.assumed is not None and mib > CONTEXT_MIB:
                 self._registry.confirm(name)
+            if not state.loaded and not state.active and not state.busy and state.parked is None:
+                self._learned.kept(name, mib, self._clock.monotonic())
             if state.quarantine and mib <= CONTEXT_MIB:
                 self._registry.quarantine(name, "")

@@ -81,8 +81,12 @@ class Census:
         look = self._plan(target, states, reading, tried, now)
         if not look.plan.in_vain:
             return look
-        hopeful = self._plan(target, _hopeful(states, target), reading, tried, now)
-        if hopeful.plan.in_vain:
+        # What was seen to stay once may come back this time.
+        again = self._plan(target, states, reading, tried, now, hopeful=True)
+        if not again.plan.in_vain:
+            return again
+        best = self._plan(target, _hopeful(states, target), reading, tried, now, hopeful=True)
+        if best.plan.in_vain:
             return look
         spared = {target, *self._config.consumers[target].can_coexist_with}
         may_go = tuple(
@@ -99,6 +103,8 @@ class Census:
         reading: MemoryReading | None,
         tried: Set[str],
         now: float,
+        *,
+        hopeful: bool = False,
     ) -> Look:
         consumer = self._config.consumers[target]
         balance = self.balance(states, reading, target)
@@ -108,7 +114,7 @@ class Census:
             return Look(target, Plan(fits=True), needed, own.surely_mib, balance)
         plan = plan_eviction(
             Demand(target, needed, own.surely_mib, frozenset(consumer.can_coexist_with)),
-            self.residents(states, reading, tried),
+            self.residents(states, reading, tried, hopeful=hopeful),
             balance.free_mib - self._config.gpu.reserved_mib,
             order=self._config.eviction,
             now=now,
@@ -132,10 +138,14 @@ class Census:
         states: Mapping[str, ConsumerState],
         reading: MemoryReading | None,
         tried: Set[str] = frozenset(),
+        *,
+        hopeful: bool = False,
     ) -> list[Resident]:
-        """All consumers as the choice of victims sees them. Those in `tried` may not go."""
+        """All consumers as the choice of victims sees them. Those in `tried` may not go;
+        `hopeful` takes none to keep anything but what is declared."""
         return [
-            self.resident(name, states[name], reading, tried) for name in self._config.consumers
+            self.resident(name, states[name], reading, tried, hopeful=hopeful)
+            for name in self._config.consumers
         ]
 
     def resident(
@@ -144,6 +154,8 @@ class Census:
         state: ConsumerState,
         reading: MemoryReading | None,
         tried: Set[str] = frozenset(),
+        *,
+        hopeful: bool = False,
     ) -> Resident:
         """One of them."""
         consumer = self._config.consumers[name]
@@ -155,7 +167,7 @@ class Census:
             last_used=state.last_used,
             priority=consumer.priority,
             evictable=_evictable(consumer, state) and name not in tried,
-            floor_mib=_floor(consumer, figures.residue_mib),
+            floor_mib=_floor(consumer, None if hopeful else figures.residue_mib),
             reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
         )
 

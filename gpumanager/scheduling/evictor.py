@@ -145,10 +145,9 @@ class Evictor:
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             settled = self._config.consumers[name].settled if rung.http else None
             word = _Word(settled, self._clock.monotonic())
-            release = self._await(name, before, expected, word, ticket, fits)
-            release = replace(
-                release, seconds=self._clock.monotonic() - began, certain=holds is not None
-            )
+            certain = holds is not None
+            release = self._await(name, before, expected, certain, word, ticket, fits)
+            release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
             self._take_note(name, rung, release, ticket.job.consumer)
             if release.outcome != "leaked":
                 return release
@@ -194,12 +193,15 @@ class Evictor:
         name: str,
         before: MemoryReading | None,
         expected_mib: int,
+        certain: bool,
         word: _Word,
         ticket: Ticket,
         fits: Callable[[], bool] | None,
     ) -> Release:
         """Poll until the memory is back, or will not come: as long as `gpu.release_timeout` and
-        the consumer's own `settled` allow, whichever is longer."""
+        the consumer's own `settled` allow, whichever is longer. Where what it held was measured
+        (`certain`), a release in several steps is waited for as long as the room is not enough.
+        """
         now = self._clock.monotonic()
         stable_since, began = now, now
         deadline = max(now + self._config.gpu.release_timeout, word.deadline)
@@ -220,21 +222,24 @@ class Evictor:
                     last_mib, stable_since = release.mib, now
                 stable = now - stable_since >= STABLE_S
                 begun = release.mib > LEAKED_SHARE * expected_mib or expected_mib == 0
-                if settled and begun and stable:
-                    return release
+                more = replace(release, more_until=deadline)
                 if settled and release.complete and (fits is None or fits()):
+                    return more
+                if settled and release.complete and stable:
                     return release
+                if settled and begun and stable and (not certain or fits is None or fits()):
+                    return more
                 if fits is not None and not begun and now - began >= STABLE_S and fits():
                     # Somebody else made room meanwhile: whatever this one does, the job can run.
-                    return replace(release, outcome="partial")
+                    return replace(more, outcome="partial")
                 if now >= deadline:
                     return release
             ticket.pause(delay)
             delay = min(LONGEST_POLL_S, 2 * delay)
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
-        residue = release.residue_mib if rung.http and release.outcome != "leaked" else None
-        self._learned.unloaded(name, release.seconds, residue)
+        kept = release.residue_mib if rung.http and release.outcome != "leaked" else None
+        self._learned.unloaded(name, release.seconds, kept, release.more_until)
         log.log(
             logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,
             "evicted",

@@ -105,9 +105,10 @@ Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone
 class Release:
     """What became of an unload. `mib` is the victim's own drop, `expected_mib` what it was taken
     to give back, `residue_mib` what it still holds, None where that cannot be told; `thief` says
-    who took what it gave. `unverified`: the card cannot be measured; `gone`: its process had
-    ended already. `certain` is False where nobody measured what it held before, so that one that
-    gave nothing back may have had nothing."""
+    who took what it gave. `more_until` is the monotonic time until which more of it may come; 0 if
+    it was waited for to its end, so that what it still holds is what it keeps. `unverified`: the
+    card cannot be measured; `gone`: its process had ended already. `certain` is False where nobody
+    measured what it held before, so that one that gave nothing back may have had nothing."""
 
     outcome: Outcome
     mib: int = 0
@@ -116,6 +117,7 @@ class Release:
     thief: str = ""
     seconds: float = 0.0
     certain: bool = True
+    more_until: float = 0.0
 
     @property
     def complete(self) -> bool:

@@ -26,7 +26,7 @@ from gpumanager.ledger import held
 from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import Census, Look
-from gpumanager.scheduling.evictor import FIRST_POLL_S, Controls, Evictor, Parks
+from gpumanager.scheduling.evictor import FIRST_POLL_S, LONGEST_POLL_S, Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.victims import Resident, candidates
 
@@ -219,17 +219,22 @@ class RoomMaker:
 
     def _unload_others(self, target: str, ticket: Ticket) -> None:
         tried: set[str] = set()
+        more_until = 0.0
         while True:
             now = self._look(target, tried)
             if now.plan.fits:
                 break
             if not now.plan.victims:
-                raise self._insufficient(now)
+                if self._clock.monotonic() >= more_until:
+                    raise self._insufficient(now)
+                ticket.pause(LONGEST_POLL_S)
+                continue
             victim = now.plan.victims[0]
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
             fits = (lambda: self._look(target).plan.fits) if last else None
             release = self._evict(victim, ticket, fits)
+            more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
                 self._refuse_if_short(target, victim.name)
             ticket.pause(0)

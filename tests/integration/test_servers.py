@@ -220,8 +220,9 @@ def test_a_render_that_ran_out_of_memory_is_learned_from(card: SimulatedCard) ->
 
 
 def test_vllm_is_put_to_sleep_and_woken_before_its_job(card: SimulatedCard) -> None:
-    consumers = {
-        "vllm": {"fake": "vllm", "mib": 7000},
+    settled = {"path": "/is_sleeping", "until": "is_sleeping == `true`", "timeout": 1}
+    consumers: dict[str, dict[str, Any]] = {
+        "vllm": {"fake": "vllm", "mib": 7000, "settled": settled},
         "voice": {"fake": "plain", "mib": 6000},
     }
     with box(card, consumers) as (broker, fakes):
@@ -231,9 +232,29 @@ def test_vllm_is_put_to_sleep_and_woken_before_its_job(card: SimulatedCard) -> N
             assert status_of(broker, "vllm")["gpu_resident_mib"] == 1200
             # Asleep it would queue the job for ever.
             assert job(broker, "llm").status_code == 200
-        assert status_of(broker, "vllm")["learned"]["residue_mib"] == 1200
-        # What it keeps is known by now, so it is not promised again.
+        # What it still keeps when a release had its time is known, and not promised again.
+        assert "residue_mib" not in status_of(broker, "vllm")["learned"]
+        assert job(broker, "tts").status_code == 200
+        eventually(lambda: status_of(broker, "vllm")["learned"].get("residue_mib") == 1200)
+        assert job(broker, "llm").status_code == 200
         eventually(lambda: broker.get("/v1/plan/tts").json()["victims"][0]["mib"] == 5800)
+
+
+# -- releases in two steps ------------------------------------------------------------------------
+
+
+def test_a_release_in_two_steps_is_believed_when_it_is_over(card: SimulatedCard) -> None:
+    consumers = {
+        "slow": {"fake": "plain", "mib": 7000},
+        "big": {"fake": "plain", "mib": 6000, "kind": "llm"},
+    }
+    gpu = {"device": f"simulated:{card.path}", "sample_interval": 0.2, "release_timeout": 5}
+    with box(card, consumers, gpu=gpu) as (broker, fakes):
+        fakes["slow"].set(steps=[0.2, 1.2])
+        for _ in range(2):
+            assert job(broker, "tts").status_code == 200
+            assert job(broker, "llm").status_code == 200
+        assert status_of(broker, "slow")["learned"].get("residue_mib") in (None, 0)
 
 
 # -- out of memory -------------------------------------------------------------------------------

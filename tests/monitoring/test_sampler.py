@@ -98,6 +98,21 @@ def test_who_holds_nothing_any_more_may_be_asked_again(mib: int, lifted: bool) -
     assert (registry.get("tts").quarantine == "") is lifted
 
 
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_what_an_unloaded_one_holds_is_the_most_that_it_keeps(at_rest: bool) -> None:
+    clock, learned = FakeClock(), Learned(["tts"])
+    registry = Registry({"tts": False}, clock)
+    learned.unloaded("tts", 1.0, 900)
+    memory = GpuMemory(ScriptedCard(attributed(tts=300)), clock, Told())
+    sampler = Sampler(memory, registry, learned, clock, interval=2.0)
+    if at_rest:
+        sampler.look()
+    else:
+        with registry.busy("tts"):  # as while it loads
+            sampler.look()
+    assert learned.figures("tts").residue_mib == (300 if at_rest else 900)
+
+
 def test_while_a_job_runs_samples_come_more_often() -> None:
     clock = FakeClock()
     registry = Registry({"tts": False}, clock)

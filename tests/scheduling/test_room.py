@@ -719,18 +719,95 @@ def test_a_release_in_two_steps_is_waited_for_not_another_victim() -> None:
     assert bench.calls == ["unload tts"]
 
 
-def test_what_a_victim_keeps_is_known_the_next_time() -> None:
+def in_two_steps(bench: Bench, slow: str, first: int, seconds: float) -> None:
+    """From now on `slow` gives `first` MiB back at once, and the rest so much later."""
+    unload = bench.unload
+
+    def begin(name: str) -> None:
+        unload(name)
+        if name != slow:
+            return
+        bench.keeps[name] = bench.holds[name] - first
+        due = bench.clock.monotonic() + seconds
+
+        def go_on() -> None:
+            if bench.clock.monotonic() >= due:
+                bench.keeps.pop(name, None)
+                bench.holds.pop(name, None)
+
+        bench.on_pause = go_on
+
+    bench.unload = begin  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_release_that_begins_small_is_waited_for_and_poisons_nothing(
+    others: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fifth at once, the rest 1.2 s later."""
+    bench = attributed(THREE, total=8500)
+    in_two_steps(bench, "tts", 600, 1.2)
+    for _ in range(3):
+        bench.resident("tts", used=50)
+        if others:
+            bench.resident("stt", used=10)
+        bench.calls.clear()
+        with caplog.at_level(logging.INFO):
+            bench.make_room("llm")
+        assert bench.calls == ["unload tts"]
+        assert bench.learned.figures("tts").residue_mib in (None, 0)
+    assert outcome(caplog) == [("http", "released")] * 3
+
+
+def test_what_comes_late_is_waited_for_before_anybody_is_refused() -> None:
+    """The first victim's release was cut short, as another had to go anyway; that one's is not
+    enough without the rest of it."""
+    bench = attributed(THREE, total=6300)
+    in_two_steps(bench, "tts", 600, 3)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload stt"]
+    assert bench.learned.figures("tts").residue_mib is None
+
+
+def test_a_release_that_was_enough_before_its_end_teaches_no_residue() -> None:
+    bench = attributed(THREE, total=9000)
+    in_two_steps(bench, "tts", 600, 1.2)
+    bench.resident("tts", used=50)
+    bench.foreign = 0
+    bench.total = 3000 + 6200 - 500  # a fifth of tts is enough
+    bench.make_room("llm")
+    assert bench.holds["tts"] == 2400
+    assert bench.learned.figures("tts").residue_mib is None
+
+
+def test_what_a_victim_keeps_is_known_the_next_time(caplog: pytest.LogCaptureFixture) -> None:
     bench = attributed(THREE, total=6500)
     bench.keeps["tts"] = 900
     bench.resident("tts", used=50)
+    began = bench.clock.monotonic()
     with pytest.raises(InsufficientVram, match="600 MiB short"):
         bench.make_room("llm")  # 3000 from tts would do, 2100 do not
+    assert bench.clock.monotonic() - began >= bench.config.gpu.release_timeout
     assert bench.learned.figures("tts").residue_mib == 900
     bench.resident("tts", used=50)
-    bench.calls.clear()
-    with pytest.raises(InsufficientVram):
-        bench.make_room("llm")
-    assert bench.calls == []  # known to be in vain
+    bench.foreign = 1400
+    began = bench.clock.monotonic()
+    with caplog.at_level(logging.INFO):
+        bench.make_room("stt")  # needs 100 of it, and no wait for what is known to stay
+    assert bench.clock.monotonic() - began < 1
+    assert outcome(caplog) == [("http", "released")]
+
+
+def test_what_a_victim_kept_once_refuses_nobody_untried() -> None:
+    bench = attributed(THREE, total=6500)
+    bench.learned.unloaded("tts", 1.0, 900)
+    bench.resident("tts", used=50)
+    assert [each.name for each in bench.room.preview("llm").victims] == ["tts"]
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+    assert bench.learned.figures("tts").residue_mib == 0
 
 
 def test_what_is_declared_to_stay_is_not_expected_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -67,7 +67,8 @@ class Fake:
 
 
 class Plain(Fake):
-    """A server of the contract: health with figures, a job that loads, an unload."""
+    """A server of the contract: health with figures, a job that loads, an unload. With `steps:
+    [share, seconds]` it gives that share back at once, and the rest so much later."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -81,7 +82,10 @@ class Plain(Fake):
             return 200, {"loaded": self.held > 0, "gpu_resident_mib": self.held}
         with self.lock:
             if path == "/unload":
-                self.card.free(self.name)
+                share, seconds = self.settings.get("steps", (1.0, 0.0))
+                self.card.free(self.name, keep_mib=round(self.held * (1 - share)))
+                if share < 1:
+                    threading.Timer(seconds, self.card.free, (self.name,)).start()
                 self.held = 0
                 return 200, {"loaded": False}
             try:
