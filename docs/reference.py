@@ -41,6 +41,7 @@ TITLES = {
     "Timeouts": "`consumers.NAME.timeouts`",
     "Health": "`consumers.NAME.health`",
     "Probe": "`consumers.NAME.probe`",
+    "Session": "`consumers.NAME.session`",
     "Busy": "`consumers.NAME.probe.busy`",
     "LoadCall": "`consumers.NAME.load` and `warm`, and a call in `on_disconnect`",
     "UnloadCall": "`consumers.NAME.unload`",

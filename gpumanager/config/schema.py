@@ -317,6 +317,13 @@ class LoadCall(Call):
     method: Method = "POST"
 
 
+class Session(LoadCall):
+    """A call that opens a session; `id` finds the session's id in its answer. It is made before a
+    call in which `{session}` stands for that id."""
+
+    id: Expression
+
+
 class UnloadCall(Call):
     """A call that has the consumer drop its model; POST unless it says otherwise.
 
@@ -562,6 +569,8 @@ _Route = Annotated[Route, BeforeValidator(_bare_path)]
 class ConsumerConfig(_Model):
     """One service that shares the GPU.
 
+    `session` opens a session with a server whose calls want one.
+
     `vram_resident_mib` is what it needs to be resident, `floor_mib` what it keeps after an unload.
     `vram_managed` says that it runs its own LRU and is never evicted; `pinned` that it is not to
     be, though it could. `load` is made before a job, if it was unloaded; `warm` only when it is
@@ -579,6 +588,7 @@ class ConsumerConfig(_Model):
     model: StrictStr | None = None
     health: _Health = None
     probe: _Probe = None
+    session: Session | None = None
     paths: dict[Kind, _Route] = Field(default_factory=dict)
     vram_resident_mib: Mib = 0
     floor_mib: Mib | None = None

@@ -17,6 +17,7 @@ from gpumanager.config import (
     Health,
     Lost,
     Probe,
+    Session,
     Timeouts,
     UnloadCall,
     expressions,
@@ -211,6 +212,13 @@ class ControlCalls:
             )
         return [item for item in found if isinstance(item, str)]
 
+    def _open_session(self, name: str, session: Session, timeout: float) -> str:
+        found = expressions.search(session.id, self._json(name, session, timeout))
+        if not isinstance(found, str):
+            message = f"{name} opened no session: {session.path} gave no '{session.id}'"
+            raise ConsumerUnreachable(message, consumer=name)
+        return found
+
     def _json(self, name: str, call: Call, timeout: float) -> Any:
         """The answer as JSON, None where it is none."""
         return _parsed(self._ok(name, call, timeout))
@@ -234,6 +242,8 @@ class ControlCalls:
         consumer = self._config.consumers[name]
         if consumer.model is not None:
             call = call.filled("model", consumer.model)
+        if consumer.session is not None and "{session}" in call.model_dump_json():
+            call = call.filled("session", self._open_session(name, consumer.session, timeout))
         body = None if call.json_body is None else json.dumps(call.json_body).encode()
         headers = list(call.headers.items())
         if body is not None:

@@ -26,7 +26,8 @@ ANSWERS = Path(__file__).parent / "answers"
 PROMISED = (
     "ollama comfyui a1111 forge llama-server llama-router vllm sglang localai llama-swap tabby "
     "tgwui koboldcpp speaches whispercpp kokoro triton invokeai tgi tei openedai-speech xtts "
-    "alltalk"
+    "alltalk lmstudio docker-model-runner mistralrs swarmui sdnext faster-whisper-server piper "
+    "sdcpp xinference lemonade chatterbox"
 )
 
 
@@ -102,7 +103,7 @@ def test_whatever_a_preset_has_is_recorded(preset: str) -> None:
     """No expression without an answer that it was tested against."""
     filled, answers = consumer(preset), recorded(preset)
     assert "health" in answers
-    for key in ("probe", "unload", "settled", "done"):
+    for key in ("probe", "session", "unload", "settled", "done"):
         assert (getattr(filled, key) is None) == (key not in answers), key
     if filled.probe is not None:
         assert (filled.probe.busy is None) == ("busy" not in answers)
@@ -173,8 +174,11 @@ def test_an_unload_that_fails_is_noticed(
 
 
 def prepare_unload(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
-    """What is asked before: whether it is at rest, and what there is to unload."""
+    """What is asked before: a session, whether it is at rest, and what there is to unload."""
     filled, answers = consumer(preset), recorded(preset)
+    if "session" in answers:
+        session = answers["session"]
+        answer(server, session["method"], session["target"], session["answer"])
     assert filled.unload is not None
     if "busy" in answers and filled.unload.when_busy in ("aborts", "unsafe"):
         at_rest = next(each for each in answers["busy"] if not each["is"])
@@ -192,6 +196,16 @@ def _only(body: Any, item: str, example: dict[str, Any]) -> Any:
     for other in example["items"]:
         text = text.replace(json.dumps(other), json.dumps(item))
     return json.loads(text)
+
+
+@pytest.mark.parametrize(("preset", "example"), having("session"))
+def test_a_session_that_is_not_opened_is_noticed(
+    server: responses.RequestsMock, preset: str, example: dict[str, Any]
+) -> None:
+    answer(server, example["method"], example["target"], example["refused"])
+    with pytest.raises(ConsumerUnreachable, match="opened no session"):
+        calls(preset).unload("it")
+    assert sent(server) == (example["method"], example["target"], example["json"])
 
 
 @pytest.mark.parametrize("key", ["load", "warm"])
@@ -224,8 +238,9 @@ def test_asynchronous_jobs(
     done, asked = filled.done, calls(preset)
     assert done is not None
     (route,) = filled.paths.values()
-    assert done.matches(route.method or "POST", route.path)
-    assert not done.matches("GET", route.path)
+    path = example.get("path", route.path)
+    assert done.matches(route.method or "POST", path)
+    assert not done.matches("GET", path)
     assert job_id(done, json.dumps(example["taken"]).encode()) == example["id"]
     assert job_id(done, json.dumps(example["refused"]).encode()) is None
     answer(server, "GET", example["poll"], example["working"])
