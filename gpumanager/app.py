@@ -34,7 +34,7 @@ from gpumanager.monitoring.worker import PeriodicWorker
 from gpumanager.notify import ALIVE, READY, STOPPING, Notifier
 from gpumanager.processes import ConsumerProcesses, SystemProcesses
 from gpumanager.reclaim.ladder import Ladder
-from gpumanager.registry import Registry
+from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.factory import build_scheduler
 from gpumanager.scheduling.room import RoomMaker
 from gpumanager.upstream.calls import ControlCalls
@@ -46,6 +46,7 @@ from gpumanager.web.guard import Guard
 from gpumanager.web.jobs import JobRunner
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.operations import Operations
+from gpumanager.web.place import Places
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
@@ -120,11 +121,11 @@ class Broker:
         )
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         self._completions = Completions(calls, clock)
+        places = Places(config, self.registry, self.scheduler)
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
         jobs = JobRunner(
-            self.scheduler,
             self.registry,
             self.learned,
             admission,
@@ -172,8 +173,10 @@ class Broker:
                 admission=admission,
                 proxy=proxy,
                 jobs=jobs,
+                places=places,
                 operations=Operations(
                     config,
+                    places,
                     self.registry,
                     self.learned,
                     self.scheduler,
@@ -199,7 +202,7 @@ class Broker:
         self.lifecycle = Lifecycle(
             self.scheduler,
             clock,
-            drain_timeout=config.drain_timeout,
+            drain_timeout=lambda: config.drain_timeout,
             draining=draining,
             unfinished=self.guard.unfinished,
         )
@@ -256,9 +259,11 @@ class Broker:
 
     def _after_job(self, name: str) -> None:
         """A model that went to the CPU shows only while it is loaded: ask at once."""
-        probe = self.config.consumers[name].probe
-        if probe is not None and probe.on_cpu is not None and name in self._probers:
-            self._probers[name].wake()
+        consumer, prober = self.config.consumers.get(name), self._probers.get(name)
+        if consumer is None or prober is None:
+            return  # a reload has removed it meanwhile
+        if consumer.probe is not None and consumer.probe.on_cpu is not None:
+            prober.wake()
 
     def _save_state(self) -> float:
         if self._state is not None:
@@ -322,30 +327,33 @@ class Broker:
             moved = [
                 name for name in found.changed if old.consumers[name].url != new.consumers[name].url
             ]
-            for name in (*found.removed, *moved):
-                self._refuse_if_in_use(name)
             self._apply(new, found, moved)
             told = found.as_json()
         log.info("config reloaded", extra={key: value for key, value in told.items() if value})
         return told
 
-    def _refuse_if_in_use(self, name: str) -> None:
-        state = self.registry.get(name)
-        in_line = any(entry.job.consumer == name for entry in self.scheduler.line())
-        if in_line or state.active or state.busy or state.parked is not None:
-            raise BadRequest(f"the config was not applied: consumer {name} is in use")
-
     def _apply(self, new: Config, found: Changes, moved: Iterable[str]) -> None:
-        for name in (*found.added, *moved):
-            self.registry.add(name, _assumed_loaded(new.consumers[name]))
+        # First, so that no probe looks for a consumer that is not there, or takes the answer of
+        # the one at the old address for that of the new.
+        self._end_probers((*found.removed, *found.changed))
+        fresh = {name: _assumed_loaded(new.consumers[name]) for name in (*found.added, *moved)}
+        for name in fresh:
             self.learned.add(name)
-        self._live.replace(new)
-        for name in (*found.removed, *found.changed):
-            if (prober := self._probers.pop(name, None)) is not None:
-                prober.stop()
-        self._adjust_workers()
-        for worker in self._all_workers():
-            worker.start()
+        try:
+            self.registry.reshape(fresh, found.removed, lambda: self._live.replace(new))
+        except InUse as error:
+            raise BadRequest(f"the config was not applied: {error}") from None
+        finally:
+            self._adjust_workers()
+            for worker in self._all_workers():
+                worker.start()
+
+    def _end_probers(self, names: Iterable[str]) -> None:
+        ending = [self._probers.pop(name) for name in names if name in self._probers]
+        for prober in ending:
+            prober.stop()
+        for prober in ending:
+            prober.join()
 
 
 def serve(

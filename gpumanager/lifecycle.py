@@ -20,8 +20,9 @@ FLUSH_POLL_S = 0.02
 
 
 class Lifecycle:
-    """The drain. `draining` is set from the first signal on, for all to see; `unfinished`
-    counts requests still being answered and bytes still to be sent.
+    """The drain. `draining` is set from the first signal on, for all to see; `drain_timeout` gives
+    the seconds that a running job has, as configured at that moment; `unfinished` counts requests
+    still being answered and bytes still to be sent.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Lifecycle:
         scheduler: Scheduler,
         clock: Clock,
         *,
-        drain_timeout: float,
+        drain_timeout: Callable[[], float],
         draining: threading.Event,
         unfinished: Callable[[], int],
     ) -> None:
@@ -50,9 +51,10 @@ class Lifecycle:
         seconds, and the last answers reach their clients. True if nothing was cut off."""
         self._draining.set()
         self._when_draining()
-        log.info("draining", extra={"timeout_s": self._drain_timeout})
+        timeout = self._drain_timeout()
+        log.info("draining", extra={"timeout_s": timeout})
         self._scheduler.drain()
-        finished = self._scheduler.wait_idle(self._drain_timeout)
+        finished = self._scheduler.wait_idle(timeout)
         if not finished:
             self._cut_off()
         deadline = self._clock.monotonic() + FLUSH_TIMEOUT_S

@@ -7,13 +7,23 @@ one, since a published mapping is never changed again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
 from gpumanager.clock import Clock
+from gpumanager.errors import NoConsumer
 from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Parked, ProbeReport
+
+
+class InUse(Exception):
+    """A consumer cannot be taken out of the config or moved: somebody works with it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"consumer {name} is in use")
+        self.name = name
 
 
 class Registry:
@@ -31,14 +41,63 @@ class Registry:
             {name: self._fresh(loaded) for name, loaded in assumed_loaded.items()}
         )
         self._gpu = GpuState()
+        self._users = Counter[str]()
+        self._removed: set[str] = set()
 
-    def add(self, name: str, assumed_loaded: bool) -> None:
-        """Take in a consumer that is new, or somewhere else than before: nothing is known of
-        it."""
+    # -- who works with whom, and another config -------------------------------------------
+
+    def enter(self, name: str) -> None:
+        """Somebody begins to work with a consumer (a job from its route on, an operator's call,
+        an eviction): until `leave` no reload removes or moves it. Raises NoConsumer if one has
+        removed it already."""
         with self._lock:
-            self._assumed_loaded[name] = assumed_loaded
-            fresh = {name: self._fresh(assumed_loaded)}
-            self._consumers = MappingProxyType({**self._consumers, **fresh})
+            if name in self._removed or name not in self._consumers:
+                raise NoConsumer(f"consumer {name} is not in the config any more", consumer=name)
+            self._users[name] += 1
+
+    def leave(self, name: str) -> None:
+        """The counterpart of `enter`."""
+        with self._lock:
+            self._users[name] -= 1
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """`enter`, and `leave` at the end."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave(name)
+
+    def reshape(
+        self, fresh: Mapping[str, bool], removed: Iterable[str], swap: Callable[[], object]
+    ) -> None:
+        """Take in the consumers of another config, and call `swap`, which puts that config in
+        force, all in one piece: nobody enters in between.
+
+        `fresh` are consumers that are new, or at another address than before: nothing is known of
+        them but whether to take them for loaded. Raises InUse, with nothing changed and `swap`
+        not called, if somebody works with one of those, or of the `removed`.
+        """
+        with self._lock:
+            removed = tuple(removed)
+            for name in (*removed, *fresh):
+                state = self._consumers.get(name)
+                if self._users[name] > 0 or (state is not None and state.parked is not None):
+                    raise InUse(name)
+            changed = {}
+            for name, loaded in fresh.items():
+                before = self._consumers.get(name)
+                # What was asked of the one before must not be taken for an answer of this one.
+                version = 0 if before is None else before.residency_version + 1
+                changed[name] = replace(self._fresh(loaded), residency_version=version)
+            self._assumed_loaded.update(fresh)
+            # Those that are removed keep their last state, for readers of the config before.
+            self._consumers = MappingProxyType({**self._consumers, **changed})
+            self._removed = (self._removed | set(removed)) - set(fresh)
+            swap()
+
+    # -- reading ---------------------------------------------------------------------------
 
     def _fresh(self, loaded: bool) -> ConsumerState:
         return ConsumerState(loaded=loaded, assumed=self._since(loaded))

@@ -19,7 +19,7 @@ def make(unfinished: list[int], timeout: float) -> tuple[Lifecycle, threading.Ev
     lifecycle = Lifecycle(
         scheduler,
         SystemClock(),
-        drain_timeout=timeout,
+        drain_timeout=lambda: timeout,
         draining=draining,
         unfinished=lambda: unfinished.pop(0) if unfinished else 0,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from gpumanager.errors import NoConsumer
 from gpumanager.ledger import Held, held
 from gpumanager.model import (
     ConsumerState,
@@ -15,7 +16,7 @@ from gpumanager.model import (
     Parked,
     ProbeReport,
 )
-from gpumanager.registry import Registry
+from gpumanager.registry import InUse, Registry
 from tests.support.clock import FakeClock
 from tests.support.threads import Outcome
 
@@ -365,3 +366,48 @@ def test_only_an_assumption_can_be_dropped() -> None:
     registry.set_loaded("mvoice", True)
     registry.drop_assumption("mvoice")
     assert registry.get("mvoice").loaded
+
+
+def test_who_is_in_use_is_neither_removed_nor_moved() -> None:
+    registry, _ = make()
+    swapped: list[str] = []
+    with registry.using("mvoice"):
+        registry.job_started("mvoice")
+        with pytest.raises(InUse, match="consumer mvoice is in use"):
+            registry.reshape({}, ["mvoice"], lambda: swapped.append("removed"))
+        with pytest.raises(InUse):
+            registry.reshape({"mvoice": False}, [], lambda: swapped.append("moved"))
+        assert swapped == []
+        registry.reshape({"new": True}, ["comfyui"], lambda: swapped.append("others"))
+        registry.job_finished("mvoice")
+    assert swapped == ["others"]
+    assert registry.get("new").loaded
+    assert registry.get("mvoice").active == 0
+    registry.reshape({"mvoice": False}, [], lambda: swapped.append("moved"))
+    assert registry.get("mvoice") == ConsumerState(loaded=False, residency_version=3)
+
+
+def test_one_that_the_broker_has_stopped_is_not_removed() -> None:
+    registry, _ = make()
+    registry.park("comfyui", Parked("unit"))
+    with pytest.raises(InUse):
+        registry.reshape({}, ["comfyui"], list)
+
+
+def test_nobody_begins_to_work_with_one_that_was_removed() -> None:
+    registry, _ = make()
+    registry.reshape({}, ["mvoice"], list)
+    with pytest.raises(NoConsumer, match="mvoice is not in the config"):
+        registry.enter("mvoice")
+    assert not registry.get("mvoice").active  # for who still reads by the config before
+    registry.reshape({"mvoice": False}, [], list)
+    with registry.using("mvoice"):
+        pass
+
+
+def test_what_was_asked_of_the_one_before_is_no_answer_of_the_one_that_took_its_name() -> None:
+    registry, _ = make()
+    seen = registry.get("mvoice").residency_version
+    registry.reshape({"mvoice": False}, [], list)
+    registry.probe_succeeded("mvoice", ProbeReport(True, 2000), seen_version=seen)
+    assert not registry.get("mvoice").loaded

@@ -55,6 +55,12 @@ class LiveConfig:
         self.__dict__ = {**vars(config), "_current": config}
 
 
+def in_force(config: Config) -> Config:
+    """The config that `config` stands for at this moment, which no reload changes any more: for
+    whoever has to see one and the same in several looks."""
+    return config.current if isinstance(config, LiveConfig) else config
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What a new config changes: consumers by name, other keys as they are written. `fixed` are

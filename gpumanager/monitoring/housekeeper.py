@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
-from gpumanager.errors import BrokerError
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.errors import BrokerError, NoConsumer
 from gpumanager.model import ConsumerState, Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
@@ -46,8 +46,8 @@ class Housekeeper:
         """Do the one thing that is due, if nobody is in line; returns the seconds until the next
         look."""
         if not self._scheduler.line():
-            for name in self._config.consumers:
-                if self._is_idle(name):
+            for name, consumer in self._config.consumers.items():
+                if self._is_idle(name, consumer):
                     self._unload(name)
                     return INTERVAL_S
             for name in self._config.default_resident:
@@ -56,10 +56,9 @@ class Housekeeper:
                     return INTERVAL_S
         return INTERVAL_S
 
-    def _is_idle(self, name: str) -> bool:
+    def _is_idle(self, name: str, consumer: ConsumerConfig) -> bool:
         """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
         yet, for longer than it was seen loaded."""
-        consumer = self._config.consumers[name]
         limit, state = consumer.idle_unload, self._registry.get(name)
         if state.is_pinned(consumer.pinned):
             limit = None
@@ -83,7 +82,11 @@ class Housekeeper:
             or self._clock.monotonic() - quiet_since < self._config.restore_after
         ):
             return False
-        victims = {victim.name for victim in self._moves.preview(name).victims}
+        try:
+            with self._registry.using(name):
+                victims = {victim.name for victim in self._moves.preview(name).victims}
+        except NoConsumer:  # a reload has just removed it
+            return False
         return victims.isdisjoint(self._config.default_resident)
 
     def _quiet_since(self) -> float:
@@ -103,12 +106,13 @@ class Housekeeper:
     def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:
         """Wait in line, and act; what goes wrong is only told of."""
         try:
-            ticket = self._scheduler.enqueue(job)
-            try:
-                ticket.wait()
-                act(ticket)
-            finally:
-                ticket.close()
+            with self._registry.using(job.consumer):
+                ticket = self._scheduler.enqueue(job)
+                try:
+                    ticket.wait()
+                    act(ticket)
+                finally:
+                    ticket.close()
         except BrokerError as error:
             log.warning(
                 "housekeeping failed",

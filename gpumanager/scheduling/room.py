@@ -13,6 +13,7 @@ from collections.abc import Callable, Set
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
+from gpumanager.config.live import in_force
 from gpumanager.errors import (
     BrokerError,
     ConsumerTimeout,
@@ -62,7 +63,6 @@ class RoomMaker:
         self._config = config
         self._registry = registry
         self._learned = learned
-        self._census = Census(config, learned)
         self._controls = controls
         self._parks = parks
         self._measure = measure
@@ -77,6 +77,12 @@ class RoomMaker:
     @property
     def evictions(self) -> int:
         return self._evictions
+
+    @property
+    def _census(self) -> Census:
+        """By the config as of now, whatever a reload changes meanwhile. Asked for before the states
+        are read, which cover at least the consumers of a config that was in force before."""
+        return Census(in_force(self._config), self._learned)
 
     # -- for the holder of the GPU ---------------------------------------------------------
 
@@ -114,9 +120,10 @@ class RoomMaker:
         """Unload all others that may go, for a job that ran out of memory; True if that gave
         anything back. Raises the error the ticket was cancelled with."""
         target = ticket.job.consumer
+        census = self._census
         states, reading = self._registry.snapshot(), self._measure()
         released = 0
-        for other in candidates(self._census.residents(states, reading)):
+        for other in candidates(census.residents(states, reading)):
             if other.name != target:
                 release = self._evict(other, ticket)
                 if release is not None and release.outcome == "unverified":
@@ -248,9 +255,12 @@ class RoomMaker:
         self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
     ) -> Release | None:
         try:
-            release = self._evictor.evict(
-                victim.name, victim.held_mib, victim.floor_mib, ticket, fits
-            )
+            with self._registry.using(victim.name):
+                release = self._evictor.evict(
+                    victim.name, victim.held_mib, victim.floor_mib, ticket, fits
+                )
+        except NoConsumer:  # a reload has just removed it
+            return None
         finally:
             self._changed_at = self._clock.monotonic()
         if release is not None and release.outcome not in ("leaked", "gone"):
@@ -323,11 +333,12 @@ class RoomMaker:
 
     def _holders(self, target: str) -> list[str]:
         """Who holds the memory, for a person to read: consumers, then the largest of the others."""
+        census = self._census
         states, reading = self._registry.snapshot(), self._measure()
-        figures = self._census.held(states, reading)
+        figures = census.held(states, reading)
         named = {name: each.mib for name, each in figures.items() if each.mib}
         listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name != target]
-        others = self._census.balance(states, reading).used_mib - sum(named.values())
+        others = census.balance(states, reading).used_mib - sum(named.values())
         holdings = None if reading is None else reading.holdings
         for process in () if holdings is None else holdings.foreign:
             listed.append(f"{process.name or 'process'} (pid {process.pid}) {process.mib} MiB")

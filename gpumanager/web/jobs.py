@@ -25,12 +25,13 @@ from gpumanager.events import EventLog
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
-from gpumanager.scheduling.interface import Scheduler, Ticket
+from gpumanager.scheduling.interface import Ticket
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
 from gpumanager.web.completion import LARGEST_ANSWER_BYTES, Completions, job_id
 from gpumanager.web.departure import Departure, StopsJobs
+from gpumanager.web.place import Place
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
 
@@ -84,6 +85,7 @@ class _Hold:
 
     def __init__(
         self,
+        place: Place,
         ticket: Ticket,
         registry: Registry,
         learned: Learned,
@@ -92,6 +94,7 @@ class _Hold:
         events: EventLog,
     ) -> None:
         self._events = events
+        self._place = place
         self._ticket = ticket
         self._registry = registry
         self._learned = learned
@@ -133,7 +136,7 @@ class _Hold:
             unloaded=self.before if self.loaded_nothing else None,
             process_gone=self.process_gone,
         )
-        self._ticket.close()
+        self._place.give_up()
         if worked:
             self._learned.ran(name, seconds, cold=not self.before.loaded)
         self._note(seconds)
@@ -173,7 +176,6 @@ class JobRunner:
 
     def __init__(
         self,
-        scheduler: Scheduler,
         registry: Registry,
         learned: Learned,
         admission: Admission,
@@ -192,7 +194,6 @@ class JobRunner:
         self._calls = calls
         self._admission = admission
         self._breakers = breakers
-        self._scheduler = scheduler
         self._registry = registry
         self._learned = learned
         self._proxy = proxy
@@ -213,17 +214,17 @@ class JobRunner:
         self,
         environ: WSGIEnvironment,
         kind: str,
-        name: str,
-        consumer: ConsumerConfig,
+        place: Place,
         exchange: Exchange,
         max_wait: float | None = None,
     ) -> RelayedResponse:
         """Wait for the GPU, send, and return as soon as the answer's head is there.
 
-        `max_wait` is the longest the client itself will wait in line, in seconds.
+        `max_wait` is the longest the client itself will wait in the queue, in seconds.
         Raises a BrokerError if it does not come to that; the GPU is given back by then. After
         that the response, and behind it the guard, see to it.
         """
+        name, consumer = place.name, place.config
         record = record_of(environ)
         client = ClientWatch(environ, self._watcher)
         record.stack.callback(client.stop)
@@ -233,7 +234,9 @@ class JobRunner:
         def begin() -> None:
             self._admission.begin(name)
             holds.append(
-                _Hold(ticket, self._registry, self._learned, record, self._clock, self._events)
+                _Hold(
+                    place, ticket, self._registry, self._learned, record, self._clock, self._events
+                )
             )
             record.stack.callback(self._after_job, name)
             record.stack.callback(holds[0].give_back)
@@ -247,11 +250,11 @@ class JobRunner:
             return True
 
         try:
-            ticket = self._scheduler.enqueue(
+            record.stack.callback(until_held.close)
+            until_held.callback(place.give_up)
+            ticket = place.take_ticket(
                 Job(name, kind, record.client, record.request_id, max_wait, key=record.key)
             )
-            record.stack.callback(until_held.close)
-            until_held.callback(ticket.close)
             ticket.when_granted(begin_early)
             self._wait(ticket, client, record)
         except BrokerError as error:
@@ -265,7 +268,7 @@ class JobRunner:
             if not holds:
                 begin()
         except BrokerError:
-            ticket.close()
+            place.give_up()
             raise
         hold = holds[0]
         until_held.pop_all()  # the hold sees to the ticket now, maybe for longer than the request
@@ -412,9 +415,6 @@ class JobRunner:
         client.when_gone(lambda: ticket.cancel(_gone(ticket.job.consumer)))
         try:
             ticket.wait()
-        except BaseException:
-            ticket.close()
-            raise
         finally:
             record.waited_s = ticket.waited_s
         record.prepared_s = ticket.prepared_s

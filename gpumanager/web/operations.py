@@ -15,6 +15,7 @@ from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
 from gpumanager.watcher import Watcher
 from gpumanager.web.jobs import ClientWatch
+from gpumanager.web.place import Place, Places
 from gpumanager.web.record import record_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Operations:
     def __init__(
         self,
         config: Config,
+        places: Places,
         registry: Registry,
         learned: Learned,
         scheduler: Scheduler,
@@ -46,6 +48,7 @@ class Operations:
         clock: Clock,
     ) -> None:
         self._config = config
+        self._places = places
         self._registry = registry
         self._learned = learned
         self._scheduler = scheduler
@@ -56,7 +59,6 @@ class Operations:
     def unload(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
         """Unload a consumer. Raises NotFound, NoConsumer if there is no way to, or what waiting
         and unloading raise."""
-        self._known(name)
         release = self._in_turn(environ, name, "unload", lambda it: self._moves.unload(name, it))
         answer = {
             "consumer": name,
@@ -68,16 +70,10 @@ class Operations:
 
     def load(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
         """Make room for a consumer and load it. Raises as above."""
-        self._known(name)
-        consumer = self._config.consumers[name]
-        parked = self._registry.get(name).parked is not None
-        if consumer.load is None and consumer.warm is None and not parked:
-            raise NoConsumer(
-                f"consumer {name} has neither a load nor a warm call: it loads with its first job",
-                consumer=name,
-            )
         began = self._clock.monotonic()
-        self._in_turn(environ, name, "load", lambda it: self._moves.load(name, it))
+        self._in_turn(
+            environ, name, "load", lambda it: self._moves.load(name, it), self._can_be_loaded
+        )
         seconds = self._clock.monotonic() - began
         return {
             "consumer": name,
@@ -88,16 +84,21 @@ class Operations:
     def pin(self, name: str, pinned: bool) -> dict[str, Any]:
         """Never evict a consumer, nor unload it for being idle, or do so again: whatever the
         config says, until the broker ends. Raises NotFound."""
-        self._known(name)
+        place = self._place(name)
         self._registry.pin(name, pinned)
+        place.give_up()
         log.info("pinned" if pinned else "unpinned", extra={"consumer": name})
         return {"consumer": name, "pinned": pinned}
 
     def plan(self, kind: Kind) -> dict[str, Any]:
         """What would happen to a job of `kind` that came now. Acts on nothing."""
-        name = self._config.routing.get(kind)
-        if name is None:
-            raise NoConsumer(f"no consumer routes {kind}")
+        place = self._places.routed(kind)
+        try:
+            return self._plan(kind, place.name)
+        finally:
+            place.give_up()
+
+    def _plan(self, kind: Kind, name: str) -> dict[str, Any]:
         now = self._moves.preview(name)
         fits = now.fits or bool(now.victims)
         unload_s = {victim.name: self._unload_s(victim.name) for victim in now.victims}
@@ -151,31 +152,48 @@ class Operations:
         """Until a job that came now had its turn: when the last in line has had his."""
         return self._scheduler.wait_estimate()
 
-    def _known(self, name: str) -> None:
-        if name not in self._config.consumers:
+    def _can_be_loaded(self, place: Place) -> None:
+        name, consumer = place.name, place.config
+        parked = self._registry.get(name).parked is not None
+        if consumer.load is None and consumer.warm is None and not parked:
+            raise NoConsumer(
+                f"consumer {name} has neither a load nor a warm call: it loads with its first job",
+                consumer=name,
+            )
+
+    def _place(self, name: str) -> Place:
+        try:
+            return self._places.open(name)
+        except NoConsumer:
             known = ", ".join(sorted(self._config.consumers)) or "none"
-            raise NotFound(f"there is no consumer '{name}'; known: {known}")
+            raise NotFound(f"there is no consumer '{name}'; known: {known}") from None
 
     def _in_turn(
-        self, environ: WSGIEnvironment, name: str, kind: str, act: Callable[[Ticket], T]
+        self,
+        environ: WSGIEnvironment,
+        name: str,
+        kind: str,
+        act: Callable[[Ticket], T],
+        check: Callable[[Place], None] = lambda place: None,  # noqa: ARG005
     ) -> T:
-        record = record_of(environ)
-        record.consumer = name
-        client = ClientWatch(environ, self._watcher)
-        record.stack.callback(client.stop)
-        job = Job(
-            name,
-            kind,
-            record.client,
-            record.request_id,
-            makes_room=kind != "unload",
-            key=record.key,
-        )
-        ticket = self._scheduler.enqueue(job)
-        record.stack.callback(ticket.close)
-        client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))
+        place = self._place(name)
         try:
+            check(place)
+            record = record_of(environ)
+            record.consumer = name
+            client = ClientWatch(environ, self._watcher)
+            record.stack.callback(client.stop)
+            job = Job(
+                name,
+                kind,
+                record.client,
+                record.request_id,
+                makes_room=kind != "unload",
+                key=record.key,
+            )
+            ticket = place.take_ticket(job)
+            client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))
             ticket.wait()
             return act(ticket)
         finally:
-            ticket.close()
+            place.give_up()

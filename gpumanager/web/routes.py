@@ -28,6 +28,7 @@ from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.openapi import describe
 from gpumanager.web.operations import Operations
+from gpumanager.web.place import Places
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
@@ -63,6 +64,7 @@ class Services:
     admission: Admission
     proxy: Proxy
     jobs: JobRunner
+    places: Places
     operations: Operations
     status: StatusView
     watcher: Watcher
@@ -107,25 +109,24 @@ def _from_flask(view: JobView) -> Response:
 
 
 def _job_view(services: Services, kind: Kind) -> JobView:
-    config = services.config
-
     def job(environ: WSGIEnvironment) -> Response:
-        name = config.routing.get(kind)
-        if name is None:
-            raise errors.NoConsumer(f"no consumer routes {kind}")
-        consumer = config.consumers[name]
         record = record_of(environ)
-        record.consumer = name
-        route = consumer.paths.get(kind)
-        if route is None:
-            raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
-        if (key := record.key) is not None:
-            services.keyring.enter(key)
-            record.stack.callback(services.keyring.leave, key)
-        services.admission.check(name)
-        exchange = services.proxy.prepare(name, _inbound(environ), route.path, route.method)
-        max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
-        return services.jobs.run(environ, kind, name, consumer, exchange, max_wait)
+        place = services.places.routed(kind)
+        record.consumer = name = place.name
+        try:
+            route = place.config.paths.get(kind)
+            if route is None:
+                raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
+            if (key := record.key) is not None:
+                services.keyring.enter(key)
+                record.stack.callback(services.keyring.leave, key)
+            services.admission.check(name)
+            exchange = services.proxy.prepare(name, _inbound(environ), route.path, route.method)
+            max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
+            return services.jobs.run(environ, kind, place, exchange, max_wait)
+        except BaseException:
+            place.give_up()
+            raise
 
     return job
 

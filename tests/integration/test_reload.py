@@ -12,20 +12,31 @@ import pytest
 import requests
 import yaml
 
+from gpumanager.admission import Admission
 from gpumanager.config import Config, load_config
 from gpumanager.config.live import LiveConfig, changes
+from gpumanager.registry import Registry
 from tests.integration.test_serving import free_port, serving
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
 
+NOBODY: dict[str, Any] = {"consumers": {}, "routing": {}}
+
 
 class Setting:
     """A live broker whose config lies in a file."""
 
-    def __init__(self, file: Path, broker: LiveBroker, go_on: threading.Event) -> None:
+    def __init__(
+        self,
+        file: Path,
+        broker: LiveBroker,
+        consumer: ScriptedConsumer,
+        go_on: threading.Event,
+    ) -> None:
         self.file = file
         self.broker = broker
+        self.consumer = consumer
         self.go_on = go_on
 
     def change(self, edit: Any) -> requests.Response:
@@ -46,11 +57,11 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
 
     file = tmp_path / "broker.yaml"
     with ScriptedConsumer(script) as consumer:
-        file.write_text(config_for(consumer.url))
+        file.write_text(config_for(consumer.url, audio_proxy=None))
         with live_broker(file.read_text()) as broker:
             broker.broker._read_config = lambda: load_config(str(file))
             try:
-                yield Setting(file, broker, go_on)
+                yield Setting(file, broker, consumer, go_on)
             finally:
                 go_on.set()
 
@@ -116,6 +127,97 @@ def test_a_consumer_in_use_is_not_taken_away(setting: Setting) -> None:
     setting.file.write_text(text)
     setting.go_on.set()
     assert job.result().status_code == 200
+
+
+def test_a_consumer_is_not_taken_away_between_a_jobs_route_and_its_place_in_the_queue(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting.go_on.set()
+    said: list[requests.Response] = []
+    check = Admission.check
+
+    def reload_meanwhile(admission: Admission, name: str) -> None:
+        if not said:
+            said.append(setting.change(lambda data: data.update(NOBODY)))
+        check(admission, name)
+
+    monkeypatch.setattr(Admission, "check", reload_meanwhile)
+    assert setting.broker.post("/v1/tts", data=b"{}").status_code == 200
+    assert said[0].status_code == 400
+    assert "mvoice is in use" in said[0].json()["message"]
+    assert setting.broker.post("/v1/reload").status_code == 200  # now it may go
+    gone = setting.broker.post("/v1/tts", data=b"{}")
+    assert (gone.status_code, gone.json()["error"]) == (501, "no_consumer")
+
+
+def test_a_job_goes_where_its_kind_is_routed_after_a_reload_that_came_in_between(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting.go_on.set()
+    enter = Registry.enter
+
+    def rename(data: Any) -> None:
+        consumers = data["consumers"]
+        consumers["voice"] = {**consumers.pop("mvoice"), "paths": {"tts": "/renamed"}}
+        data.update(routing={"tts": "voice"}, audio_proxy=None)
+
+    def reload_meanwhile(registry: Registry, name: str) -> None:
+        if name == "mvoice":
+            assert setting.change(rename).status_code == 200
+        enter(registry, name)
+
+    monkeypatch.setattr(Registry, "enter", reload_meanwhile)
+    assert setting.broker.post("/v1/tts", data=b"{}").text == "/renamed\n"
+
+
+def test_a_client_that_still_reads_its_answer_is_no_reason_to_keep_a_consumer(
+    setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = 16 * 1024 * 1024
+    setting.consumer.script = lambda peer, _: peer.send(answer(bytes(size)))
+    with setting.broker.raw() as client:
+        client.request("POST", "/v1/tts", b"{}")
+        eventually(lambda: setting.broker.stats.total_jobs == 1)
+        setting.broker.await_idle()
+        assert setting.change(lambda data: data.update(NOBODY)).json()["removed"] == ["mvoice"]
+        assert len(client.answer().body) == size
+    eventually(lambda: any(r.name == "gpumanager.access" for r in caplog.records))
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+def test_a_probe_that_is_under_way_ends_before_its_consumer_is_removed(
+    setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, say = threading.Event(), threading.Event()
+
+    def script(peer: Connection, request: Received) -> None:
+        if request.line.startswith(b"GET /health"):
+            asked.set()
+            say.wait(10)
+        peer.send(answer())
+
+    setting.consumer.script = script
+
+    def come(data: Any) -> None:
+        data["consumers"]["new"] = {**data["consumers"]["mvoice"], "health": "/health"}
+
+    assert setting.change(come).status_code == 200
+    assert asked.wait(10)
+    going = Outcome(lambda: setting.change(lambda data: data["consumers"].pop("new")))
+    say.set()
+    assert going.result().json()["removed"] == ["new"]
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+def test_the_drain_takes_the_time_that_is_configured_when_it_begins(setting: Setting) -> None:
+    broker = setting.broker
+    job = Outcome(lambda: broker.post("/v1/tts", data=b"{}"))
+    broker.await_line(1)
+    told = setting.change(lambda data: data.update(drain_timeout=0.05))
+    assert told.json()["keys"] == ["drain_timeout"]
+    draining = Outcome(broker.broker.lifecycle.drain)
+    assert draining.result() is False  # and not only after the 30 s from before
+    assert job.result().json()["error"] == "shutting_down"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import yaml
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.config import Rung, parse_config
+from gpumanager.config.live import LiveConfig
 from gpumanager.errors import (
     BrokerError,
     ClientGone,
@@ -25,7 +26,7 @@ from gpumanager.errors import (
 )
 from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
-from gpumanager.registry import Registry
+from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.room import RoomMaker
@@ -60,6 +61,7 @@ class Bench:
         self.pauses: list[float] = []
         self.leave_after: int | None = None
         self.on_pause: Callable[[], None] = lambda: None
+        self.on_measure: Callable[[], None] = lambda: None
         self.holds: dict[str, int] = {}
         self.attributed = False
         self.reporting = False
@@ -81,7 +83,8 @@ class Bench:
                 for name, settings in consumers.items()
             },
         }
-        self.config = parse_config(yaml.safe_dump(config))
+        self.live = LiveConfig(parse_config(yaml.safe_dump(config)))
+        self.config = self.live.seen
         self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
         self.learned = Learned(consumers)
         admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
@@ -101,6 +104,7 @@ class Bench:
 
     def measure(self) -> MemoryReading | None:
         self.measurements += 1
+        self.on_measure()
         if not self.measured:
             return None
         for entry in self._pending:
@@ -190,6 +194,19 @@ class Bench:
             self.registry.job_started(name)
             self.registry.job_finished(name)
             self.clock.advance(used)
+
+    def reload(self, *, added: str | None = None, removed: str | None = None) -> None:
+        """Put a config in force that has one consumer more, or less."""
+        consumers = dict(self.live.current.consumers)
+        if added is not None:
+            consumers[added] = consumers["tts"]
+            self.learned.add(added)
+        if removed is not None:
+            del consumers[removed]
+        new = self.live.current.model_copy(update={"consumers": consumers})
+        fresh = {} if added is None else {added: False}
+        gone = [] if removed is None else [removed]
+        self.registry.reshape(fresh, gone, lambda: self.live.replace(new))
 
     def ticket(self, name: str) -> Ticket:
         """A ticket that was granted, and whose pauses pass at once."""
@@ -794,6 +811,7 @@ def test_what_a_victim_keeps_is_known_the_next_time(caplog: pytest.LogCaptureFix
     bench.resident("tts", used=50)
     bench.foreign = 1400
     began = bench.clock.monotonic()
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         bench.make_room("stt")  # needs 100 of it, and no wait for what is known to stay
     assert bench.clock.monotonic() - began < 1
@@ -1104,3 +1122,55 @@ def test_one_that_was_stopped_by_an_old_state_is_asked_before_its_memory_is_prom
     bench.on_pause = probes_answer
     bench.make_room("llm")
     assert bench.calls == ["unload tts"]
+
+
+# -- another config meanwhile --------------------------------------------------------------------
+
+
+def test_a_consumer_that_is_added_while_room_is_made_does_not_disturb_it() -> None:
+    bench = Bench(THREE, total=8000)
+    bench.resident("llm")
+    added: list[str] = []
+
+    def reload() -> None:
+        added.append(f"new{len(added)}")
+        bench.reload(added=added[-1])
+
+    bench.on_measure = reload
+    bench.make_room("tts")
+    assert bench.calls == ["unload llm"]
+    assert added
+
+
+def test_a_victim_is_not_removed_while_it_is_unloaded() -> None:
+    bench = Bench(THREE, total=8000)
+    bench.resident("llm")
+    bench.lag = 2
+    refused: list[str] = []
+
+    def reload() -> None:
+        bench.on_pause = lambda: None
+        with pytest.raises(InUse):
+            bench.reload(removed="llm")
+        refused.append("llm")
+
+    bench.on_pause = reload
+    bench.make_room("tts")
+    assert bench.calls == ["unload llm"]
+    assert refused == ["llm"]
+    bench.reload(removed="llm")  # now it may go
+
+
+def test_a_victim_that_was_just_removed_is_passed_over() -> None:
+    bench = Bench(THREE, total=8000)
+    bench.resident("llm")
+    bench.resident("stt")
+
+    def reload() -> None:
+        bench.on_measure = lambda: None
+        bench.reload(removed="llm")
+
+    bench.on_measure = reload  # after the first look, in which it was there
+    with pytest.raises(InsufficientVram, match="tts needs 3000 MiB"):
+        bench.make_room("tts")  # what it holds is nobody's now, and stt's alone does not do
+    assert bench.calls == []

@@ -1,0 +1,73 @@
+"""What a request holds of the broker on its way to the GPU, and gives up in one piece."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from gpumanager.config import Config, ConsumerConfig, Kind
+from gpumanager.errors import NoConsumer
+from gpumanager.model import Job
+from gpumanager.registry import Registry
+from gpumanager.scheduling.interface import Scheduler, Ticket
+
+
+class Place:
+    """One request's: its consumer, which no reload removes or moves meanwhile, and its ticket,
+    once it was taken. `config` is the consumer's as of when the place was opened, and stays the
+    request's own to its end. Safe from any thread."""
+
+    def __init__(self, name: str, config: ConsumerConfig, scheduler: Scheduler) -> None:
+        self.name = name
+        self.config = config
+        self._scheduler = scheduler
+        self._lock = threading.Lock()
+        self._held = ExitStack()
+
+    def when_given_up(self, undo: Callable[[], object]) -> None:
+        """Have `undo` called then; the latest first."""
+        self._held.callback(undo)
+
+    def take_ticket(self, job: Job) -> Ticket:
+        """Join the queue. Raises what `Scheduler.enqueue` raises."""
+        ticket = self._scheduler.enqueue(job)
+        self.when_given_up(ticket.close)
+        return ticket
+
+    def give_up(self) -> None:
+        """Leave the queue, or give the GPU back, and let go of the consumer. Idempotent, never
+        raises."""
+        with self._lock:
+            held = self._held.pop_all()
+        held.close()
+
+
+class Places:
+    """Opens them."""
+
+    def __init__(self, config: Config, registry: Registry, scheduler: Scheduler) -> None:
+        self._config = config
+        self._registry = registry
+        self._scheduler = scheduler
+
+    def routed(self, kind: Kind) -> Place:
+        """A place with the consumer that `kind` goes to now. Raises NoConsumer."""
+        while True:
+            name = self._config.routing.get(kind)
+            if name is None:
+                raise NoConsumer(f"no consumer routes {kind}")
+            try:
+                return self.open(name)
+            except NoConsumer:
+                if self._config.routing.get(kind) == name:
+                    raise
+                # A reload came in between: what it routes the kind to is right.
+
+    def open(self, name: str) -> Place:
+        """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""
+        self._registry.enter(name)
+        place = Place(name, self._config.consumers[name], self._scheduler)
+        place.when_given_up(partial(self._registry.leave, name))
+        return place
