@@ -33,7 +33,17 @@ def files_that_mention(library: str) -> set[str]:
     ("library", "files"),
     [
         ("pynvml", {"monitoring/memory.py"}),
-        ("waitress", {"logs.py", "web/server.py", "web/parsing.py", "demo/speech.py"}),
+        (
+            "waitress",
+            {
+                "logs.py",
+                "web/server.py",
+                "web/parsing.py",
+                "web/answering.py",
+                "web/connection.py",
+                "demo/speech.py",
+            },
+        ),
         ("urllib3", {"upstream/exchange.py", "upstream/transport.py"}),
         (
             "requests",

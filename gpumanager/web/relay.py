@@ -6,12 +6,13 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from flask import Response
 
 from gpumanager.errors import BrokerError, ClientGone
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
+from gpumanager.web.answering import Remainder
 from gpumanager.web.server import pending_output, reset_when_closed
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class RelayedBody:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._chunks)
+        # A `Remainder` comes from our own server only, which knows what to do with it.
+        return cast(bytes, next(self._chunks))
 
     def close(self) -> None:
         """Release the consumer, if the answer was not read to its end."""
@@ -111,7 +113,7 @@ class RelayedBody:
             self._exchange.close()
             self._on_end()
 
-    def _relay(self) -> Generator[bytes, None, None]:
+    def _relay(self) -> Generator[bytes | Remainder, None, None]:
         with _Spool() as spool:
             while not (self._exchange.ended and not len(spool)):
                 if not len(spool):
@@ -124,9 +126,11 @@ class RelayedBody:
                 room = self._pending() <= PENDING_BYTES
                 if room:
                     yield spool.take()
-                if self._exchange.ended or spool.full:
-                    if self._exchange.ended:
-                        self._exchange.close()
+                if self._exchange.ended:
+                    self._exchange.close()
+                    if len(spool):
+                        yield spool.hand_over()  # to the server, which needs no thread for it
+                elif spool.full:
                     self._await_reader()
                 elif self._exchange.ready(0.0 if room else SLOW_POLL_S):
                     spool.append(self._read())
@@ -188,6 +192,14 @@ class _Spool:
             self._file = tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES)  # noqa: SIM115  # closed in __exit__
         self._file.seek(self._write_at)
         self._write_at += self._file.write(data)
+
+    def hand_over(self) -> Remainder:
+        """All that is left, which is not this spool's any more."""
+        assert self._file is not None  # noqa: S101  # it is not empty
+        file, self._file = self._file, None
+        rest = Remainder(file, self._read_at, len(self))
+        self._read_at = self._write_at = 0
+        return rest
 
     def take(self) -> bytes:
         if self._file is None:

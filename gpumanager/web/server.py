@@ -7,25 +7,19 @@ otherwise. `gpumanager serve` goes the same way, so that there is one set of def
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import resource
-import secrets
-import socket
-import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import waitress
 import waitress.server
 from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher
 
-from gpumanager import errors
 from gpumanager.config import Config
-from gpumanager.web.parsing import StrictRequestParser
+from gpumanager.web.connection import Connection, close_with_reset
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -45,71 +39,6 @@ SPARE_CONNECTIONS = 512
 """Connections beyond one for each thread: idle kept-alive ones, and clients to be refused."""
 
 SPARE_DESCRIPTORS = 256
-_CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
-
-
-class JsonErrorTask(ErrorTask):
-    """Waitress's own refusals (unparsable, too large), in the broker's envelope."""
-
-    def execute(self) -> None:
-        request: Any = self.request  # a parser whose `error` says what it refused
-        refused = request.error
-        error = _as_broker_error(refused)
-        request_id = secrets.token_hex(8)
-        body = error.payload()
-        self.status = f"{refused.code} {refused.reason}"
-        self.response_headers = [
-            ("Content-Type", "application/json"),
-            ("X-Request-Id", request_id),
-        ]
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-        log.info(
-            "refused",
-            extra={
-                "status": refused.code,
-                "failure": error.code,
-                "reason": error.message,
-                "client": self.channel.addr[0],
-                "request_id": request_id,
-            },
-        )
-
-
-class OneSendTask(WSGITask):
-    """Waitress's task, which sends the head of an answer together with the first bytes of its
-    body: one system call and one packet less."""
-
-    def write(self, data: bytes) -> None:
-        """As WSGI's `write`."""
-        whole = self.content_length
-        plain = self.complete and whole is not None and len(data) <= whole and self.has_body
-        if self.wrote_header or not data or not plain:
-            super().write(data)
-            return
-        head = self.build_response_header()
-        self.wrote_header = True
-        self.content_bytes_written += len(data)
-        self.channel.write_soon(head + data)
-
-
-class CalmChannel(HTTPChannel):
-    """Waitress's connection, which does not have the main loop turn over and over while a worker
-    is sending: what it has left to send afterwards it tells the loop itself."""
-
-    _flushing = False
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        self._flushing = True
-        try:
-            return bool(super()._flush_some(do_close))  # type: ignore[misc]  # not in its stubs
-        finally:
-            self._flushing = False
-
-    def writable(self) -> bool:
-        """Whether the main loop is to send."""
-        return not self._flushing and bool(super().writable())
 
 
 class GrowingDispatcher(ThreadedTaskDispatcher):
@@ -154,10 +83,7 @@ def set_defaults(config: Config) -> None:
     Adjustments.log_socket_errors = False
     making: Any = waitress.server
     making.ThreadedTaskDispatcher = GrowingDispatcher  # what `create_server` makes
-    BaseWSGIServer.channel_class = CalmChannel
-    HTTPChannel.error_task_class = JsonErrorTask
-    HTTPChannel.parser_class = StrictRequestParser
-    HTTPChannel.task_class = OneSendTask
+    BaseWSGIServer.channel_class = Connection
     _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
 
 
@@ -175,23 +101,12 @@ def reset_when_closed(environ: WSGIEnvironment) -> None:
     the answer: HTTP/1.0, which has no chunks."""
     channel = _channel(environ)
     if channel is not None and environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
-        with contextlib.suppress(OSError):
-            channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITH_RESET)
+        close_with_reset(channel.socket)
 
 
 def _channel(environ: WSGIEnvironment) -> Any:
     """Waitress's connection object, by way of the one method of it that it hands out."""
     return getattr(environ.get("waitress.client_disconnected"), "__self__", None)
-
-
-def _as_broker_error(refused: Any) -> errors.BrokerError:
-    if refused.code == 413:
-        return errors.PayloadTooLarge("the body is too large")
-    if refused.code == 431:
-        return errors.HeadersTooLarge("the head is too large")
-    if refused.code >= 500 and refused.code != 501:
-        return errors.InternalError("the broker failed; its log has the details")
-    return errors.BadRequest(str(refused.body))
 
 
 def _raise_descriptor_limit(wanted: int) -> None:

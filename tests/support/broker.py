@@ -10,7 +10,6 @@ from typing import Any
 import requests
 import waitress.server
 from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.wasyncore import close_all
 
@@ -26,7 +25,8 @@ from tests.support.threads import PATIENCE_S, eventually
 class LiveBroker:
     """A running broker. `post` and `get` are plain HTTP; `raw` shows the wire."""
 
-    def __init__(self, broker: Broker, port: int) -> None:
+    def __init__(self, broker: Broker, port: int, dispatcher: Any) -> None:
+        self.dispatcher = dispatcher  # waitress's threads
         self.broker = broker
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -72,7 +72,6 @@ def live_broker(
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
-    classes = (HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class)
     making: Any = waitress.server
     channel, dispatcher = BaseWSGIServer.channel_class, making.ThreadedTaskDispatcher
     broker = Broker(parsed, card=card, keys=keys)
@@ -83,7 +82,7 @@ def live_broker(
         broker.start()
         loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
         loop.start()
-        live = LiveBroker(broker, int(serving.effective_port))
+        live = LiveBroker(broker, int(serving.effective_port), serving.task_dispatcher)
         try:
             yield live
         finally:
@@ -99,7 +98,6 @@ def live_broker(
     finally:
         for name, value in kept.items():
             setattr(Adjustments, name, value)
-        HTTPChannel.error_task_class, HTTPChannel.parser_class, HTTPChannel.task_class = classes
         BaseWSGIServer.channel_class = channel
         making.ThreadedTaskDispatcher = dispatcher
 

@@ -1,0 +1,109 @@
+"""How waitress answers: what it refuses itself in the broker's envelope, all else with few system
+calls, and never on a thread that waits for a slow reader."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import IO, Any
+
+from waitress.buffers import ReadOnlyFileBasedBuffer
+from waitress.task import ErrorTask, WSGITask
+
+from gpumanager import errors
+
+log = logging.getLogger(__name__)
+
+
+class Remainder:
+    """The last `size` bytes of an answer, from `start` of an open `file`: what a WSGI body may
+    yield last instead of bytes. Whoever takes it closes the file."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self.file = file
+        self.start = start
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
+class JsonErrorTask(ErrorTask):
+    """Waitress's own refusals (unparsable, too large), in the broker's envelope."""
+
+    def execute(self) -> None:
+        request: Any = self.request  # a parser whose `error` says what it refused
+        refused = request.error
+        error = _as_broker_error(refused)
+        request_id = secrets.token_hex(8)
+        body = error.payload()
+        self.status = f"{refused.code} {refused.reason}"
+        self.response_headers = [
+            ("Content-Type", "application/json"),
+            ("X-Request-Id", request_id),
+        ]
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+        log.info(
+            "refused",
+            extra={
+                "status": refused.code,
+                "failure": error.code,
+                "reason": error.message,
+                "client": self.channel.addr[0],
+                "request_id": request_id,
+            },
+        )
+
+
+class OneSendTask(WSGITask):
+    """Waitress's task, which sends the head of an answer together with the first bytes of its
+    body: one system call and one packet less. A `Remainder` it leaves to the main loop."""
+
+    def write(self, data: bytes | Remainder) -> None:
+        """As WSGI's `write`."""
+        if isinstance(data, Remainder):
+            self._hand_over(data)
+            return
+        whole = self.content_length
+        plain = self.complete and whole is not None and len(data) <= whole and self.has_body
+        if self.wrote_header or not data or not plain:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header = True
+        self.content_bytes_written += len(data)
+        self.channel.write_soon(head + data)
+
+    def _hand_over(self, rest: Remainder) -> None:
+        if not self.wrote_header:
+            super().write(b"")
+        size, end = len(rest), b""
+        if self.chunked_response:
+            self.channel.write_soon(f"{size:X}\r\n".encode())
+            end = b"\r\n0\r\n\r\n"  # else the thread would wait to write it
+            self.chunked_response = False
+        elif self.content_length is not None:
+            size = min(size, self.content_length - self.content_bytes_written)
+        rest.file.seek(rest.start + size)
+        rest.file.write(end)
+        rest.file.truncate()
+        rest.file.seek(rest.start)
+        file: Any = rest.file
+        buffer: Any = ReadOnlyFileBasedBuffer(file)
+        buffer.prepare()
+        self.channel.write_soon(buffer)
+        self.content_bytes_written += size
+        # A request behind it on this connection would have a thread wait for the reader after all.
+        self.close_on_finish = True
+
+
+def _as_broker_error(refused: Any) -> errors.BrokerError:
+    if refused.code == 413:
+        return errors.PayloadTooLarge("the body is too large")
+    if refused.code == 431:
+        return errors.HeadersTooLarge("the head is too large")
+    if refused.code >= 500 and refused.code != 501:
+        return errors.InternalError("the broker failed; its log has the details")
+    return errors.BadRequest(str(refused.body))
