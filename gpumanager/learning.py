@@ -44,7 +44,9 @@ class Times:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What was learned of one consumer; None where nothing was yet. `peak_mib` is the most that
-    its recent jobs held, `residue_mib` what it kept after its latest unload.
+    its recent jobs held, `residue_mib` what it keeps after an unload: seen when one was waited for
+    to its end, and less if less was seen since. `kept_mib` is what it kept after its latest unload,
+    however that ended.
 
     `cold_s` is how long jobs took that loaded their consumer themselves, `run_s` all others. What
     the former took longer than a usual run counts as a load.
@@ -52,6 +54,7 @@ class Figures:
 
     peak_mib: int | None = None
     residue_mib: int | None = None
+    kept_mib: int | None = None
     load_s: Times | None = None
     unload_s: Times | None = None
     run_s: Times | None = None
@@ -91,6 +94,7 @@ class Learned:
             return Figures(
                 peak_mib=_peak(record),
                 residue_mib=record.residue_mib,
+                kept_mib=record.residue_mib if record.releasing is None else record.releasing[1],
                 **times,
             )
 
@@ -130,14 +134,16 @@ class Learned:
 
     def unloaded(self, name: str, seconds: float, kept_mib: int | None, until: float = 0.0) -> None:
         """It was unloaded, and kept `kept_mib`; None where that was not measured. Where more of
-        it may come back until `until` (monotonic seconds), that is what it keeps only if it still
-        does then."""
+        it may come back until `until` (monotonic seconds; infinity: it gave nothing back), that
+        is what it keeps only if it still does then."""
         self._took(name, "unload_s", seconds)
-        if kept_mib is None:
-            return
         with self._lock:
             record = self._records[name]
-            record.releasing = (until, kept_mib) if until else None
+            record.releasing = None
+            if kept_mib is None:
+                return
+            if until:
+                record.releasing = (until, kept_mib)
             if not until or kept_mib < (record.residue_mib or 0):
                 record.residue_mib = kept_mib
 
@@ -156,6 +162,8 @@ class Learned:
                 elif now >= until:
                     record.releasing, record.residue_mib = None, mib
                     self._changes += 1
+                else:
+                    record.releasing = (until, mib)
 
     def ran_out(self, name: str, needed_mib: int) -> None:
         """A job ran out of memory although there was room for `needed_mib`: it takes more."""

@@ -142,6 +142,7 @@ class ConsumerState:
     `active` counts its jobs, `busy` the broker's own calls to load or unload it.
     `assumed` is since when `loaded` is only an assumption, None once a report, a measurement, or a
     job or load of the broker has confirmed it.
+    `tells` is True if its probe says whether it is loaded.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
@@ -154,6 +155,7 @@ class ConsumerState:
 
     loaded: bool
     assumed: float | None = None
+    tells: bool = False
     healthy: bool | None = None
     resident_mib: int | None = None
     active: int = 0

@@ -296,6 +296,7 @@ class Registry:
             if state.parked is not None:  # somebody else has started it
                 state = self._as_assumed(name, state)
             state = replace(state, healthy=True, last_error="", last_probe=now, parked=None)
+            state = replace(state, tells=report.loaded is not None)
             if seen_version != state.residency_version or state.active:
                 return state
             state = replace(state, on_cpu=report.on_cpu)

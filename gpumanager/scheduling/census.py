@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
-from gpumanager.config import Config, ConsumerConfig
-from gpumanager.learning import Learned
+from gpumanager.config import Config, ConsumerConfig, Rung
+from gpumanager.learning import Figures, Learned
 from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
 from gpumanager.model import ConsumerState, MemoryReading
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
@@ -167,7 +167,7 @@ class Census:
             last_used=state.last_used,
             priority=consumer.priority,
             evictable=_evictable(consumer, state) and name not in tried,
-            floor_mib=_floor(consumer, None if hopeful else figures.residue_mib),
+            floor_mib=_floor(consumer, state, figures, hopeful=hopeful),
             reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
         )
 
@@ -182,15 +182,29 @@ def _hopeful(states: Mapping[str, ConsumerState], target: str) -> Mapping[str, C
     }
 
 
+def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[Rung, ...]:
+    """The eviction methods that may give something back: one that says that it has nothing
+    loaded has nothing to unload, whatever its process holds."""
+    if state.loaded or not state.tells:
+        return consumer.rungs
+    return tuple(rung for rung in consumer.rungs if not rung.http)
+
+
 def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:
     return (
-        bool(consumer.rungs)
+        bool(usable(consumer, state))
         and not consumer.vram_managed
         and not state.is_pinned(consumer.pinned)
         and not state.quarantine
     )
 
 
-def _floor(consumer: ConsumerConfig, residue_mib: int | None) -> int:
-    """What it keeps after an unload: as declared, else as was seen."""
-    return (residue_mib or 0) if consumer.floor_mib is None else consumer.floor_mib
+def _floor(
+    consumer: ConsumerConfig, state: ConsumerState, figures: Figures, *, hopeful: bool
+) -> int:
+    """What it keeps after an unload: as declared, else as was seen. One that is unloaded already
+    gives back nothing of what it has kept since."""
+    floor = 0 if hopeful else figures.residue_mib or 0
+    if consumer.floor_mib is not None:
+        floor = consumer.floor_mib
+    return floor if state.loaded else max(floor, figures.kept_mib or 0)

@@ -18,6 +18,7 @@ from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.learning import Learned
 from gpumanager.model import MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
+from gpumanager.scheduling.census import usable
 from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.release import LEAKED_SHARE, judge
 
@@ -122,7 +123,8 @@ class Evictor:
         """
         release: Release | None = None
         tried = []
-        for rung in self._config.consumers[name].rungs:
+        consumer = self._config.consumers[name]
+        for rung in usable(consumer, self._registry.get(name)) or consumer.rungs:
             before = self._measure()
             holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
@@ -143,8 +145,7 @@ class Evictor:
                 continue
             tried.append(rung.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
-            settled = self._config.consumers[name].settled if rung.http else None
-            word = _Word(settled, self._clock.monotonic())
+            word = _Word(consumer.settled if rung.http else None, self._clock.monotonic())
             certain = holds is not None
             release = self._await(name, before, expected, certain, word, ticket, fits)
             release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
@@ -238,8 +239,9 @@ class Evictor:
             delay = min(LONGEST_POLL_S, 2 * delay)
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
-        kept = release.residue_mib if rung.http and release.outcome != "leaked" else None
-        self._learned.unloaded(name, release.seconds, kept, release.more_until)
+        kept = release.residue_mib if rung.http else None
+        until = math.inf if release.outcome == "leaked" else release.more_until
+        self._learned.unloaded(name, release.seconds, kept, until)
         log.log(
             logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,
             "evicted",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -226,6 +226,7 @@ class RoomMaker:
 
     def _unload_others(self, target: str, ticket: Ticket) -> None:
         tried: set[str] = set()
+        leaking: list[str] = []
         more_until = 0.0
         while True:
             now = self._look(target, tried)
@@ -233,7 +234,7 @@ class RoomMaker:
                 break
             if not now.plan.victims:
                 if self._clock.monotonic() >= more_until:
-                    raise self._insufficient(now)
+                    raise self._insufficient(now, leaking)
                 ticket.pause(LONGEST_POLL_S)
                 continue
             victim = now.plan.victims[0]
@@ -243,7 +244,7 @@ class RoomMaker:
             release = self._evict(victim, ticket, fits)
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
-                self._refuse_if_short(target, victim.name)
+                leaking.append(victim.name)
             ticket.pause(0)
 
     def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
@@ -267,12 +268,6 @@ class RoomMaker:
             with self._lock:
                 self._evictions += 1
         return release
-
-    def _refuse_if_short(self, target: str, leaker: str) -> None:
-        """One that does not give back what it holds is no reason to unload somebody else."""
-        now = self._look(target)
-        if not now.plan.fits:
-            raise self._insufficient(now, f"{leaker} was unloaded, but gave nothing back; ")
 
     def _bring_back(self, target: str, ticket: Ticket) -> None:
         """Start the target again, if the broker has stopped it, and wait until it is ready."""
@@ -319,8 +314,9 @@ class RoomMaker:
         self._learned.loaded(target, seconds)
         log.info(event, extra={"consumer": target, "ms": round(seconds * 1000)})
 
-    def _insufficient(self, now: Look, why: str = "") -> InsufficientVram:
+    def _insufficient(self, now: Look, leaking: Sequence[str] = ()) -> InsufficientVram:
         target = now.target
+        why = "".join(f"{name} was unloaded, but gave nothing back; " for name in leaking)
         return InsufficientVram(
             f"{why}{target} needs {now.needed_mib} MiB and is "
             f"{now.plan.short_mib or _short(now, self._config.gpu.reserved_mib)} MiB short: "

@@ -320,11 +320,26 @@ def test_healing_can_be_switched_off_and_is_learned_from_all_the_same(
 # -- leaks, thefts, foreigners -------------------------------------------------------------------
 
 
-def test_one_that_leaks_is_quarantined_and_nobody_else_goes_for_it(card: SimulatedCard) -> None:
+def test_one_that_leaks_is_quarantined_and_the_next_goes(card: SimulatedCard) -> None:
     consumers = {
         "leaky": {"fake": "plain", "mib": 4000},
         "small": {"fake": "plain", "mib": 3000, "kind": "stt"},
-        "big": {"fake": "plain", "mib": 6000, "kind": "llm"},
+        "big": {"fake": "plain", "mib": 5500, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, _):
+        job(broker, "tts")
+        job(broker, "stt")
+        card.misbehave(leaks={"leaky": 1.0})
+        assert job(broker, "llm").status_code == 200
+        assert "gave back 0 of 4000 MiB after http" in status_of(broker, "leaky")["quarantine"]
+        assert not status_of(broker, "small")["loaded"]
+
+
+def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it(card: SimulatedCard) -> None:
+    consumers = {
+        "leaky": {"fake": "plain", "mib": 4000},
+        "small": {"fake": "plain", "mib": 3000, "kind": "stt"},
+        "big": {"fake": "plain", "mib": 8000, "kind": "llm"},
     }
     with box(card, consumers) as (broker, _):
         job(broker, "tts")
@@ -335,8 +350,22 @@ def test_one_that_leaks_is_quarantined_and_nobody_else_goes_for_it(card: Simulat
         message = answer.json()["message"]
         assert "leaky was unloaded, but gave nothing back" in message
         assert "leaky 4000 MiB" in message
-        assert "gave back 0 of 4000 MiB after http" in status_of(broker, "leaky")["quarantine"]
         assert status_of(broker, "small")["loaded"]
+
+
+def test_vllm_asleep_is_not_asked_to_sleep_again(card: SimulatedCard) -> None:
+    """It keeps more than a bare process; the other one goes."""
+    consumers = {
+        "vllm": {"fake": "vllm", "mib": 5000},
+        "voice": {"fake": "plain", "mib": 3000},
+        "big": {"fake": "plain", "mib": 8000, "kind": "image"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["vllm"].ask("POST", "/sleep?level=1&mode=wait")  # by its own user, say
+        eventually(lambda: not status_of(broker, "vllm")["loaded"])
+        assert job(broker, "tts").status_code == 200
+        assert job(broker, "image").status_code == 200
+        assert "quarantine" not in status_of(broker, "vllm")
 
 
 def test_one_that_leaks_is_ended_by_its_next_rung_and_started_again(

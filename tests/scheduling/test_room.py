@@ -67,6 +67,7 @@ class Bench:
         self.reporting = False
         self.keeps: dict[str, int] = {}
         self.stolen = 0
+        self.leaking: set[str] = set()
         self.unsettled = 0
         self.asked_at: list[float] = []
         self.failing_rungs: dict[str, BrokerError] = {}
@@ -179,7 +180,7 @@ class Bench:
         self.calls.append(f"unload {name}")
         if name in self.failing:
             raise self.failing[name]
-        if self.lag is not None:
+        if self.lag is not None and name not in self.leaking:
             self._pending.append([name, self.lag])
 
     # -- the test's hands ---------------------------------------------------------------------
@@ -637,12 +638,30 @@ def test_what_leaks_goes_to_its_next_rung(caplog: pytest.LogCaptureFixture) -> N
     assert bench.room.evictions == 1
 
 
-def test_what_leaks_by_every_rung_is_quarantined_and_nobody_goes_in_its_place() -> None:
+def test_what_leaks_by_every_method_is_quarantined_and_the_next_goes() -> None:
+    bench = attributed(THREE, total=11_500)
+    bench.leaking = {"tts"}
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.foreign = 400
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload stt"]
+    reason = bench.registry.get("tts").quarantine
+    assert reason == "gave back 0 of 3000 MiB after http, and holds 3000 MiB"
+    # From now on it is not asked, and a plan without it is made.
+    bench.resident("stt", used=10)
+    bench.holds.pop("llm", None)
+    bench.calls.clear()
+    bench.make_room("llm")
+    assert bench.calls == ["unload stt"]
+
+
+def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it() -> None:
     bench = attributed(THREE, total=11_500)
     bench.lag = None
     bench.resident("tts", used=50)
     bench.resident("stt", used=10)
-    bench.foreign = 400
+    bench.foreign = 2400
     with pytest.raises(InsufficientVram) as refused:
         bench.make_room("llm")
     assert bench.calls == ["unload tts"]
@@ -650,13 +669,56 @@ def test_what_leaks_by_every_rung_is_quarantined_and_nobody_goes_in_its_place() 
     assert message.startswith("tts was unloaded, but gave nothing back; llm needs 6000 MiB")
     assert "100 MiB short" in message
     assert "tts 3000 MiB" in message
-    assert "game (pid 999) 400 MiB" in message
-    reason = bench.registry.get("tts").quarantine
-    assert reason == "gave back 0 of 3000 MiB after http, and holds 3000 MiB"
-    # From now on it is not asked, and a plan without it is made.
-    bench.lag = 0
+    assert "game (pid 999) 2400 MiB" in message
+
+
+def asleep(bench: Bench, name: str, holds: int) -> None:
+    """`name` says that it has nothing loaded, and its process holds so much all the same."""
+    bench.holds[name] = holds
+    version = bench.registry.get(name).residency_version
+    bench.registry.probe_succeeded(name, ProbeReport(loaded=False), seen_version=version)
+
+
+def test_one_that_sleeps_is_not_asked_to_again() -> None:
+    bench = attributed(THREE, total=9500)
+    asleep(bench, "tts", 900)  # by itself, as llama.cpp's server does
+    bench.resident("stt", used=10)
+    bench.foreign = 500
     bench.make_room("llm")
-    assert bench.calls == ["unload tts", "unload stt"]
+    assert bench.calls == ["unload stt"]
+    assert bench.registry.get("tts").quarantine == ""
+
+
+def test_one_that_sleeps_may_still_be_stopped() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=7000)
+    asleep(bench, "tts", 900)
+    bench.make_room("llm")
+    assert bench.calls == ["unit tts"]
+
+
+@pytest.mark.parametrize("keeps", [900, 3000])
+def test_one_that_was_put_to_sleep_and_kept_much_is_not_asked_again(keeps: int) -> None:
+    """Nor where it cannot tell whether it sleeps."""
+    bench = attributed(THREE, total=12_000)
+    bench.keeps["tts"] = keeps
+    bench.resident("tts", used=50)
+    bench.room.unload("tts", bench.ticket("tts"))
+    bench.registry.quarantine("tts", "")
+    bench.resident("stt", used=10)
+    bench.total = keeps + 2000 + 6000
+    bench.calls.clear()
+    bench.make_room("llm")
+    assert bench.calls == ["unload stt"]
+
+
+def test_one_that_cannot_tell_and_was_loaded_by_others_is_asked() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=50)
+    bench.make_room("llm")
+    bench.holds["tts"] = 2900  # as a user of ComfyUI's own page does
+    bench.calls.clear()
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
 
 
 def test_in_quarantine_it_still_does_its_own_jobs() -> None:
