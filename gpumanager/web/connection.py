@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
@@ -37,6 +38,7 @@ class Connection(HTTPChannel):
     - does not have the main loop turn over and over while a worker is sending: what it has left
       to send afterwards it tells the loop itself;
     - cuts a client off that takes its answer more slowly than `LEAST_RATE`;
+    - notices that a client left that had sent the next request already;
     - never ends in mid-answer with what looks like an orderly end.
     """
 
@@ -76,6 +78,22 @@ class Connection(HTTPChannel):
             self.handle_close()  # its buffers are full: waiting for them to drain is the point
 
     # -- any thread ------------------------------------------------------------------------
+
+    def check_client_disconnected(self) -> bool:  # type: ignore[override]  # its stub says None
+        """Whether the client left. The main loop sees that when it reads, which it does not while
+        the next request is there already."""
+        if self.connected and len(self.requests) > 1 and self._hung_up():
+            self.connected = False  # as the main loop would; so that the next one is not begun
+        return not self.connected
+
+    def _hung_up(self) -> bool:
+        sock: Any = self.socket
+        poll = select.poll()
+        try:
+            poll.register(sock.fileno(), select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (AttributeError, OSError, ValueError):
+            return True  # the main loop has closed it just now
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """As waitress's, counted."""
