@@ -49,7 +49,7 @@ def files_that_mention(library: str) -> set[str]:
             "requests",
             {
                 "client.py",
-                "setup/discovery.py",
+                "setup/asking.py",
                 "upstream/exchange.py",
                 "upstream/transport.py",
             },

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpumanager.cli.group import key_option, main
-from gpumanager.config import Config, ConfigError, config_path_from_env, load_config
+from gpumanager.config import (
+    Config,
+    ConfigError,
+    config_path_from_env,
+    load_config,
+    users_config_path,
+)
 from gpumanager.keys import KeysError, load_keys
 
 if TYPE_CHECKING:
@@ -92,8 +98,6 @@ def _ask(config: Config, key: str | None) -> tuple[Any, list[Any]]:
 
 
 def _config_path() -> str:
-    from gpumanager.cli.setup import default_path
-
     named = config_path_from_env(os.environ)
-    made = default_path()
+    made = users_config_path(os.environ)
     return str(made) if not Path(named).exists() and made.exists() else named

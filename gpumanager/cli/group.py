@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from pydantic import ValidationError
 
 from gpumanager import __version__
 from gpumanager.client import KEY_ENV, BrokerClient, BrokerUnavailable
+from gpumanager.config import Config
 
 DEFAULT_URL = "http://127.0.0.1:8770"
 
@@ -19,6 +21,23 @@ DEFAULT_URL = "http://127.0.0.1:8770"
 @click.version_option(__version__, prog_name="gpumanager")
 def main() -> None:
     """One URL, one queue and one lock in front of the AI services that share a GPU."""
+
+
+def listen_address(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    """An option's value, if a broker can listen there, on a port that others can know."""
+    try:
+        if Config(listen=value).port == 0:
+            raise click.BadParameter("names port 0, which is another one at every start")
+    except ValidationError:
+        message = f"must be HOST:PORT or [IPV6]:PORT, such as 127.0.0.1:8770 (found {value!r})"
+        raise click.BadParameter(message) from None
+    return value
+
+
+def fail(message: str) -> NoReturn:
+    """End with this sentence and exit code 1."""
+    click.echo(message, err=True)
+    sys.exit(1)
 
 
 key_option = click.option("--key", envvar=KEY_ENV, help=f"An API key; else {KEY_ENV}.")
@@ -42,7 +61,6 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(broker=BrokerClient(url, key), **more)
         except BrokerUnavailable as error:
-            click.echo(str(error), err=True)
-            sys.exit(1)
+            fail(str(error))
 
     return asking

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpumanager.cli.group import main
-from gpumanager.config import Config, ConfigError, parse_config
+from gpumanager.cli import starting
+from gpumanager.cli.group import fail, listen_address, main
+from gpumanager.config import (
+    Config,
+    ConfigError,
+    parse_config,
+    read_config_file,
+    users_config_path,
+)
 
 if TYPE_CHECKING:
     from gpumanager.setup.discovery import Found
@@ -30,7 +37,13 @@ PROBES_S = 8.0
     type=click.Path(dir_okay=False, path_type=Path),
     help="The config to write; by default ~/.config/gpumanager/consumers.yaml.",
 )
-@click.option("--listen", default="127.0.0.1:8770", show_default=True, help="For a new config.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:8770",
+    show_default=True,
+    callback=listen_address,
+    help="HOST:PORT, for a new config.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and end.")
 @click.option("--service/--no-service", default=True, help="Start the broker, now and at login.")
@@ -52,39 +65,67 @@ def setup(
     """
     from gpumanager.setup.configfile import propose
 
-    path = default_path() if path is None else path.absolute()
-    before = path.read_text("utf-8") if path.exists() else ""
-    old = _parsed(before, path) if before.strip() else None
-    own_port = old.port if old else int(listen.rpartition(":")[2] or 0)
-    total_mib, found = _find(ports, own_port)
+    path = users_config_path(os.environ) if path is None else path.absolute()
+    before, old = _there(path)
+    total_mib, found = _find(ports, old or Config(listen=listen))
     try:
         proposal = propose(before, found, listen=listen, total_mib=total_mib)
     except (ConfigError, ValueError) as error:
-        _fail(f"{path}: {error}")
+        fail(f"{path}: {error}")
     config = parse_config(proposal.after)
-    unit = _unit_plan(path, config) if service else None
+    start = starting.plan(path, config) if service else None
     for line in proposal.diff(str(path)):
         colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[0]) if line else None
         click.secho(line, fg=colour)
     if not proposal.changed:
         click.echo(f"{path}: nothing to add")
-    if unit is not None:
-        click.echo(unit.told)
+    if start is not None:
+        click.echo(start.told)
     if dry_run:
         return
-    if not yes and (proposal.changed or unit is not None):
-        click.confirm("Go ahead?", default=True, abort=True)
+    if not yes and (proposal.changed or start is not None):
+        _ask_once()
     if proposal.changed:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(proposal.after, "utf-8")
-    if unit is not None:
-        unit.act()
-        _check(config, kind)
-    else:
+        _written(path, proposal.after)
+        click.echo(f"{path} is written")
+    if start is None:
         click.echo(f"start it with: gpumanager serve --config {path}")
+        return
+    start.act()
+    if start.runs:
+        _check(config, kind, start)
+    if start.then:
+        click.echo(f"to go on: {start.then}")
 
 
-def _find(ports: str | None, own_port: int) -> tuple[int | None, list[Found]]:
+def _ask_once() -> None:
+    """Ends with exit code 1 unless the answer is yes."""
+    try:
+        if click.confirm("Go ahead?", default=True):
+            return
+    except click.Abort:  # Ctrl-C, or nobody there to ask
+        click.echo()
+    fail("nothing was written or started; to do it without being asked: gpumanager setup --yes")
+
+
+def _there(path: Path) -> tuple[str, Config | None]:
+    """What stands in the file already, as text and read; nothing of either without one."""
+    try:
+        if not path.exists():
+            return "", None
+        before = read_config_file(path)
+        if not before.strip():
+            return "", None
+        old = parse_config(before, str(path))
+        return before.decode("utf-8-sig"), old
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _find(ports: str | None, config: Config) -> tuple[int | None, Sequence[Found]]:
     """The card's memory in MiB, if it can be measured, and what runs here; says both."""
     from gpumanager.monitoring.memory import GpuUnavailable, open_card
     from gpumanager.setup.discovery import discover
@@ -107,66 +148,49 @@ def _find(ports: str | None, own_port: int) -> tuple[int | None, list[Found]]:
             only = [int(port) for port in ports.split(",")]
         except ValueError:
             raise click.UsageError("--ports takes numbers, separated by commas") from None
-    found = discover(skip=[own_port], only=only, held_mib=held)
+    seen = discover(skip=[config.port], only=only, held_mib=held)
+    found = seen.servers
     for each in found:
         runs = f", {each.manager.kind} {each.manager.name}" if each.manager else ""
         holds = "" if each.mib is None else f", holds {each.mib} MiB"
         click.echo(f"found: {each.service.service} on port {each.port}{runs}{holds}")
     if not found:
         click.echo("found: no AI server; start them, and run this again")
+    for port in seen.demos:
+        click.echo(f"left alone: the speech service of gpumanager's demo, on port {port}")
+    for broker in seen.brokers:
+        click.echo(f"left alone: {broker}, on port {broker.port}")
     return total_mib, found
 
 
-class _UnitPlan:
-    """How the broker will be started: what to tell first, and then what to do."""
-
-    def __init__(self, told: str, act: Callable[[], None]) -> None:
-        self.told = told
-        self.act = act
-
-
-def _unit_plan(path: Path, config: Config) -> _UnitPlan | None:
-    from gpumanager.setup.userservice import ServiceError, UserService, start_in_background
-
-    user = UserService(os.environ)
-    if user.available:
-        if not user.is_ours():
-            return _UnitPlan(f"{user.file} is your own and stays as it is", lambda: None)
-        text = user.text(path, config.drain_timeout)
-        same = user.file.exists() and user.file.read_text("utf-8") == text
-        told = f"{user.file}: {'unchanged; will be restarted' if same else 'will be written'}"
-
-        def install() -> None:
-            try:
-                user.install(text)
-            except ServiceError as error:
-                _fail(str(error))
-
-        return _UnitPlan(told + "; the broker runs now and at every login", install)
-    log = _state_folder() / "broker.log"
-    if _healthy(config):
-        told = "the broker runs already; it will be told to reload"
-        return _UnitPlan(told, lambda: _reload(config))
-
-    def background() -> None:
-        pid = start_in_background(path, log)
-        click.echo(f"the broker runs as process {pid}; its log: {log}; end it: gpumanager drain")
-
-    return _UnitPlan(
-        "no systemd for this user: the broker will run in the background until the next reboot",
-        background,
-    )
-
-
-def _check(config: Config, kind: str | None) -> None:
+def _check(config: Config, kind: str | None, start: starting.Start) -> None:
     """The broker answers, and each consumer its probe; then a job, if one is wanted."""
-    if not _until(lambda: _healthy(config), START_S):
-        _fail("the broker did not start; see its log (journalctl --user -u gpumanager)")
+    from gpumanager.client import BrokerUnavailable
+
+    if not _until(lambda: _healthy(config) or start.has_ended(), START_S) or start.has_ended():
+        fail(f"the broker did not start; what it says: {start.log}")
+    try:
+        bad = _probed(config)
+        url = starting.client(config).url
+        click.echo(
+            f"the broker answers at {url}; open it in a browser, or: gpumanager top --url {url}"
+        )
+        if kind is not None:
+            _try_job(config, kind)
+    except BrokerUnavailable as error:
+        fail(f"the broker runs, but: {error}")
+    if bad:
+        sys.exit(1)
+
+
+def _probed(config: Config) -> int:
+    """Wait for the first probe of every consumer, and say how each is; the number of those that
+    are down. Raises BrokerUnavailable."""
     status: Mapping[str, Any] = {}
 
     def probed() -> bool:
         nonlocal status
-        status = _client(config).get("/v1/status")
+        status = starting.client(config).get("/v1/status")
         return all(
             each["probed"]
             or ((own := config.consumers[each["name"]]).health is None and own.probe is None)
@@ -176,16 +200,11 @@ def _check(config: Config, kind: str | None) -> None:
     _until(probed, PROBES_S)
     bad = 0
     for each in status["consumers"]:
-        well = each["healthy"] or not each["probed"]
-        bad += not well
+        healthy = each["healthy"] or not each["probed"]
+        bad += not healthy
         how = "well" if each["healthy"] else each.get("last_error", "not probed")
-        click.secho(f"{each['name']}: {how}", fg="green" if well else "red")
-    url = f"http://{config.listen}"
-    click.echo(f"the broker answers at {url}; open it in a browser, or: gpumanager top --url {url}")
-    if kind is not None:
-        _try_job(config, kind)
-    if bad:
-        sys.exit(1)
+        click.secho(f"{each['name']}: {how}", fg="green" if healthy else "red")
+    return bad
 
 
 def _try_job(config: Config, kind: str) -> None:
@@ -193,43 +212,27 @@ def _try_job(config: Config, kind: str) -> None:
 
     name = {str(each): name for each, name in config.routing.items()}.get(kind)
     if name is None:
-        _fail(f"no consumer is routed for {kind}")
+        fail(f"no consumer is routed for {kind}")
     job = next(
         (each.job for each in known_services() if name.startswith(each.service) and each.job), None
     )
     if job is None:
-        _fail(f"setup knows no small job for {name}; send one of your own")
+        fail(f"setup knows no small job for {name}; send one of your own")
     began = time.monotonic()
-    status, content = _client(config).job(kind, job)
+    status, content = starting.client(config).job(kind, job)
     took = time.monotonic() - began
     click.echo(f"a job of {kind}: {status}, {len(content)} bytes in {took:.1f} s")
     if status >= 400:
-        _fail(content[:500].decode(errors="replace"))
-
-
-def _reload(config: Config) -> None:
-    from gpumanager.client import BrokerUnavailable
-
-    try:
-        told = _client(config).post("/v1/reload")
-    except BrokerUnavailable as error:
-        _fail(str(error))
-    click.echo(f"reloaded: {json.dumps(told)}")
+        fail(content[:500].decode(errors="replace"))
 
 
 def _healthy(config: Config) -> bool:
     from gpumanager.client import BrokerUnavailable
 
     try:
-        return bool(_client(config).get("/healthz")["status"] == "ok")
+        return bool(starting.client(config).get("/healthz")["status"] == "ok")
     except (BrokerUnavailable, TypeError, KeyError):
         return False
-
-
-def _client(config: Config) -> Any:
-    from gpumanager.client import KEY_ENV, BrokerClient
-
-    return BrokerClient(f"http://{config.listen}", os.environ.get(KEY_ENV))
 
 
 def _until(condition: Callable[[], bool], limit_s: float) -> bool:
@@ -241,27 +244,25 @@ def _until(condition: Callable[[], bool], limit_s: float) -> bool:
     return True
 
 
-def default_path() -> Path:
-    """Where setup writes the config, if nothing else is said."""
-    home = Path(os.environ.get("HOME", "/"))
-    base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else home / ".config") / "gpumanager" / "consumers.yaml"
-
-
-def _state_folder() -> Path:
-    home = Path(os.environ.get("HOME", "/"))
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else home / ".local" / "state") / "gpumanager"
-
-
-def _parsed(text: str, path: Path) -> Config:
+def _written(path: Path, text: str) -> None:
+    """Put the text in place of what is there, whole or not at all."""
+    target = Path(os.path.realpath(path))  # a link stays one
     try:
-        return parse_config(text, str(path))
-    except ConfigError as error:
-        click.echo(str(error), err=True)
-        sys.exit(2)
-
-
-def _fail(message: str) -> NoReturn:
-    click.echo(message, err=True)
-    sys.exit(1)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if target.exists() else None
+        with NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.chmod(file.name, 0o644 if mode is None else mode)
+                os.replace(file.name, target)
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        fail(
+            f"{path} cannot be written: {error.strerror or error}\n"
+            "    name another place: gpumanager setup --config FILE"
+        )

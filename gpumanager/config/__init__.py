@@ -7,6 +7,8 @@ from gpumanager.config.loading import (
     config_path_from_env,
     load_config,
     parse_config,
+    read_config_file,
+    users_config_path,
 )
 from gpumanager.config.schema import (
     KINDS,
@@ -61,4 +63,6 @@ __all__ = [
     "config_path_from_env",
     "load_config",
     "parse_config",
+    "read_config_file",
+    "users_config_path",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
 from typing import Any, TypeGuard
 
 from pydantic import ValidationError
@@ -25,15 +26,26 @@ def config_path_from_env(environ: Mapping[str, str]) -> str:
     return environ.get(CONFIG_ENV) or DEFAULT_CONFIG_PATH
 
 
+def users_config_path(environ: Mapping[str, str]) -> FilePath:
+    """Where the user's own config lies, which `gpumanager setup` writes."""
+    base = environ.get("XDG_CONFIG_HOME")
+    folder = FilePath(base) if base else FilePath(environ.get("HOME") or "/") / ".config"
+    return folder / "gpumanager" / "consumers.yaml"
+
+
 def load_config(path: str | os.PathLike[str]) -> Config:
     """The config in a file. Raises ConfigError, also if the file cannot be read."""
+    return parse_config(read_config_file(path), os.fspath(path))
+
+
+def read_config_file(path: str | os.PathLike[str]) -> bytes:
+    """What stands in a config file. Raises ConfigError if it cannot be read."""
     source = os.fspath(path)
     try:
-        text = _read(source)
+        return _read(source)
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(source, [Fault("", None, reason)]) from None
-    return parse_config(text, source)
 
 
 def _read(source: str) -> bytes:

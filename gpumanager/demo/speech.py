@@ -34,6 +34,7 @@ from gpumanager.demo.studio import (
     missing_packages,
     ms_since,
 )
+from gpumanager.setup import DEMO_ROOT
 from gpumanager.simulation.card import CardLost, OutOfMemory, SimulatedCard
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,17 @@ THREADS = 8
 
 EXIT_MISSING = 3
 
+ROOT_TEXT = f"{DEMO_ROOT}a speech service, POST /api/tts\n"
+
 
 def create_app(studio: Studio) -> Flask:
     """The service's HTTP API. Every error is JSON: `{"error": text}`."""
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+
+    @app.get("/")
+    def root() -> Response:
+        return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
     @app.post("/api/tts")
     def tts() -> Response:

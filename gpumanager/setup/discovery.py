@@ -8,21 +8,22 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, Literal
 
 import jmespath
-import requests
 import yaml
 from jmespath.exceptions import JMESPathError
 
 from gpumanager.config import Kind
 from gpumanager.processes import ProcessTable, SystemProcesses
+from gpumanager.setup import DEMO_ROOT
+from gpumanager.setup.asking import Asker, NoAnswer
+from gpumanager.setup.brokers import RunningBroker, identified
 
-TIMEOUT_S = 2.0
 ASKERS = 16
 MOST_PORTS = 400
-LARGEST_ANSWER = 1024 * 1024
 _PRIVILEGED = 1024
 """Below it are ssh, printers and the like, but for the web's own ports."""
 
@@ -89,7 +90,7 @@ class Found:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return _url(self.port)
 
 
 @cache
@@ -99,27 +100,38 @@ def known_services() -> tuple[Service, ...]:
     return tuple(Service(**row) for row in rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """What answers on this machine: servers, in services.yaml's order, then by port; and our own,
+    which are no consumers: brokers, and the ports of demos' speech services."""
+
+    servers: tuple[Found, ...] = ()
+    brokers: tuple[RunningBroker, ...] = ()
+    demos: tuple[int, ...] = ()
+
+
 def discover(
     *,
     skip: Iterable[int] = (),
     only: Iterable[int] | None = None,
     held_mib: Mapping[int, int] | None = None,
     table: ProcessTable | None = None,
-) -> list[Found]:
-    """Ask whatever listens on this machine what it is; in services.yaml's order, then by port.
+) -> Discovered:
+    """Ask whatever listens on this machine what it is.
 
     `skip`: ports not to be asked; `only`: ask just these; `held_mib`: memory of the card by PID,
     None if that is not known.
     """
     table = SystemProcesses() if table is None else table
     listeners = table.listeners()
-    ports = set(only) if only is not None else _candidates(table) - set(skip)
+    ports = sorted(set(only) if only is not None else _candidates(table) - set(skip))
     with ThreadPoolExecutor(ASKERS, "setup-ask") as askers:
-        answers = list(askers.map(_identify, sorted(ports)))
+        answers = list(zip(ports, askers.map(_identify, ports), strict=True))
     found = []
-    for port, service, reported_mib in answers:
-        if service is None:
+    for port, answer in answers:
+        if answer.service is None:
             continue
+        service, reported_mib = answer.service, answer.reported_mib
         pids = tuple(
             sorted({pid for (_, at), own in listeners.items() if at == port for pid in own})
         )
@@ -128,7 +140,11 @@ def discover(
         found.append(Found(service, port, pids, _manager(pids, table), mib))
     # The first of a kind gets its route: which that is, services.yaml says, not the port.
     found.sort(key=lambda each: (known_services().index(each.service), each.port))
-    return found
+    return Discovered(
+        servers=tuple(found),
+        brokers=tuple(answer.broker for _, answer in answers if answer.broker is not None),
+        demos=tuple(port for port, answer in answers if answer.is_demo),
+    )
 
 
 def _candidates(table: ProcessTable) -> set[int]:
@@ -137,31 +153,40 @@ def _candidates(table: ProcessTable) -> set[int]:
     return {service.port for service in known_services()} | set(sorted(worth)[:MOST_PORTS])
 
 
-def _identify(port: int) -> tuple[int, Service | None, int | None]:
-    """What listens on a port, and the MiB that it says it holds, if it does; every path is asked
-    once."""
-    answers: dict[str, bytes | None] = {}
-    with requests.Session() as session:
-        session.trust_env = False
-        for service in known_services():
-            if service.ask not in answers:
-                try:
-                    answers[service.ask] = _ask(session, port, service.ask)
-                except requests.RequestException:
-                    return port, None, None  # nobody there, or nobody who speaks HTTP
-            answer = answers[service.ask]
-            if answer is not None and service.is_it(answer):
-                return port, service, service.reported_mib(answer)
-    return port, None, None
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """Who answers at a port: at most one of a known server, a broker, a demo's speech service.
+    `reported_mib`: what a server says it holds, if it does."""
+
+    service: Service | None = None
+    reported_mib: int | None = None
+    broker: RunningBroker | None = None
+    is_demo: bool = False
 
 
-def _ask(session: requests.Session, port: int, path: str) -> bytes | None:
-    """The answer, if it is a good one."""
-    url = f"http://127.0.0.1:{port}{path}"
-    with session.get(url, timeout=TIMEOUT_S, stream=True, allow_redirects=False) as answer:
-        if answer.status_code != 200:
-            return None
-        return answer.raw.read(LARGEST_ANSWER, decode_content=True) or b""
+def _identify(port: int) -> _Identity:
+    """Who listens on a port; every path is asked once."""
+    answers: dict[str, tuple[int, bytes]] = {}
+    with Asker(_url(port)) as asker:
+        try:
+            status, root = answers["/"] = asker.get("/")
+            if (broker := identified(_url(port), port, status, root, None)) is not None:
+                return _Identity(broker=broker)
+            if root.startswith(DEMO_ROOT.encode()):
+                return _Identity(is_demo=True)
+            for service in known_services():
+                if service.ask not in answers:
+                    answers[service.ask] = asker.get(service.ask)
+                status, answer = answers[service.ask]
+                if status == HTTPStatus.OK and service.is_it(answer):
+                    return _Identity(service, service.reported_mib(answer))
+        except NoAnswer:
+            pass
+    return _Identity()
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 _UNIT = re.compile(r"/([^/]+\.service)(?:/|$)")

@@ -77,14 +77,37 @@ class UserService:
             stop_s=round(drain_s) + 15,
         )
 
+    @property
+    def active(self) -> bool:
+        """Whether the unit runs."""
+        try:
+            self._systemctl("is-active", UNIT)
+        except ServiceError:
+            return False
+        return True
+
     def is_ours(self) -> bool:
         """Whether the unit may be written: there is none, or setup made it."""
-        return not self.file.exists() or self.file.read_text("utf-8").startswith(MARK)
+        return not self.file.exists() or self._text().startswith(MARK)
+
+    def has(self, text: str) -> bool:
+        """Whether the unit is there, with this text."""
+        return self.file.exists() and self._text() == text
+
+    def _text(self) -> str:
+        try:
+            return self.file.read_text("utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def install(self, text: str) -> None:
         """Write the unit and start it, now and at every login. Raises ServiceError."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(text, "utf-8")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(text, "utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise ServiceError(f"{self.file} cannot be written: {reason}") from None
         self._systemctl("daemon-reload")
         self._systemctl("enable", UNIT)
         self._systemctl("restart", UNIT)
@@ -112,11 +135,11 @@ class UserService:
         return done.stdout
 
 
-def start_in_background(config: Path, log: Path) -> int:
-    """Start the broker detached from this terminal; returns its PID. Raises OSError."""
+def start_in_background(config: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start the broker detached from this terminal. Raises OSError."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "gpumanager", "serve", "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -124,7 +147,6 @@ def start_in_background(config: Path, log: Path) -> int:
             start_new_session=True,
             cwd=os.path.sep,
         )
-    return process.pid
 
 
 def _quoted(word: str) -> str:

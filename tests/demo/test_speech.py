@@ -279,6 +279,10 @@ def test_only_the_newest_recordings_stay_and_other_files_do(
 # The model
 
 
+def test_it_says_that_it_is_the_demos(client: FlaskClient) -> None:
+    assert client.get("/").text.startswith("gpumanager's demo: ")
+
+
 def test_the_model_is_loaded_when_it_is_needed(client: FlaskClient, factory: Factory) -> None:
     assert health(client) == {"status": "ok", "loaded": False, "gpu_resident_mib": 0}
     say(client)

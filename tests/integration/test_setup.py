@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ import requests
 import yaml
 
 from gpumanager.config import load_config
+from gpumanager.demo import studio
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.fake_servers import Running, fake_server
 from tests.support.sockets import ScriptedConsumer, answer, free_port
@@ -49,6 +50,7 @@ class Box:
     def __init__(self, home: Path, fakes: dict[str, Running]) -> None:
         self.home = home
         self.fakes = fakes
+        self.own: list[subprocess.Popen[bytes]] = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = home / "config" / "gpumanager" / "consumers.yaml"
@@ -96,7 +98,23 @@ class Box:
                 found.append(process)
         return found
 
+    def serve(self, *words: str) -> None:
+        """Start a broker of this user's, until `close`."""
+        command = [sys.executable, "-m", "gpumanager", *words]
+        pipe = subprocess.DEVNULL
+        process = subprocess.Popen(command, env=self.environ, stdout=pipe, stderr=pipe)
+        self.own.append(process)
+        eventually(self.is_up, 60)
+
+    def is_up(self) -> bool:
+        with suppress(requests.RequestException):
+            return requests.get(f"{self.url}/healthz", timeout=5).status_code == 200
+        return False
+
     def close(self) -> None:
+        for own in self.own:
+            own.terminate()
+            own.wait(20)
         for process in self.brokers():
             process.kill()
             process.wait(10)
@@ -166,7 +184,11 @@ def test_it_asks_once_and_takes_no_for_an_answer(box: Box) -> None:
     done = box.setup(answer="n\n")
     assert done.returncode == 1
     assert done.stdout.count("Go ahead?") == 1
+    assert "gpumanager setup --yes" in done.stderr
     assert not box.config.exists()
+    done = box.setup(answer="")  # nobody there to ask
+    assert done.returncode == 1
+    assert "gpumanager setup --yes" in done.stderr
 
 
 def test_what_is_there_is_kept_and_what_is_new_is_added(box: Box) -> None:
@@ -218,6 +240,87 @@ def test_a_unit_of_the_users_own_is_left_alone(box: Box) -> None:
     done = box.setup("--yes", "--dry-run")
     assert "is your own and stays" in done.stdout
     assert unit.read_text() == "[Service]\nExecStart=/bin/true\n"
+
+
+# -- somebody is there already -----------------------------------------------------------------
+
+
+def test_a_demo_is_no_service_and_no_broker_to_tell(box: Box) -> None:
+    if missing := studio.missing_packages():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    box.serve("demo", "--listen", f"127.0.0.1:{box.port}")
+    status = requests.get(f"{box.url}/v1/status", timeout=5).json()
+    speech = status["consumers"][0]["url"].rpartition(":")[2]
+    ports = ",".join([speech, *(str(fake.port) for fake in box.fakes.values())])
+    done = box.run("setup", "--yes", "--listen", f"127.0.0.1:{box.port}", "--ports", ports)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(load_config(str(box.config)).consumers) == {"ollama", "comfyui", "vllm"}
+    assert f"the speech service of gpumanager's demo, on port {speech}" in done.stdout
+    assert f"127.0.0.1:{box.port} is taken by gpumanager's demo" in done.stdout
+    way_out = done.stdout.partition("to go on: ")[2]
+    assert f"gpumanager drain --url {box.url}" in way_out
+    # As it says: with the demo gone, the same words start the user's own.
+    assert box.run("drain", "--url", box.url).returncode == 0
+    box.own.pop().wait(20)
+    again = box.setup("--yes")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "ollama: well" in again.stdout
+
+
+def test_a_broker_of_another_file_is_left_alone(box: Box) -> None:
+    other = box.home / "other.yaml"
+    other.write_text(f"listen: 127.0.0.1:{box.port}\n")
+    box.serve("serve", "--config", str(other))
+    done = box.setup("--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"is taken by a broker with the config {other}" in done.stdout
+    assert "set another `listen`" in done.stdout
+    assert requests.get(f"{box.url}/v1/status", timeout=5).json()["consumers"] == []
+    assert not box.brokers()
+
+
+def test_another_program_on_the_port_is_named(box: Box) -> None:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"hello"))) as other:
+        port = other.url.rpartition(":")[2]
+        done = box.run(
+            "setup", "--yes", "--listen", f"127.0.0.1:{port}", "--ports", str(free_port())
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"(pid {os.getpid()}): the broker cannot listen there" in done.stdout
+    assert "to go on: end it, then run: gpumanager setup\n" in done.stdout
+
+
+def test_a_reload_that_is_refused_tells_the_way_out(box: Box) -> None:
+    assert box.setup("--yes").returncode == 0
+    box.config.write_text(box.config.read_text() + "scheduler: {kind: passthrough}\n")
+    done = box.setup("--yes")
+    assert done.returncode == 1
+    assert "need a restart" in done.stderr
+    assert f"gpumanager drain --url {box.url}, then gpumanager setup" in done.stderr
+
+
+def test_a_broker_that_wants_a_key_says_how_to_show_it(box: Box) -> None:
+    secret = "a-key-of-enough-characters"
+    box.environ["GPUMANAGER_API_KEYS"] = f"alice {secret} role=admin"
+    done = box.setup("--yes")
+    assert done.returncode == 1
+    assert "the broker runs, but: a key is required" in done.stderr
+    assert "GPUMANAGER_API_KEY" in done.stderr
+    box.environ["GPUMANAGER_API_KEY"] = secret
+    done = box.setup("--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ollama: well" in done.stdout
+
+
+def test_a_broker_that_does_not_start_says_where_to_look(box: Box) -> None:
+    box.environ["GPUMANAGER_API_KEYS"] = "alice short"
+    began = time.monotonic()
+    done = box.setup("--yes")
+    assert done.returncode == 1
+    log = box.home / "state" / "gpumanager" / "broker.log"
+    assert f"the broker did not start; what it says: tail {log}" in done.stderr
+    assert "bad keys" in log.read_text()
+    assert time.monotonic() - began < 12  # it ended; nobody waits for it to answer
 
 
 def test_servers_nobody_knows_are_no_consumers(box: Box) -> None:

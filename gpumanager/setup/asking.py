@@ -1,0 +1,51 @@
+"""Asking whatever listens on this machine, which may be anything: GET, a bounded answer, no wait
+without an end."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import requests
+
+TIMEOUT_S = 2.0
+LARGEST_ANSWER = 1024 * 1024
+
+
+class NoAnswer(Exception):
+    """Nobody is there, or nobody who speaks HTTP, or not in time."""
+
+
+class Asker:
+    """Asks one server. To be used in a `with`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """The status and the body, or the beginning of a large one. Raises NoAnswer."""
+        try:
+            with self._session.get(
+                self.url + path, timeout=TIMEOUT_S, stream=True, allow_redirects=False
+            ) as answer:
+                body = bytearray()
+                for piece in answer.iter_content(64 * 1024):
+                    body += piece
+                    if len(body) >= LARGEST_ANSWER:
+                        break
+                return answer.status_code, bytes(body[:LARGEST_ANSWER])
+        except requests.RequestException as error:
+            raise NoAnswer(str(error)) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session.close()
