@@ -4,8 +4,8 @@ another thread."""
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -16,23 +16,24 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
-from urllib3.util import wait_for_read
 
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.upstream import wire
-from gpumanager.upstream.headers import relayable
+from gpumanager.upstream.answer import Answer
+from gpumanager.upstream.headers import printable, relayable
+from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
 from gpumanager.upstream.transport import OneShotAdapter, dialling
+from gpumanager.upstream.wire import Wire, is_local, serialise
 from gpumanager.watcher import Watch, Watcher
 
 READ_BYTES = 256 * 1024
 
-START_BYTES = 8 * 1024
+AHEAD_BYTES = 8 * 1024
 """The largest body of a request that is sent by whoever hands the GPU over: any socket's buffer
 has room for that."""
 
-START_S = 0.05
+AHEAD_S = 0.05
 """For a connection on this machine, which is there in a tenth of a millisecond, or not at all."""
 
 
@@ -77,8 +78,8 @@ class Exchange:
         self._watcher = watcher
         self._clock = clock
         self._guard = threading.Lock()
-        self._sock: Any = None
-        self._started: Any = None
+        self._wire: Wire | None = None
+        self._begun: Answer | None = None
         self._failure: BrokerError | None = None
         self._discarded: BrokerError | None = None
         self._ended = False
@@ -106,12 +107,13 @@ class Exchange:
     def body(self) -> bytes | IO[bytes] | None:
         return self._outbound.body
 
-    def connected(self, sock: Any) -> None:
-        sock.settimeout(self._timeouts.first_byte)
+    def connected(self, wire: Wire) -> None:
         with self._guard:
             if self._failure is not None:
                 raise OSError("aborted")
-            self._sock = sock
+            self._wire = wire
+        wire.shake_hands()
+        wire.timeout = self._timeouts.first_byte
         self._reached = True
 
     # -- any thread ------------------------------------------------------------------------
@@ -124,9 +126,8 @@ class Exchange:
                 return False
             if self._failure is None:
                 self._failure = error
-            if self._sock is not None:
-                with contextlib.suppress(OSError):  # the consumer was faster
-                    self._sock.shutdown(socket.SHUT_RDWR)
+            if self._wire is not None:
+                self._wire.shut()
             return True
 
     def discard(self, error: BrokerError) -> None:
@@ -158,28 +159,19 @@ class Exchange:
         """True if it was ended by `abort`."""
         return self._failure is not None
 
-    def start(self) -> None:
+    def send_ahead(self, adapter: OneShotAdapter) -> None:
         """Connect and send, where that can be done without a wait: a small request to this
         machine. For any thread, once, before the owner's `send`, which goes on from there, or
         does all of it. Never raises."""
-        host, port, tls = self.address
+        host, _, tls = self.address
         body = self._outbound.body
-        small = body is None or (isinstance(body, bytes) and len(body) <= START_BYTES)
-        if tls or not small or not wire.is_local(host):
-            return
-        try:
-            sock = wire.connect(host, port, tls=False, timeout=START_S)
-        except OSError:
-            return
-        self._started = sock
-        with contextlib.suppress(OSError):  # which the owner sees, too
-            self.connected(sock)
-            wire.send(sock, self._head, body)
+        small = body is None or (isinstance(body, bytes) and len(body) <= AHEAD_BYTES)
+        if small and not tls and is_local(host):
+            self._begun = adapter.send_ahead(self, self._outbound.method, AHEAD_S)
 
     @property
-    def started(self) -> Any:
-        """The socket over which the request was sent, or is being; None if it has yet to be."""
-        return self._started
+    def begun(self) -> Answer | None:
+        return self._begun
 
     def send(self, adapter: OneShotAdapter) -> None:
         """Send the request and return when the answer's head is there.
@@ -204,19 +196,28 @@ class Exchange:
             self.close()
             raise self._explain(error) from error
         self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
-        if self._sock is not None:
-            self._sock.settimeout(timeouts.idle)
+        if self._wire is not None:
+            self._wire.timeout = timeouts.idle
         self._raw = response.raw
-        with self._guard:
-            failure = self._failure
-        if failure is not None:
-            self.close()
-            raise failure
-        self._drop_if_discarded()
+        self._raise_if_unwanted()
         self.status = response.status_code
-        self.reason = response.reason or ""
-        self.headers = relayable(self._raw.headers.items())
-        self._take_in()
+        self.reason = printable(response.reason or "")
+        try:
+            self.headers = relayable(self.status, self._raw.headers.items())
+        except ValueError as error:
+            self.close()
+            raise self._explain(InvalidAnswer(str(error))) from error
+        if self._raw.length_remaining == 0:
+            self._end()
+        self.take_in()
+
+    def take_in(self) -> None:
+        """What has come of the body already, have it at once; `read` returns it. If it is all, the
+        consumer is done, and whoever waits for it need not wait for what becomes of the answer
+        here; if it is broken, nothing of the answer was handed on yet. Raises as `read`."""
+        come = not self._ahead and isinstance(self._raw, Answer) and self._raw.ready()
+        if come and (data := self._read_on()):
+            self._ahead.append(data)
 
     def read(self) -> bytes:
         """The next bytes of the body as they come, undecoded; b"" at the end.
@@ -264,27 +265,16 @@ class Exchange:
         except Exception as error:
             self.close()
             raise self._explain(error) from error
-        self._drop_if_discarded()
+        self._raise_if_unwanted()
         if not data or self._raw.length_remaining == 0:
-            with self._guard:
-                failure = self._failure
             self._end()
-            if failure is not None:
-                # The end of an answer without a length looks the same as an abort.
-                raise failure
         return data
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True if `read` would not have to wait, within `timeout` seconds."""
-        sock, reader = self._sock, getattr(self._raw, "reader", None)
-        if self._ahead or self._ended or sock is None or reader is None:
+        if self._ahead or self._ended or not isinstance(self._raw, Answer):
             return True
-        try:
-            if self._peek(sock, reader):
-                return True
-        except (OSError, ValueError):
-            pass
-        return timeout > 0 and wait_for_read(sock, timeout)
+        return self._raw.ready(timeout)
 
     def drain(self) -> None:
         """Read the rest and drop it, within the time-outs. Never raises."""
@@ -297,8 +287,8 @@ class Exchange:
         self._end()
         if self._raw is not None:
             self._raw.close()
-        elif self._started is not None:
-            self._started.close()
+        elif self._begun is not None:
+            self._begun.close()
 
     def _end(self) -> None:
         """Nothing more comes. The connection is closed later: that takes a while, in which the
@@ -307,38 +297,22 @@ class Exchange:
             if self._ended:
                 return
             self._ended = True
-            self._sock = None
+            self._wire = None
         if self._watch is not None:
             self._watch.stop()
 
-    def _take_in(self) -> None:
-        """Where a small body came with its head, have it at once: the consumer is done then, and
-        whoever waits for it need not wait for what becomes of the answer here."""
-        size, reader = self._raw.length_remaining, getattr(self._raw, "reader", None)
-        if size is None or reader is None:
-            return
-        try:
-            all_there = size == 0 or len(self._peek(self._sock, reader)) >= size
-        except (OSError, ValueError):
-            return  # `read` will say it
-        if all_there and (data := self._read_on()):
-            self._ahead.append(data)
-
-    def _peek(self, sock: Any, reader: Any) -> bytes:
-        """What has come already and was not read yet, as far as it is known."""
-        sock.setblocking(False)
-        try:
-            return bytes(reader.peek(1))
-        finally:
-            sock.settimeout(self._timeouts.idle)
-
-    def _drop_if_discarded(self) -> None:
+    def _raise_if_unwanted(self) -> None:
+        """Raise the error of `abort`: what was read since may be the end that it made. Or that of
+        `discard`, once the consumer has finished."""
         with self._guard:
-            error, self._discarded = self._discarded, None
-        if error is not None:
+            failure, discarded, self._discarded = self._failure, self._discarded, None
+        if failure is not None:
+            self.close()
+            raise failure
+        if discarded is not None:
             self.drain()
             self.close()
-            raise error
+            raise discarded
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -350,7 +324,7 @@ class Exchange:
             headers.append(("Content-Length", str(outbound.length)))
         headers.append(("Connection", "close"))
         try:
-            self._head = wire.serialise(outbound.method, outbound.target, self._address[3], headers)
+            self._head = serialise(outbound.method, outbound.target, self._address[3], headers)
         except ValueError as error:
             message = f"the request cannot be sent to {self._consumer}: {error}"
             raise BadRequest(message, consumer=self._consumer) from None
@@ -432,14 +406,14 @@ def _is_timeout(link: BaseException) -> bool:
 def _reason(chain: list[BaseException]) -> str:
     """What went wrong, in words that hold no address."""
     for link in chain:
-        if isinstance(link, http.client.RemoteDisconnected):
-            return "closed the connection without an answer"
+        if isinstance(link, BrokenAnswer):
+            return str(link)
+        if isinstance(link, InvalidAnswer):
+            return f"sent no valid HTTP answer: {link}"
+        if isinstance(link, ssl.SSLEOFError):
+            return "cut the connection"
         if isinstance(link, socket.gaierror):
             return "has a host name that cannot be resolved"
-        if isinstance(link, http.client.IncompleteRead):
-            return "broke off its answer"
-        if isinstance(link, http.client.HTTPException):
-            return f"sent no valid HTTP answer ({type(link).__name__})"
     for link in chain:
         if isinstance(link, OSError) and link.strerror:
             return f"could not be reached: {link.strerror}"

@@ -39,22 +39,46 @@ def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def relayable(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def declared_length(headers: Iterable[tuple[str, str]]) -> int | None:
+    """The length that an answer's Content-Length gives, in bytes; None if it has none. The same one
+    several times over is taken for one (RFC 9112 section 6.3). Raises ValueError for any other."""
+    given = [
+        text.strip(" \t")
+        for name, value in headers
+        if name.lower() == "content-length"
+        for text in value.split(",")
+    ]
+    if not all(map(_LENGTH.fullmatch, given)):
+        raise ValueError("a Content-Length that is no number of bytes")
+    lengths = set(map(int, given))
+    if len(lengths) > 1:
+        raise ValueError("several Content-Lengths that differ")
+    return lengths.pop() if lengths else None
+
+
+def relayable(status: int, headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """A consumer's answer headers as they may be handed on: end-to-end, names that are tokens,
-    values on one line, and at most one Content-Length, which the body's framing agrees with."""
+    values on one line, and at most one Content-Length, which the body's framing agrees with.
+    Raises ValueError for a length that is none."""
     listed = list(headers)
-    lengths = {value.strip() for name, value in listed if name.lower() == "content-length"}
+    length = declared_length(listed)
     chunked = any(name.lower() == "transfer-encoding" for name, _ in listed)
     kept = [
-        (name, _LINE_BREAK.sub(" ", value).replace("\0", " "))
+        (name, printable(value))
         for name, value in end_to_end(listed)
         if name.lower() != "content-length" and _TOKEN.fullmatch(name)
     ]
-    if not chunked and len(lengths) == 1 and (length := lengths.pop()).isdecimal():
-        kept.append(("Content-Length", length))
+    if length is not None and not chunked and status not in (204, 304):
+        kept.append(("Content-Length", str(length)))
     return kept
 
 
+def printable(text: str) -> str:
+    """`text` on one line, each run of control characters but tabs replaced by a space: what a proxy
+    is to do with folded lines (RFC 9112 section 5.2) and a lone CR (section 2.2)."""
+    return _CONTROLS.sub(" ", text).strip(" \t")
+
+
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_LINE_BREAK = re.compile(r"[\r\n]+[ \t]*")
-"""Obsolete line folding: a proxy is to replace it with a space (RFC 9112 section 5.2)."""
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_CONTROLS = re.compile(r"[\x00-\x08\n-\x1f\x7f]+[ \t]*")

@@ -70,6 +70,10 @@ class Proxy:
         )
         return Exchange(consumer, outbound, settings.timeouts, self._watcher, self._clock)
 
+    def send_ahead(self, exchange: Exchange) -> None:
+        """Send it already, if nobody has to wait for that; see `Exchange.send_ahead`."""
+        exchange.send_ahead(self._adapter)
+
     def send(self, exchange: Exchange) -> None:
         """Send a prepared exchange; see `Exchange.send`."""
         exchange.send(self._adapter)

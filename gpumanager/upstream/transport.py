@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Protocol
 
 import requests
 import requests.adapters
 import urllib3.exceptions
 
-from gpumanager.upstream import wire
+from gpumanager.upstream.answer import Answer
+from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
+from gpumanager.upstream.wire import Wire, connect
 
 
 class Dial(Protocol):
@@ -40,11 +42,11 @@ class Dial(Protocol):
         """What comes after it."""
 
     @property
-    def started(self) -> Any:
-        """A socket over which the request was sent already; None if there is none."""
+    def begun(self) -> Answer | None:
+        """The answer to come, if the request was sent ahead."""
 
-    def connected(self, sock: Any) -> None:
-        """The socket is open. May raise OSError to end the exchange at once."""
+    def connected(self, wire: Wire) -> None:
+        """The connection is open, and TLS yet to begin. May raise OSError to end the exchange."""
 
 
 class _CurrentDial(threading.local):
@@ -67,30 +69,54 @@ def dialling(dial: Dial) -> Iterator[None]:
 class _OneShot:
     """In the place of one of urllib3's pools."""
 
-    def urlopen(self, *, method: str, timeout: Any, **_: Any) -> wire.Answer:
+    def urlopen(self, *, method: str, timeout: Any, **_: Any) -> Answer:
         """Make the current dial's exchange up to the head of the answer."""
         dial = _current.dial
         if dial is None:
             raise RuntimeError("a request outside of an exchange")
-        sock, sent = dial.started, dial.started is not None
-        if not sent:
-            host, port, tls = dial.address
-            try:
-                sock = wire.connect(host, port, tls=tls, timeout=timeout.connect_timeout)
-            except TimeoutError as error:
-                raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
+        answer = dial.begun
+        if answer is not None:
+            answer.await_head()
+            return answer
+        wire = _connected(dial, timeout.connect_timeout)
         try:
-            dial.connected(sock)
-            if not sent:
-                wire.send(sock, dial.head, dial.body)
-            return wire.Answer(sock, method)
+            answer = Answer(wire, method)
+            wire.send(dial.head, dial.body, answer.hear)
+            answer.await_head()
         except BaseException:
-            sock.close()
+            wire.close()
             raise
+        return answer
+
+
+def _connected(dial: Dial, timeout: float) -> Wire:
+    host, port, tls = dial.address
+    try:
+        wire = connect(host, port, timeout=timeout, tls=tls)
+        try:
+            dial.connected(wire)
+        except BaseException:
+            wire.close()
+            raise
+    except TimeoutError as error:
+        raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
+    return wire
 
 
 class OneShotAdapter(requests.adapters.HTTPAdapter):
     """A `requests` adapter whose connections serve one exchange each. Safe from any thread."""
+
+    def send_ahead(self, dial: Dial, method: str, timeout: float) -> Answer | None:
+        """Send a request that `send` is going to be called for, and not wait for its answer. None,
+        and nothing was sent, if there is no connection within `timeout` seconds."""
+        try:
+            wire = _connected(dial, timeout)
+        except (OSError, urllib3.exceptions.ConnectTimeoutError):
+            return None
+        answer = Answer(wire, method)
+        with suppress(OSError, InvalidAnswer, BrokenAnswer):  # `await_head` will say it
+            wire.send(dial.head, dial.body, answer.hear)
+        return answer
 
     def get_connection_with_tls_context(self, *_: Any, **__: Any) -> Any:
         return _ONE_SHOT

@@ -76,6 +76,16 @@ class OneSendTask(WSGITask):
         self.content_bytes_written += len(data)
         self.channel.write_soon(head + data)
 
+    def finish(self) -> None:
+        """The end of the answer: to HEAD none of the chunks that its head speaks of, not even the
+        last one."""
+        request: Any = self.request
+        if request.command == "HEAD":
+            if not self.wrote_header:
+                self.write(b"")
+            self.chunked_response = False
+        super().finish()
+
     def _hand_over(self, rest: Remainder) -> None:
         if not self.wrote_header:
             super().write(b"")

@@ -246,7 +246,7 @@ class JobRunner:
                 begin()
             except BrokerError:
                 return False  # the job's own thread will be told the same
-            exchange.start()
+            self._proxy.send_ahead(exchange)
             return True
 
         try:

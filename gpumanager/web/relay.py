@@ -13,6 +13,7 @@ from flask import Response
 from gpumanager.errors import BrokerError, ClientGone
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
 from gpumanager.web.answering import Remainder
+from gpumanager.web.boundary import error_response
 from gpumanager.web.server import pending_output, reset_when_closed
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ class RelayedResponse(Response):
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         exchange = self._exchange
+        try:
+            exchange.take_in()
+        except BrokerError as error:
+            # It broke off before its first byte, and nothing was handed on: an envelope can be.
+            self._on_break(error)
+            self._on_end()
+            return error_response(error, environ)(environ, start_response)
         write = start_response(f"{exchange.status} {exchange.reason}", exchange.headers)
         if not exchange.ready():
             # The head goes out now: servers send it with the first bytes of the body only.

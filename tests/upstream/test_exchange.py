@@ -13,7 +13,7 @@ import pytest
 from gpumanager.clock import SystemClock
 from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerUnreachable
-from gpumanager.upstream.exchange import START_BYTES, Exchange, Outbound
+from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.watcher import Watcher
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
@@ -141,7 +141,7 @@ def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
         peer.send(answer(b"hi"))
 
     with ScriptedConsumer(script) as consumer, closing(exchange(consumer.url, b"hello", 5)) as one:
-        one.start()
+        one.send_ahead(OneShotAdapter())
         assert arrived.wait(10)
         assert one.reached
         one.send(OneShotAdapter())
@@ -153,7 +153,7 @@ def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
     ("host", "body"),
     [
         ("localhost", io.BytesIO(b"hello")),
-        ("localhost", b"x" * (START_BYTES + 1)),
+        ("localhost", b"x" * (AHEAD_BYTES + 1)),
         ("192.0.2.1", b"hello"),
         ("gpu-box.example", b"hello"),
     ],
@@ -161,14 +161,14 @@ def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
 )
 def test_what_could_make_it_wait_is_left_to_its_owner(host: str, body: bytes | IO[bytes]) -> None:
     one = exchange(f"http://{host}:9", body, 5)
-    one.start()
-    assert one.started is None
+    one.send_ahead(OneShotAdapter())
+    assert one.begun is None
     assert not one.reached
 
 
 def test_a_consumer_that_is_gone_is_told_to_the_owner() -> None:
     one = exchange(f"http://127.0.0.1:{free_port()}")
-    one.start()
+    one.send_ahead(OneShotAdapter())
     with pytest.raises(ConsumerUnreachable, match="refused"):
         one.send(OneShotAdapter())
 
@@ -176,9 +176,11 @@ def test_a_consumer_that_is_gone_is_told_to_the_owner() -> None:
 def test_one_that_was_started_and_never_gone_on_with_is_closed() -> None:
     with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
         one = exchange(consumer.url)
-        one.start()
+        one.send_ahead(OneShotAdapter())
         one.close()
-        assert one.started.fileno() == -1
+        assert one.begun is not None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            one.begun.await_head()
 
 
 def test_one_that_was_aborted_after_its_start_says_so() -> None:
@@ -189,7 +191,7 @@ def test_one_that_was_aborted_after_its_start_says_so() -> None:
         ScriptedConsumer(script) as consumer,
         closing(exchange(consumer.url)) as one,
     ):
-        one.start()
+        one.send_ahead(OneShotAdapter())
         one.abort(ClientGone("left"))
         with pytest.raises(ClientGone):
             one.send(OneShotAdapter())
