@@ -45,8 +45,7 @@ class Times:
 class Figures:
     """What was learned of one consumer; None where nothing was yet. `peak_mib` is the most that
     its recent jobs held, `residue_mib` what it keeps after an unload: seen when one was waited for
-    to its end, and less if less was seen since. `kept_mib` is what it kept after its latest unload,
-    however that ended.
+    to its end, and less if less was seen since. `kept_mib` is what it kept after its latest unload.
 
     `cold_s` is how long jobs took that loaded their consumer themselves, `run_s` all others. What
     the former took longer than a usual run counts as a load.
@@ -134,8 +133,8 @@ class Learned:
 
     def unloaded(self, name: str, seconds: float, kept_mib: int | None, until: float = 0.0) -> None:
         """It was unloaded, and kept `kept_mib`; None where that was not measured. Where more of
-        it may come back until `until` (monotonic seconds; infinity: it gave nothing back), that
-        is what it keeps only if it still does then."""
+        it may come back until `until` (monotonic seconds), that is what it keeps only if it still
+        does then."""
         self._took(name, "unload_s", seconds)
         with self._lock:
             record = self._records[name]

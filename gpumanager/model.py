@@ -148,7 +148,9 @@ class ConsumerState:
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
     `parked` is set while the broker has stopped it to take its memory back; `quarantine` says
-    why it is not asked to release memory any more, empty if it is. `residency_version` changes
+    why it is not asked to release memory now, empty if it is; that lasts until `quarantine_until`,
+    or until it holds no more than `quarantine_mib`. `leaks` counts how often in a row it gave
+    nothing back. `residency_version` changes
     with every load, unload, start and end of a job, so that a probe that began before cannot
     overwrite what it did not see.
     """
@@ -169,6 +171,9 @@ class ConsumerState:
     on_cpu: tuple[str, ...] = ()
     parked: Parked | None = None
     quarantine: str = ""
+    quarantine_until: float = 0.0
+    quarantine_mib: int = 0
+    leaks: int = 0
     health_since: float | None = None
     pinned: bool | None = None
 

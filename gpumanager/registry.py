@@ -26,6 +26,12 @@ class InUse(Exception):
         self.name = name
 
 
+FIRST_QUARANTINE_S = 60.0
+LONGEST_QUARANTINE_S = 3600.0
+"""For how long one that gave nothing back is not asked again, the first time and at most; twice as
+long each time."""
+
+
 class Registry:
     """The live state of every consumer, and of the GPU. Safe from any thread.
 
@@ -162,9 +168,9 @@ class Registry:
         def change(state: ConsumerState) -> ConsumerState:
             loaded, resident, outdated = state.loaded, state.resident_mib, True
             assumed = None if worked else state.assumed
-            quarantine = state.quarantine
+            quarantine, leaks = state.quarantine, state.leaks
             if process_gone:
-                loaded, resident, outdated, quarantine = False, 0, False, ""
+                loaded, resident, outdated, quarantine, leaks = False, 0, False, "", 0
                 assumed = None
             elif unloaded is not None:
                 loaded, resident = unloaded.loaded, unloaded.resident_mib
@@ -179,6 +185,7 @@ class Registry:
                 resident_mib=resident,
                 report_outdated=outdated,
                 quarantine=quarantine,
+                leaks=leaks,
                 residency_version=state.residency_version + 1,
             )
 
@@ -232,6 +239,7 @@ class Registry:
                 on_cpu=(),
                 parked=parked,
                 quarantine="",
+                leaks=0,
                 residency_version=state.residency_version + 1,
             ),
         )
@@ -261,10 +269,36 @@ class Registry:
             if state.parked is not None
         }
 
-    def quarantine(self, name: str, reason: str) -> None:
-        """It did not release memory that it was asked to: it is not asked again, until its
-        process ends, or the reason is lifted with an empty one."""
-        self._change(name, lambda state: replace(state, quarantine=reason))
+    def quarantine(self, name: str, reason: str, ends_mib: int = CONTEXT_MIB) -> float:
+        """It did not release memory that it was asked to: it is not asked again for a while,
+        longer each time, or until it is seen to hold no more than `ends_mib`, or its process
+        ends. Returns for how many seconds."""
+        now = self._clock.monotonic()
+
+        def change(state: ConsumerState) -> ConsumerState:
+            seconds = min(LONGEST_QUARANTINE_S, FIRST_QUARANTINE_S * 2**state.leaks)
+            return replace(
+                state,
+                quarantine=reason,
+                quarantine_until=now + seconds,
+                quarantine_mib=ends_mib,
+                leaks=state.leaks + 1,
+            )
+
+        self._change(name, change)
+        return self._consumers[name].quarantine_until - now
+
+    def release(self, name: str) -> None:
+        """It released its memory after all, or an operator wants it asked: no quarantine."""
+        if self._consumers[name].leaks:
+            self._change(name, lambda state: replace(state, quarantine="", leaks=0))
+
+    def end_quarantines(self) -> None:
+        """Those whose time is over may be asked again."""
+        now = self._clock.monotonic()
+        for name, state in self._consumers.items():
+            if state.quarantine and now >= state.quarantine_until:
+                self._change(name, lambda state: replace(state, quarantine=""))
 
     def pin(self, name: str, pinned: bool) -> None:
         """An operator's word, for as long as the broker runs: never evict it, or do so again."""
@@ -337,6 +371,7 @@ class Registry:
                 resident_mib=0,
                 on_cpu=(),
                 quarantine="",
+                leaks=0,
                 residency_version=version,
             )
 

@@ -254,6 +254,22 @@ def test_a_quarantine_ends_with_the_process(how: str) -> None:
     assert registry.get("mvoice").quarantine == ""
 
 
+def test_a_quarantine_ends_by_itself_and_lasts_longer_each_time() -> None:
+    registry, clock = make()
+    lasted = []
+    for _ in range(8):
+        lasted.append(registry.quarantine("mvoice", "gave nothing back"))
+        clock.advance(lasted[-1] - 1)
+        registry.end_quarantines()
+        assert registry.get("mvoice").quarantine
+        clock.advance(1)
+        registry.end_quarantines()
+        assert registry.get("mvoice").quarantine == ""
+    assert lasted == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    registry.release("mvoice")
+    assert registry.quarantine("mvoice", "again") == 60
+
+
 def test_what_is_on_the_cpu_is_forgotten_with_the_model() -> None:
     registry, _ = make()
     registry.probe_succeeded("mvoice", ProbeReport(True, 1, ("big",)), seen_version=0)

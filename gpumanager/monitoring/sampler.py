@@ -65,8 +65,8 @@ class Sampler:
 
     def _learn(self, reading: MemoryReading) -> None:
         """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
-        an upper bound of what they keep; and one that could not release its memory, but holds
-        hardly any now, may be asked again."""
+        an upper bound of what they keep; and one that did not release its memory in time, but
+        most of it since, may be asked again."""
         for name, state in self._registry.snapshot().items():
             mib = reading.measured_mib(name)
             if mib is None:
@@ -77,5 +77,5 @@ class Sampler:
                 self._registry.confirm(name)
             if not state.loaded and not state.active and not state.busy and state.parked is None:
                 self._learned.kept(name, mib, self._clock.monotonic())
-            if state.quarantine and mib <= CONTEXT_MIB:
-                self._registry.quarantine(name, "")
+            if state.quarantine and mib <= state.quarantine_mib:
+                self._registry.release(name)

@@ -16,7 +16,7 @@ from gpumanager.clock import Clock
 from gpumanager.config import Config, Rung, Settled
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.learning import Learned
-from gpumanager.model import MemoryReading, Parked, ProbeReport
+from gpumanager.model import CONTEXT_MIB, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import usable
 from gpumanager.scheduling.interface import Release, Ticket
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 STABLE_S = 0.5
 """A release that has begun is over once nothing changed for so long: most land in one step, some
 in two."""
+
+MOST = 0.5
+"""Of what was expected: if so much has come back in the end, it was slow, and no leak."""
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.1
@@ -151,14 +154,20 @@ class Evictor:
             release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
             self._take_note(name, rung, release, ticket.job.consumer)
             if release.outcome != "leaked":
+                self._registry.release(name)
                 return release
         if release is not None and release.certain:
             held = release.residue_mib
             kept = "" if held is None else f", and holds {held} MiB"
             reason = f"gave back {release.mib} of {release.expected_mib} MiB"
             reason += f" after {', '.join(tried)}{kept}"
-            self._registry.quarantine(name, reason)
-            log.warning("quarantined", extra={"consumer": name, "reason": reason})
+            most = round(MOST * release.expected_mib)
+            ends_mib = max(CONTEXT_MIB, (held or 0) + release.mib - most)
+            seconds = self._registry.quarantine(name, reason, ends_mib)
+            log.warning(
+                "quarantined",
+                extra={"consumer": name, "reason": reason, "seconds": round(seconds)},
+            )
         return release
 
     def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
@@ -239,9 +248,8 @@ class Evictor:
             delay = min(LONGEST_POLL_S, 2 * delay)
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
-        kept = release.residue_mib if rung.http else None
-        until = math.inf if release.outcome == "leaked" else release.more_until
-        self._learned.unloaded(name, release.seconds, kept, until)
+        kept = release.residue_mib if rung.http and release.outcome != "leaked" else None
+        self._learned.unloaded(name, release.seconds, kept, release.more_until)
         log.log(
             logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,
             "evicted",

@@ -141,7 +141,7 @@ class RoomMaker:
             raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
         if self._registry.get(name).active:  # only where nobody holds the GPU alone
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
-        self._registry.quarantine(name, "")
+        self._registry.release(name)
         resident = self._census.resident(name, self._registry.get(name), self._measure())
         release = self._evict(resident, ticket)
         if release is None:
@@ -248,6 +248,7 @@ class RoomMaker:
             ticket.pause(0)
 
     def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
+        self._registry.end_quarantines()
         return self._census.plan(
             target, self._registry.snapshot(), self._measure(), tried, self._clock.monotonic()
         )

@@ -500,6 +500,7 @@ def _schemas() -> dict[str, Any]:
                 "breaker_since": _TIME,
                 "parked": {"enum": ["unit", "container", "signal", "checkpoint"]},
                 "quarantine": text,
+                "quarantine_until": _TIME,
                 "on_cpu": {"type": "array", "items": text},
             },
         ),

@@ -132,6 +132,7 @@ class StatusView:
             view["parked"] = state.parked.rung
         if state.quarantine:
             view["quarantine"] = state.quarantine
+            view["quarantine_until"] = self._time(state.quarantine_until)
         if state.on_cpu:
             view["on_cpu"] = list(state.on_cpu)
         if state.last_used is not None:
