@@ -118,6 +118,7 @@ class Broker:
             sampler.look,
             admission.check,
             clock,
+            self._upcoming,
         )
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         self._completions = Completions(calls, clock)
@@ -248,6 +249,9 @@ class Broker:
                 self._tracing.close()
             if self._state is not None:
                 self._state.save()
+
+    def _upcoming(self) -> tuple[str, ...]:
+        return self.scheduler.upcoming()  # which is made around it
 
     def _end(self) -> None:
         self.lifecycle.end()  # which is made after the routes

@@ -685,7 +685,8 @@ class EventsConfig(_Model):
 
 class Config(_Model):
     """The broker. Intervals and `drain_timeout` (for a running job at shutdown) in seconds;
-    `eviction` is how victims are chosen: least recently used, or by what their reload costs.
+    `eviction` is how victims are chosen whom the queue does not want: least recently used, or by
+    what their reload costs.
     `default_resident` are loaded again after `restore_after` seconds of quiet. `state_file` holds
     what was learned; none: a file in the user's state directory. `allowed_hosts` are names beside
     the loopback ones that clients on this machine may use."""

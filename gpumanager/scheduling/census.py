@@ -3,8 +3,9 @@ the decisions, from the config, the registry and what was learned. Makes no call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from statistics import median
 
 from gpumanager.config import Config, ConsumerConfig, Rung
 from gpumanager.learning import Figures, Learned
@@ -13,7 +14,10 @@ from gpumanager.model import ConsumerState, MemoryReading
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
 RELOAD_S = 5.0
-"""Taken for the time to load a consumer that was never seen to load."""
+"""Taken for the time to load a consumer that was never seen to load, where nobody was."""
+
+LEAST_RELOAD_S = 1.0
+"""Loads that take less than this cost the same: what they differ by is chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +75,24 @@ class Census:
         reading: MemoryReading | None,
         tried: Set[str],
         now: float,
+        queue: Sequence[str] = (),
     ) -> Look:
-        """What making room for the next job of `target` takes. Those in `tried` may not go.
+        """What making room for the next job of `target` takes. Those in `tried` may not go;
+        `queue` is whose jobs wait behind it.
 
         A guess may cost an eviction, never a refusal: where the room would not be enough even
         without all that may go, but would be if what is only assumed turns out well, they all
         go, and the job is tried.
         """
-        look = self._plan(target, states, reading, tried, now)
+        look = self._plan(target, states, reading, tried, now, queue)
         if not look.plan.in_vain:
             return look
         # What was seen to stay once may come back this time.
-        again = self._plan(target, states, reading, tried, now, hopeful=True)
+        again = self._plan(target, states, reading, tried, now, queue, hopeful=True)
         if not again.plan.in_vain:
             return again
-        best = self._plan(target, _hopeful(states, target), reading, tried, now, hopeful=True)
-        if best.plan.in_vain:
+        luck = _hopeful(states, target)
+        if self._plan(target, luck, reading, tried, now, queue, hopeful=True).plan.in_vain:
             return look
         spared = {target, *self._config.consumers[target].can_coexist_with}
         may_go = tuple(
@@ -103,23 +109,38 @@ class Census:
         reading: MemoryReading | None,
         tried: Set[str],
         now: float,
+        queue: Sequence[str],
         *,
         hopeful: bool = False,
     ) -> Look:
-        consumer = self._config.consumers[target]
         balance = self.balance(states, reading, target)
-        own = held(target, states[target], consumer.vram_resident_mib, reading)
-        needed = self.needed(target, balance)
+        demand = self.demand(target, states[target], reading, balance)
         if balance.source == "unknown":
-            return Look(target, Plan(fits=True), needed, own.surely_mib, balance)
-        plan = plan_eviction(
-            Demand(target, needed, own.surely_mib, frozenset(consumer.can_coexist_with)),
-            self.residents(states, reading, tried, hopeful=hopeful),
-            balance.free_mib - self._config.gpu.reserved_mib,
-            order=self._config.eviction,
-            now=now,
-        )
-        return Look(target, plan, needed, own.surely_mib, balance)
+            plan = Plan(fits=True)
+        else:
+            waiting = {
+                name: self.demand(name, states[name], reading, balance)
+                for name in dict.fromkeys(queue)
+                if name in self._config.consumers  # a reload may have taken it away
+            }
+            plan = plan_eviction(
+                demand,
+                self.residents(states, reading, tried, hopeful=hopeful),
+                balance.free_mib - self._config.gpu.reserved_mib,
+                order=self._config.eviction,
+                now=now,
+                upcoming=[waiting[name] for name in queue if name in waiting],
+            )
+        return Look(target, plan, demand.needed_mib, demand.held_mib, balance)
+
+    def demand(
+        self, name: str, state: ConsumerState, reading: MemoryReading | None, now: Balance
+    ) -> Demand:
+        """What a job of a consumer needs."""
+        consumer = self._config.consumers[name]
+        own = held(name, state, consumer.vram_resident_mib, reading)
+        spared = frozenset(consumer.can_coexist_with)
+        return Demand(name, self.needed(name, now), own.surely_mib, spared)
 
     def _declared(self) -> dict[str, int]:
         return {name: each.vram_resident_mib for name, each in self._config.consumers.items()}
@@ -143,8 +164,21 @@ class Census:
     ) -> list[Resident]:
         """All consumers as the choice of victims sees them. Those in `tried` may not go;
         `hopeful` takes none to keep anything but what is declared."""
+        seen = {
+            name: max(LEAST_RELOAD_S, times.p50)
+            for name in self._config.consumers
+            if (times := self._learned.figures(name).load_s) is not None
+        }
+        guess = median(seen.values()) if seen else RELOAD_S
         return [
-            self.resident(name, states[name], reading, tried, hopeful=hopeful)
+            self.resident(
+                name,
+                states[name],
+                reading,
+                tried,
+                hopeful=hopeful,
+                reload_s=seen.get(name, guess),
+            )
             for name in self._config.consumers
         ]
 
@@ -156,6 +190,7 @@ class Census:
         tried: Set[str] = frozenset(),
         *,
         hopeful: bool = False,
+        reload_s: float = 0.0,
     ) -> Resident:
         """One of them."""
         consumer = self._config.consumers[name]
@@ -168,7 +203,7 @@ class Census:
             priority=consumer.priority,
             evictable=_evictable(consumer, state) and name not in tried,
             floor_mib=_floor(consumer, state, figures, hopeful=hopeful),
-            reload_s=RELOAD_S if figures.load_s is None else figures.load_s.p50,
+            reload_s=reload_s,
         )
 
 

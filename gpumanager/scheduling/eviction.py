@@ -58,6 +58,9 @@ class Evicting:
     def line(self) -> tuple[LineEntry, ...]:
         return self._inner.line()
 
+    def upcoming(self) -> tuple[str, ...]:
+        return self._inner.upcoming()
+
     def wait_estimate(self) -> float:
         return self._inner.wait_estimate()
 

@@ -85,6 +85,10 @@ class Scheduler(Protocol):
     def line(self) -> tuple[LineEntry, ...]:
         """Who runs and who waits, in the order of the tickets, as of one instant."""
 
+    def upcoming(self) -> tuple[str, ...]:
+        """Whose jobs wait, in the order in which they will be granted as things stand: the first
+        ones, and only those that take memory."""
+
     def wait_estimate(self) -> float:
         """Seconds until a job that came now is expected to be granted."""
 
@@ -128,12 +132,14 @@ class Release:
 @dataclass(frozen=True, slots=True)
 class PlannedVictim:
     """A consumer that would be unloaded, and the MiB that gives back. `last_used` is monotonic
-    seconds, None if it had no job yet; `reload_s` how long it takes to load again."""
+    seconds, None if it had no job yet; `reload_s` how long it takes to load again; `wanted` the
+    place of its first job in the queue, counted from 1, None if none of its jobs waits."""
 
     name: str
     mib: int
     last_used: float | None
     reload_s: float
+    wanted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 _LONGEST_RETRY_S = 300.0
 _LONGEST_BEGIN_S = 5.0
 """Between two looks at whether a job was begun; it takes a fraction of a millisecond."""
+
+_UPCOMING = 100
+"""Jobs of the queue that are told of; what comes later hardly matters for who must go now."""
 
 
 class Line:
@@ -94,6 +98,11 @@ class Line:
                 )
             ]
             return (*running, *waiting)
+
+    def upcoming(self) -> tuple[str, ...]:
+        with self._lock:
+            takes = (place.job for place in self._waiting.values() if place.job.makes_room)
+            return tuple(job.consumer for job in islice(takes, _UPCOMING))
 
     def wait_estimate(self) -> float:
         with self._lock:

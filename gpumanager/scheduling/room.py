@@ -46,7 +46,7 @@ class RoomMaker:
     """Evicts until the next job's consumer fits, then has it loaded.
 
     `measure` returns a fresh reading of the card, or None where it cannot be measured; `admit`
-    raises if the consumer is known to be broken.
+    raises if the consumer is known to be broken; `upcoming` tells whose jobs wait, in their order.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class RoomMaker:
         measure: Callable[[], MemoryReading | None],
         admit: Callable[[str], None],
         clock: Clock,
+        upcoming: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -68,6 +69,7 @@ class RoomMaker:
         self._measure = measure
         self._admit = admit
         self._clock = clock
+        self._upcoming = upcoming
         self._evictor = Evictor(config, registry, learned, controls, parks, measure, clock)
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
@@ -160,13 +162,19 @@ class RoomMaker:
 
     def preview(self, target: str) -> Preview:
         """What making room for `target` would do now. Acts on nothing."""
-        now, state = self._look(target), self._registry.get(target)
+        now, state, queue = self._look(target), self._registry.get(target), self._upcoming()
         lazy = self._config.consumers[target].load is None
         return Preview(
             consumer=target,
             fits=now.plan.fits,
             victims=tuple(
-                PlannedVictim(each.name, each.yield_mib, each.last_used, each.reload_s)
+                PlannedVictim(
+                    each.name,
+                    each.yield_mib,
+                    each.last_used,
+                    each.reload_s,
+                    queue.index(each.name) + 1 if each.name in queue else None,
+                )
                 for each in now.plan.victims
             ),
             short_mib=now.plan.short_mib,
@@ -250,7 +258,12 @@ class RoomMaker:
     def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
         self._registry.end_quarantines()
         return self._census.plan(
-            target, self._registry.snapshot(), self._measure(), tried, self._clock.monotonic()
+            target,
+            self._registry.snapshot(),
+            self._measure(),
+            tried,
+            self._clock.monotonic(),
+            self._upcoming(),
         )
 
     def _evict(

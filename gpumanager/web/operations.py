@@ -12,7 +12,7 @@ from gpumanager.errors import ClientGone, NoConsumer, NotFound
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
-from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
+from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
 from gpumanager.watcher import Watcher
 from gpumanager.web.jobs import ClientWatch
 from gpumanager.web.place import Place, Places
@@ -119,7 +119,7 @@ class Operations:
                 {
                     "consumer": victim.name,
                     "mib": victim.mib,
-                    "why": self._why(victim.last_used, victim.reload_s),
+                    "why": self._why(victim),
                     "estimate_ms": round(unload_s[victim.name] * 1000),
                 }
                 for victim in now.victims
@@ -132,12 +132,14 @@ class Operations:
             },
         }
 
-    def _why(self, last_used: float | None, reload_s: float) -> str:
+    def _why(self, victim: PlannedVictim) -> str:
         idle = "never used"
-        if last_used is not None:
-            idle = f"idle for {self._clock.monotonic() - last_used:.0f} s"
+        if victim.last_used is not None:
+            idle = f"idle for {self._clock.monotonic() - victim.last_used:.0f} s"
+        if victim.wanted is not None:
+            return f"its next job is number {victim.wanted} in the queue, {idle}"
         if self._config.eviction == "cost":
-            return f"cheapest to reload for what it frees: {reload_s:.1f} s, {idle}"
+            return f"costs least to reload: {victim.reload_s:.1f} s, {idle}"
         return f"least recently used: {idle}"
 
     def _unload_s(self, name: str) -> float:

@@ -476,6 +476,21 @@ def test_retry_after_follows_what_jobs_really_take() -> None:
     assert refused.value.retry_after == pytest.approx(16, rel=0.01)
 
 
+@pytest.mark.parametrize("make", [locked, evicting])
+def test_it_tells_whose_jobs_come_next(make: Make) -> None:
+    scheduler = build(make, max_queue=200)
+    first = scheduler.enqueue(job("first"))
+    scheduler.enqueue(job("a"))
+    scheduler.enqueue(job("b", makes_room=False))
+    scheduler.enqueue(job("c"))
+    assert scheduler.upcoming() == ("a", "c")
+    for _ in range(150):
+        scheduler.enqueue(job("a"))
+    assert len(scheduler.upcoming()) == 100
+    first.close()
+    assert scheduler.upcoming()[0] == "c"
+
+
 def test_the_line_tells_positions_and_when_each_turn_is_expected() -> None:
     clock = FakeClock()
     scheduler = build(locked, clock=clock)

@@ -27,6 +27,7 @@ from gpumanager.errors import (
 from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import InUse, Registry
+from gpumanager.scheduling.census import Census
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.room import RoomMaker
@@ -86,8 +87,10 @@ class Bench:
         }
         self.live = LiveConfig(parse_config(yaml.safe_dump(config)))
         self.config = self.live.seen
+        self.queue: list[str] = []
         self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
         self.learned = Learned(consumers)
+        self.census = Census(self.config, self.learned)
         admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
         self.room = RoomMaker(
             self.config,
@@ -98,6 +101,7 @@ class Bench:
             self.measure,
             admission.check,
             self.clock,
+            lambda: self.queue,
         )
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
 
@@ -432,8 +436,35 @@ def test_one_that_is_spared_is_never_unloaded() -> None:
     assert bench.calls == ["unload victim"]
 
 
+def test_whose_job_waits_is_not_unloaded_for_another() -> None:
+    bench = Bench(THREE, total=9500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.queue = ["tts", "removed by a reload"]
+    (victim,) = bench.room.preview("llm").victims
+    assert (victim.name, victim.wanted) == ("stt", None)
+    bench.queue = ["tts", "stt"]
+    (victim,) = bench.room.preview("llm").victims
+    assert (victim.name, victim.wanted) == ("stt", 2)
+    bench.make_room("llm")
+    assert bench.calls == ["unload stt"]
+
+
+def test_one_that_was_never_seen_to_load_is_taken_to_load_as_the_others_do() -> None:
+    bench = Bench(THREE, total=24000)
+
+    def reload_s() -> dict[str, float]:
+        residents = bench.census.residents(bench.registry.snapshot(), None)
+        return {each.name: each.reload_s for each in residents}
+
+    assert reload_s() == {"tts": 5, "stt": 5, "llm": 5}
+    bench.learned.loaded("tts", 0.01)  # too little to tell it from any other
+    bench.learned.loaded("llm", 9)
+    assert reload_s() == {"tts": 1, "stt": 5, "llm": 9}
+
+
 def test_an_unload_that_fails_leaves_the_next_to_try() -> None:
-    bench = Bench(THREE, total=8500)
+    bench = Bench(THREE, total=9300)  # without either of them it fits
     bench.resident("stt", used=50)
     bench.resident("tts", used=10)
     bench.failing["stt"] = ConsumerUnreachable("stt answered 500")
