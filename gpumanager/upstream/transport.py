@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FunctionType
 from typing import IO, Any, Protocol
 
 import requests
@@ -108,7 +109,12 @@ class OneShotAdapter(requests.adapters.HTTPAdapter):
 
     def send_ahead(self, dial: Dial, method: str, timeout: float) -> Answer | None:
         """Send a request that `send` is going to be called for, and not wait for its answer. None,
-        and nothing was sent, if there is no connection within `timeout` seconds."""
+        and nothing was sent, if there is no connection within `timeout` seconds, or if `send` is
+        no longer that of `requests`: whoever put himself there, as mocks do, is to see the request
+        before the consumer does, or instead of it."""
+        send = type(self).send
+        if not isinstance(send, FunctionType) or send.__globals__ is not vars(requests.adapters):
+            return None
         try:
             wire = _connected(dial, timeout)
         except (OSError, urllib3.exceptions.ConnectTimeoutError):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import requests
 import responses
 from flask.testing import FlaskClient
 
 from gpumanager.app import Broker
 from gpumanager.config import parse_config
 from tests.support.broker import config_for
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 URL = "http://127.0.0.1:8766"
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -208,3 +213,62 @@ def test_no_more_audio_at_once_than_there_are_threads_for(
     for reply in held:
         reply.close()
     assert client.get("/audio/a.wav").status_code == 200
+
+
+def spoken(broker: Broker) -> bytes:
+    """What a job is answered."""
+    with broker.flask.test_client().post("/v1/tts", json={}) as reply:
+        return bytes(reply.data)
+
+
+def test_what_is_mocked_never_reaches_the_consumer_a_waiting_job_neither() -> None:
+    """Whoever hands the GPU over sends the next job's request; not past a mock."""
+    release, running = threading.Event(), threading.Event()
+
+    def hold(request: Any) -> tuple[int, dict[str, str], str]:
+        running.set()
+        assert release.wait(PATIENCE_S)
+        return 200, {}, "mocked"
+
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"real"))) as consumer:
+        broker = Broker(parse_config(config_for(consumer.url)), card=NoCard())
+
+        with responses.RequestsMock() as mock:
+            mock.add_callback("POST", f"{consumer.url}/api/tts", hold)
+            jobs = [Outcome(lambda: spoken(broker)) for _ in range(3)]
+            assert running.wait(PATIENCE_S)
+            eventually(lambda: broker.scheduler.stats().queue_depth == 2)
+            release.set()
+            assert [each.result() for each in jobs] == [b"mocked"] * 3
+            assert len(mock.calls) == 3
+        assert consumer.connections == 0
+        assert spoken(broker) == b"real"
+        assert consumer.connections == 1
+
+
+def test_a_hook_around_the_adapter_sees_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tracers do it: a wrapper that calls what it wraps."""
+    order: list[str] = []
+    original = requests.adapters.HTTPAdapter.send
+
+    @functools.wraps(original)
+    def traced(self: Any, request: Any, **more: Any) -> Any:
+        order.append("seen")
+        return original(self, request, **more)
+
+    monkeypatch.setattr("requests.adapters.HTTPAdapter.send", traced)
+    release = threading.Event()
+
+    def script(peer: Connection, _: Received) -> None:
+        order.append("arrived")
+        assert release.wait(PATIENCE_S)
+        peer.send(answer(b"real"))
+
+    with ScriptedConsumer(script) as consumer:
+        broker = Broker(parse_config(config_for(consumer.url)), card=NoCard())
+        jobs = [Outcome(lambda: spoken(broker)) for _ in range(3)]
+        eventually(lambda: broker.scheduler.stats().queue_depth == 2)
+        eventually(lambda: "arrived" in order)
+        release.set()
+        assert [each.result() for each in jobs] == [b"real"] * 3
+    assert order == ["seen", "arrived"] * 3
