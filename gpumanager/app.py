@@ -49,6 +49,7 @@ from gpumanager.web.operations import Operations
 from gpumanager.web.place import Places
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
+from gpumanager.web.shortage import Shortages
 from gpumanager.web.status import StatusView
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Broker:
         self.registry = Registry(
             {name: _assumed_loaded(consumer) for name, consumer in config.consumers.items()}, clock
         )
-        self.learned = Learned(config.consumers)
+        self.learned = Learned(config.consumers, lambda: clock.now().timestamp())
         self.events = EventLog(clock)
         self._logged_events = EventHandler(self.events)
         if config.events.file is not None:
@@ -126,6 +127,7 @@ class Broker:
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
+        shortages = Shortages(config, self.registry, self.learned, sampler.look)
         jobs = JobRunner(
             self.registry,
             self.learned,
@@ -137,7 +139,7 @@ class Broker:
             self.watcher,
             clock,
             self.events,
-            look=sampler.look,
+            shortages,
             after_job=self._after_job,
         )
         self._state = (
@@ -153,7 +155,7 @@ class Broker:
             self.learned,
             self.scheduler,
             self.breakers,
-            lambda: jobs.memory_failures,
+            lambda: shortages.failures,
             clock,
             __version__,
             config_file,

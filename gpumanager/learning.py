@@ -9,24 +9,22 @@ import logging
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpumanager.footprint import REMEMBERED, Figure, Footprint, Raised, Seen, count, seconds
 from gpumanager.model import Parked
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 50
-"""Figures of each kind: enough for a p95, few enough to follow a change of models."""
+_VERSION = 2
+_READ_VERSIONS = (1, 2)
+"""In version 1 guesses and measurements were mixed, so its peaks are not taken over."""
 
-RAISE = 1.25
-"""By how much the footprint of a consumer is raised that ran out of memory, as long as nobody
-measured what it really needs."""
-
-_VERSION = 1
 _TIMES = ("load_s", "unload_s", "run_s", "cold_s")
 """`cold_s`: jobs that found their consumer not loaded, and loaded it themselves."""
 
@@ -43,15 +41,17 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was learned of one consumer; None where nothing was yet. `peak_mib` is the most that
-    its recent jobs held, `residue_mib` what it keeps after an unload: seen when one was waited for
-    to its end, and less if less was seen since. `kept_mib` is what it kept after its latest unload.
+    """What was learned of one consumer; None where nothing was yet. `peak` is the most that its
+    recent jobs held, `raised` what an out-of-memory has raised its footprint to, as long as that
+    counts, `residue_mib` what it keeps after an unload: seen when one was waited for to its end,
+    and less if less was seen since. `kept_mib` is what it kept after its latest unload.
 
     `cold_s` is how long jobs took that loaded their consumer themselves, `run_s` all others. What
     the former took longer than a usual run counts as a load.
     """
 
-    peak_mib: int | None = None
+    peak: Figure | None = None
+    raised: Raised | None = None
     residue_mib: int | None = None
     kept_mib: int | None = None
     load_s: Times | None = None
@@ -62,17 +62,17 @@ class Figures:
 
 class _Record:
     def __init__(self) -> None:
-        self.peaks: deque[int] = deque(maxlen=REMEMBERED)
-        self.current_peak = 0
+        self.footprint = Footprint()
         self.residue_mib: int | None = None
         self.releasing: tuple[float, int] | None = None
         self.times = {name: deque[float](maxlen=REMEMBERED) for name in _TIMES}
 
 
 class Learned:
-    """The figures of all consumers. Safe from any thread."""
+    """The figures of all consumers. Safe from any thread. `now` gives seconds since the epoch."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], now: Callable[[], float] = time.time) -> None:
+        self._now = now
         self._lock = threading.Lock()
         self._records = {name: _Record() for name in names}
         self._changes = 0
@@ -91,41 +91,41 @@ class Learned:
                 loads = (max(0.0, seconds - usual.p50) for seconds in record.times["cold_s"])
                 times["load_s"] = _times([*record.times["load_s"], *loads])
             return Figures(
-                peak_mib=_peak(record),
+                peak=record.footprint.peak,
+                raised=record.footprint.raised(self._now()),
                 residue_mib=record.residue_mib,
                 kept_mib=record.residue_mib if record.releasing is None else record.releasing[1],
                 **times,
             )
 
-    def needed_mib(self, name: str, declared_mib: int, most_mib: int | None) -> int:
-        """What it needs to be resident and work: the declared figure, or more, if its jobs held
-        more. Not less: a peak so far is a lower bound of the next one. Not more than `most_mib`,
-        what the card can give at all, unless that is declared."""
+    def needed(self, name: str, declared_mib: int, max_mib: int | None = None) -> Figure:
+        """What it needs to be resident and work. It is a guess, unless it is declared: it may
+        cost others an eviction, but refuses nothing. Never more than `max_mib`."""
         with self._lock:
-            learned = _peak(self._records[name]) or 0
-        if most_mib is not None:
-            learned = min(learned, most_mib)
-        return max(declared_mib, learned)
+            return self._records[name].footprint.needed(declared_mib, max_mib, self._now())
 
-    def held(self, name: str, mib: int) -> None:
-        """Its processes hold so much, during a job."""
+    def held(self, name: str, mib: int, source: Seen = "measured", *, working: bool = True) -> None:
+        """It holds so much, loaded: by the card's figures for its processes, or by its own; during
+        a job or, not `working`, at rest."""
         with self._lock:
             record = self._records[name]
             record.releasing = None
-            if mib > record.current_peak:
-                record.current_peak = mib
+            if record.footprint.saw(mib, source, self._now(), working=working):
                 self._changes += 1
 
     def ran(self, name: str, seconds: float, *, cold: bool = False) -> None:
-        """A job of it has ended. `cold`: the consumer was not loaded before it, so that loading
-        is part of what it took."""
+        """A job of it has ended well. `cold`: the consumer was not loaded before it, so that
+        loading is part of what it took."""
         with self._lock:
             record = self._records[name]
             record.times["cold_s" if cold else "run_s"].append(seconds)
-            if record.current_peak:
-                record.peaks.append(record.current_peak)
-                record.current_peak = 0
+            record.footprint.job_done(self._now())
             self._changes += 1
+
+    def failed(self, name: str) -> None:
+        """A job of it has failed: what it held meanwhile says nothing."""
+        with self._lock:
+            self._records[name].footprint.discard()
 
     def loaded(self, name: str, seconds: float) -> None:
         """It was loaded."""
@@ -138,6 +138,7 @@ class Learned:
         self._took(name, "unload_s", seconds)
         with self._lock:
             record = self._records[name]
+            record.footprint.unloaded()
             record.releasing = None
             if kept_mib is None:
                 return
@@ -165,10 +166,9 @@ class Learned:
                     record.releasing = (until, mib)
 
     def ran_out(self, name: str, needed_mib: int) -> None:
-        """A job ran out of memory although there was room for `needed_mib`: it takes more."""
+        """A job ran out of memory that needs so much at least."""
         with self._lock:
-            record = self._records[name]
-            record.peaks.append(max(record.current_peak, math.ceil(needed_mib * RAISE)))
+            self._records[name].footprint.raise_to(needed_mib, self._now())
             self._changes += 1
 
     def _took(self, name: str, what: str, seconds: float) -> None:
@@ -188,7 +188,7 @@ class Learned:
         with self._lock:
             return {
                 name: {
-                    "peaks_mib": [*record.peaks, *filter(None, [record.current_peak])],
+                    "footprint": record.footprint.as_data(),
                     "residue_mib": record.residue_mib,
                     **{
                         each: [round(seconds, 4) for seconds in record.times[each]]
@@ -205,12 +205,13 @@ class Learned:
             if name not in self._records:
                 continue
             record = _Record()
-            record.peaks.extend(_count(mib) for mib in entry["peaks_mib"])
+            if "peaks_mib" not in entry:  # as version 1 had them
+                record.footprint = Footprint.from_data(entry["footprint"], self._now())
             residue = entry["residue_mib"]
-            record.residue_mib = None if residue is None else _count(residue)
+            record.residue_mib = None if residue is None else count(residue)
             for each in _TIMES:
                 values = entry.get(each, ()) if each == "cold_s" else entry[each]  # a newer key
-                record.times[each].extend(_seconds(value) for value in values)
+                record.times[each].extend(seconds(value) for value in values)
             with self._lock:
                 self._records[name] = record
 
@@ -243,7 +244,7 @@ class StateFile:
             return {}
         try:
             data = json.loads(text)
-            if data["version"] != _VERSION:
+            if data["version"] not in _READ_VERSIONS:
                 raise ValueError(f"version {data['version']!r}")
             self._learned.restore(data["consumers"])
             parked = {
@@ -310,10 +311,6 @@ def state_path(configured: str | None, listen: str, environ: Mapping[str, str]) 
     return base / "gpumanager" / name
 
 
-def _peak(record: _Record) -> int | None:
-    return max((*record.peaks, record.current_peak)) or None
-
-
 def _times(values: Iterable[float]) -> Times | None:
     """By the nearest rank."""
     ordered = sorted(values)
@@ -321,15 +318,3 @@ def _times(values: Iterable[float]) -> Times | None:
         return None
     p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
     return Times(p50, p95, len(ordered), sum(ordered) / len(ordered))
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise ValueError(f"{value!r} is no time")
-    return float(value)

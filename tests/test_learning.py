@@ -9,44 +9,34 @@ from typing import Any
 
 import pytest
 
-from gpumanager.learning import REMEMBERED, Learned, StateFile, Times, state_path
+from gpumanager.footprint import Figure
+from gpumanager.learning import Learned, StateFile, Times, state_path
 from gpumanager.model import Parked
+
+
+def needed(learned: Learned, declared: int = 2800) -> int:
+    return learned.needed("tts", declared).mib
 
 
 def test_nothing_is_known_at_first() -> None:
     learned = Learned(["tts"])
     figures = learned.figures("tts")
-    assert (figures.peak_mib, figures.residue_mib, figures.run_s) == (None, None, None)
-    assert learned.needed_mib("tts", 2800, 24_000) == 2800
+    assert (figures.peak, figures.raised, figures.residue_mib, figures.run_s) == (None,) * 4
+    assert needed(learned) == 2800
 
 
-def test_a_peak_counts_from_the_moment_it_is_seen() -> None:
-    learned = Learned(["tts"])
+def test_what_jobs_that_went_well_held_is_learned() -> None:
+    learned = Learned(["tts"], lambda: 17.0)
     learned.held("tts", 3000)
-    learned.held("tts", 2900)
-    assert learned.needed_mib("tts", 2800, 24_000) == 3000
-    assert learned.needed_mib("tts", 4000, 24_000) == 4000  # a declaration is never undercut
-    assert learned.needed_mib("tts", 0, 24_000) == 3000  # and need not be there
-    assert learned.needed_mib("tts", 2800, 2900) == 2900  # the card has no more
-
-
-def test_old_peaks_are_forgotten() -> None:
-    learned = Learned(["tts"])
-    learned.held("tts", 9000)
     learned.ran("tts", 1)
-    for _ in range(REMEMBERED):
-        learned.held("tts", 3000)
-        learned.ran("tts", 1)
-    assert learned.figures("tts").peak_mib == 3000
-
-
-def test_running_out_raises_what_is_needed() -> None:
-    learned = Learned(["tts"])
-    learned.ran_out("tts", 3001)
-    assert learned.needed_mib("tts", 3001, None) == 3752
+    learned.held("tts", 9000)
+    learned.failed("tts")
     learned.held("tts", 8000)
-    learned.ran_out("tts", 3752)
-    assert learned.needed_mib("tts", 3001, None) == 8000
+    learned.unloaded("tts", 1, None)
+    assert learned.needed("tts", 2800) == Figure(3000, "measured", 17.0)
+    learned.ran_out("tts", 5000)
+    assert learned.needed("tts", 2800) == Figure(5000, "out-of-memory", 17.0)
+    assert learned.needed("tts", 2800, 4000) == Figure(4000, "declared")
 
 
 def test_times_by_the_nearest_rank() -> None:
@@ -100,17 +90,17 @@ def test_all_of_it_is_there_again(tmp_path: Path) -> None:
     assert StateFile(path, after, dict).load() == parked
     for name in ("tts", "llm"):
         assert after.figures(name) == before.figures(name)
-    assert after.figures("new").peak_mib is None
+    assert after.figures("new").peak is None
     assert [each.name for each in path.parent.iterdir()] == ["state.json"]
 
 
 def test_a_peak_that_no_job_has_ended_with_yet_is_kept_too(tmp_path: Path) -> None:
-    learned = Learned(["tts"])
+    learned = Learned(["tts"], lambda: 17.0)
     learned.held("tts", 3000)
     StateFile(tmp_path / "state.json", learned, dict).save()
-    after = Learned(["tts"])
+    after = Learned(["tts"], lambda: 18.0)
     StateFile(tmp_path / "state.json", after, dict).load()
-    assert after.figures("tts").peak_mib == 3000
+    assert after.figures("tts").peak == Figure(3000, "measured", 17.0)
 
 
 def test_it_is_written_only_if_there_is_something_new(tmp_path: Path) -> None:
@@ -151,31 +141,48 @@ def test_a_file_from_before_first_jobs_were_told_apart_is_read(tmp_path: Path) -
     assert learned.figures("tts").cold_s is None
 
 
+def test_guesses_of_an_older_version_are_not_taken_over(tmp_path: Path) -> None:
+    """They were never forgotten, and had consumers refused for ever."""
+    path = tmp_path / "state.json"
+    StateFile(path, filled(), dict).save()
+    data = json.loads(path.read_text())
+    data["version"] = 1
+    for entry in data["consumers"].values():
+        del entry["footprint"]
+        entry["peaks_mib"] = [7500, 9375, 11_719]
+    path.write_text(json.dumps(data))
+    learned = Learned(["tts", "llm"])
+    StateFile(path, learned, dict).load()
+    assert needed(learned) == 2800
+    assert learned.figures("tts").run_s == Times(1.5, 1.5, 1, 1.5)
+    assert learned.figures("llm").residue_mib == 400
+
+
 def test_without_a_file_nothing_is_known(tmp_path: Path) -> None:
     assert StateFile(tmp_path / "none", Learned([]), dict).load() == {}
 
 
 def broken() -> list[Any]:
-    good = {
-        "version": 1,
-        "consumers": {
-            "tts": {
-                "peaks_mib": [1],
-                "residue_mib": None,
-                "load_s": [],
-                "unload_s": [],
-                "run_s": [1],
-            }
-        },
-        "parked": {},
-    }
-    tts: Any = good["consumers"]["tts"]  # type: ignore[index]
+    footprint = {"measured": [[1, 2.0]], "reported": [], "raised": None, "patience": 20}
+    tts = {"footprint": footprint, "residue_mib": None, "load_s": [], "unload_s": [], "run_s": [1]}
+    good = {"version": 2, "consumers": {"tts": tts}, "parked": {}}
+    raised = {"mib": 1, "at": 1, "good": 1, "patience": 20}
+
+    def with_footprint(**changed: Any) -> Any:
+        return {**good, "consumers": {"tts": {**tts, "footprint": {**footprint, **changed}}}}
+
     return [
         [],
         {},
-        {**good, "version": 2},
-        {**good, "consumers": {"tts": {**tts, "peaks_mib": [-1]}}},
-        {**good, "consumers": {"tts": {**tts, "peaks_mib": [True]}}},
+        {**good, "version": 3},
+        with_footprint(measured=[[-1, 2.0]]),
+        with_footprint(measured=[[True, 2.0]]),
+        with_footprint(measured=[1]),
+        with_footprint(reported=[[1, "2"]]),
+        with_footprint(raised=5),
+        with_footprint(raised={**raised, "good": -1}),
+        with_footprint(patience=None),
+        {**good, "consumers": {"tts": {**tts, "footprint": None}}},
         {**good, "consumers": {"tts": {**tts, "run_s": ["1"]}}},
         {**good, "consumers": {"tts": {**tts, "run_s": None}}},
         {**good, "consumers": {"tts": 5}},

@@ -72,7 +72,7 @@ class Sampler:
             if mib is None:
                 continue
             if state.loaded and mib:
-                self._learned.held(name, mib)
+                self._learned.held(name, mib, working=state.active > 0)
             if state.assumed is not None and mib > CONTEXT_MIB:
                 self._registry.confirm(name)
             if not state.loaded and not state.active and not state.busy and state.parked is None:

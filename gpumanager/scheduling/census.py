@@ -10,7 +10,7 @@ from statistics import median
 from gpumanager.config import Config, ConsumerConfig, Rung
 from gpumanager.learning import Figures, Learned
 from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
-from gpumanager.model import ConsumerState, MemoryReading
+from gpumanager.model import CONTEXT_MIB, ConsumerState, MemoryReading
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
 RELOAD_S = 5.0
@@ -18,6 +18,11 @@ RELOAD_S = 5.0
 
 LEAST_RELOAD_S = 1.0
 """Loads that take less than this cost the same: what they differ by is chance."""
+
+DESKTOP_MIB = 1024
+DESKTOP_SHARE = 8
+"""What is nobody's, and no more than the first, or than one part in the second of the card, is
+taken for a desktop: it does not keep a job that is otherwise alone from being tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,12 @@ class Census:
         self._learned = learned
 
     def needed(self, name: str, now: Balance) -> int:
-        """MiB that a consumer needs to be resident and work."""
-        most = now.total_mib - self._config.gpu.reserved_mib if now.total_mib else None
-        return self._learned.needed_mib(name, self._config.consumers[name].vram_resident_mib, most)
+        """MiB that a consumer needs to be resident and work; what was only learned is no more
+        than the card has."""
+        declared = self._config.consumers[name].vram_resident_mib
+        needed = self._learned.needed(name, declared).mib
+        most = now.total_mib - self._config.gpu.reserved_mib
+        return max(declared, min(needed, most)) if now.total_mib and needed > declared else needed
 
     def balance(
         self,
@@ -81,8 +89,9 @@ class Census:
         `queue` is whose jobs wait behind it.
 
         A guess may cost an eviction, never a refusal: where the room would not be enough even
-        without all that may go, but would be if what is only assumed turns out well, they all
-        go, and the job is tried.
+        without all that may go, but would be if what is only assumed turns out well, and what
+        is declared is all that is needed, they all go, and the job is tried. So is one that will
+        be alone on the card then.
         """
         look = self._plan(target, states, reading, tried, now, queue)
         if not look.plan.in_vain:
@@ -92,7 +101,8 @@ class Census:
         if not again.plan.in_vain:
             return again
         luck = _hopeful(states, target)
-        if self._plan(target, luck, reading, tried, now, queue, hopeful=True).plan.in_vain:
+        best = self._plan(target, luck, reading, tried, now, queue, hopeful=True, declared=True)
+        if best.plan.in_vain and not self._ends_alone(look, states, reading, tried):
             return look
         spared = {target, *self._config.consumers[target].can_coexist_with}
         may_go = tuple(
@@ -112,9 +122,13 @@ class Census:
         queue: Sequence[str],
         *,
         hopeful: bool = False,
+        declared: bool = False,
     ) -> Look:
         balance = self.balance(states, reading, target)
         demand = self.demand(target, states[target], reading, balance)
+        if declared:
+            most = self._config.consumers[target].vram_resident_mib
+            demand = replace(demand, needed_mib=min(demand.needed_mib, most))
         if balance.source == "unknown":
             plan = Plan(fits=True)
         else:
@@ -141,6 +155,26 @@ class Census:
         own = held(name, state, consumer.vram_resident_mib, reading)
         spared = frozenset(consumer.can_coexist_with)
         return Demand(name, self.needed(name, now), own.surely_mib, spared)
+
+    def _ends_alone(
+        self,
+        look: Look,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        tried: Set[str],
+    ) -> bool:
+        """Whether nobody but the target and a desktop would be left on the card, once all that may
+        go have gone."""
+        others = [
+            each for each in self.residents(states, reading, tried) if each.name != look.target
+        ]
+        going = {each.name for each in candidates(others)}
+        left = [each.floor_mib if each.name in going else each.held_mib for each in others]
+        known = sum(each.mib for each in self.held(states, reading).values())
+        desktop = max(DESKTOP_MIB, look.balance.total_mib // DESKTOP_SHARE)
+        return all(mib <= CONTEXT_MIB for mib in left) and (
+            reading is None or look.balance.used_mib - known <= desktop
+        )
 
     def _declared(self) -> dict[str, int]:
         return {name: each.vram_resident_mib for name, each in self._config.consumers.items()}

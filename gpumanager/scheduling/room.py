@@ -223,7 +223,7 @@ class RoomMaker:
         if not known or not state.loaded:
             return False
         declared = self._config.consumers[target].vram_resident_mib
-        needed = self._learned.needed_mib(target, declared, None)
+        needed = self._learned.needed(target, declared).mib
         return needed <= held(target, state, declared, gpu.reading).surely_mib
 
     def _drop_the_impossible(self, target: str) -> None:

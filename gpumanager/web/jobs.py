@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpumanager.admission import Admission
@@ -34,14 +33,12 @@ from gpumanager.web.departure import Departure, StopsJobs
 from gpumanager.web.place import Place
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.shortage import Shortages
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
-
-LARGEST_FAILURE_BYTES = 64 * 1024
-"""An answer that says that memory ran out is small; what is larger is handed on unread."""
 
 _CONSUMERS_FAULTS = (ConsumerUnreachable, ConsumerTimeout)
 
@@ -137,7 +134,9 @@ class _Hold:
             process_gone=self.process_gone,
         )
         self._place.give_up()
-        if worked:
+        if not worked:
+            self._learned.failed(name)
+        else:
             self._learned.ran(name, seconds, cold=not self.before.loaded)
         self._note(seconds)
 
@@ -162,15 +161,6 @@ class _Hold:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFailures:
-    """Jobs that ran out of the card's memory: how many there were, and how many of them were
-    done in a second run."""
-
-    seen: int = 0
-    healed: int = 0
-
-
 class JobRunner:
     """Runs a prepared exchange under the scheduler."""
 
@@ -186,8 +176,8 @@ class JobRunner:
         watcher: Watcher,
         clock: Clock,
         events: EventLog,
+        shortages: Shortages,
         *,
-        look: Callable[[], object] = lambda: None,
         after_job: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
         self._events = events
@@ -200,15 +190,8 @@ class JobRunner:
         self._completions = completions
         self._watcher = watcher
         self._clock = clock
-        self._look = look
+        self._shortages = shortages
         self._after_job = after_job
-        self._lock = threading.Lock()
-        self._memory_failures = MemoryFailures()
-
-    @property
-    def memory_failures(self) -> MemoryFailures:
-        """So far."""
-        return self._memory_failures
 
     def run(
         self,
@@ -288,13 +271,18 @@ class JobRunner:
 
         try:
             send(exchange)
-            if self._ran_out(name, consumer, exchange):
+            shortage = self._shortages.in_answer(name, consumer, exchange)
+            if shortage is not None:
                 client.when_gone(lambda: ticket.cancel(_gone(name)))
-                again = self._second_try(consumer, exchange, ticket)
-                if again is not None:
+                again = exchange.again() if consumer.out_of_memory.retry else None
+                if again is None:
+                    self._shortages.not_retried(shortage)
+                elif ticket.relieve():  # the same request once more, all others having made room
                     exchange = again
                     send(exchange)
-                    self._count_second(name, consumer, exchange)
+                    second = self._shortages.in_answer(name, consumer, exchange)
+                    if second is None and exchange.status < 500:
+                        self._shortages.healed(shortage)
             job = self._taken(consumer, exchange) if followed else None
         except BaseException as error:
             hold.loaded_nothing = not exchange.reached
@@ -334,48 +322,6 @@ class JobRunner:
             finish_answer=departure.finish_answer,
         )
 
-    # -- out of memory ---------------------------------------------------------------------
-
-    def _ran_out(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> bool:
-        """Whether the answer says that the card's memory ran out; then that is learned from.
-        Nothing of it was relayed yet."""
-        signs = consumer.out_of_memory
-        if exchange.status not in signs.status:
-            return False
-        body = exchange.read_ahead(LARGEST_FAILURE_BYTES)
-        if body is None or not signs.said_in(body):
-            return False
-        self._learn_ran_out(name, consumer)
-        return True
-
-    def _learn_ran_out(self, name: str, consumer: ConsumerConfig) -> None:
-        needed = self._learned.needed_mib(name, consumer.vram_resident_mib, None)
-        self._learned.ran_out(name, needed)
-        with self._lock:
-            self._memory_failures = replace(
-                self._memory_failures, seen=self._memory_failures.seen + 1
-            )
-        log.warning("out of memory", extra={"consumer": name, "room_was_mib": needed})
-
-    def _second_try(
-        self, consumer: ConsumerConfig, exchange: Exchange, ticket: Ticket
-    ) -> Exchange | None:
-        """The same request once more, for which all others made room; None if that cannot be."""
-        if not consumer.out_of_memory.retry:
-            return None
-        again = exchange.again()
-        return again if again is not None and ticket.relieve() else None
-
-    def _count_second(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> None:
-        if self._ran_out(name, consumer, exchange):
-            return
-        self._look()  # while it holds what it really needs
-        with self._lock:
-            self._memory_failures = replace(
-                self._memory_failures, healed=self._memory_failures.healed + 1
-            )
-        log.info("out of memory healed", extra={"consumer": name})
-
     # -- asynchronous jobs -----------------------------------------------------------------
 
     def _may_be_followed(self, consumer: ConsumerConfig, exchange: Exchange) -> bool:
@@ -396,8 +342,10 @@ class JobRunner:
         hold.keep()
 
         def ended(said: bytes | None, process_gone: bool) -> None:
-            if said is not None and consumer.out_of_memory.said_in(said):
-                self._learn_ran_out(name, consumer)  # its answer has gone out: no second try
+            shortage = None if said is None else self._shortages.in_text(name, consumer, said)
+            if shortage is not None:
+                hold.failure = "out_of_memory"
+                self._shortages.not_retried(shortage)  # its answer has gone out
             hold.process_gone = process_gone
             hold.release()
             self._after_job(name)

@@ -464,10 +464,19 @@ def _schemas() -> dict[str, Any]:
                 for what in ("added", "removed", "changed", "keys")
             }
         ),
+        "Figure": _object(
+            {
+                "mib": _COUNT,
+                "source": {"enum": ["declared", "measured", "reported", "out-of-memory"]},
+            },
+            {"at": _TIME},
+        ),
         "Learned": _object(
-            {},
+            {"needed": _ref("Figure")},
             {
                 "peak_mib": _COUNT,
+                "peak": _ref("Figure"),
+                "raised": _object({"mib": _COUNT, "at": _TIME, "jobs_left": _COUNT}),
                 "residue_mib": _COUNT,
                 **dict.fromkeys(("load_ms", "unload_ms", "run_ms"), times),
             },

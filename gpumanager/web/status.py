@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
+from gpumanager.footprint import Figure
 from gpumanager.learning import Figures, Learned
 from gpumanager.ledger import Held, balance, held, plausible
 from gpumanager.model import ConsumerState, LineEntry, MemoryReading
 from gpumanager.monitoring.history import MemorySample
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler
-from gpumanager.web.jobs import MemoryFailures
 from gpumanager.web.roles import NAMELESS
+from gpumanager.web.shortage import MemoryFailures
 
 
 class StatusView:
@@ -124,7 +126,10 @@ class StatusView:
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
             "pinned": state.is_pinned(consumer.pinned),
-            "learned": _learned(self._learned.figures(name)),
+            "learned": _learned(
+                self._learned.figures(name),
+                self._learned.needed(name, consumer.vram_resident_mib),
+            ),
         }
         if state.assumed is not None:
             view["assumed"] = True
@@ -207,11 +212,31 @@ _CONSEQUENCE = {
 }
 
 
-def _learned(figures: Figures) -> dict[str, Any]:
+def _figure(figure: Figure) -> dict[str, Any]:
+    """MiB, where they come from, and when that was found."""
+    view: dict[str, Any] = {"mib": figure.mib, "source": figure.source}
+    if figure.at is not None:
+        view["at"] = _since_epoch(figure.at)
+    return view
+
+
+def _since_epoch(seconds: float) -> str:
+    return rfc3339(datetime.fromtimestamp(seconds, UTC))
+
+
+def _learned(figures: Figures, needed: Figure) -> dict[str, Any]:
     """What is known so far, times in ms."""
-    view: dict[str, Any] = {}
-    if figures.peak_mib is not None:
-        view["peak_mib"] = figures.peak_mib
+    view: dict[str, Any] = {"needed": _figure(needed)}
+    if figures.peak is not None:
+        view["peak_mib"] = figures.peak.mib
+        view["peak"] = _figure(figures.peak)
+    if figures.raised is not None:
+        raised = figures.raised
+        view["raised"] = {
+            "mib": raised.mib,
+            "at": _since_epoch(raised.at),
+            "jobs_left": raised.patience - raised.good,
+        }
     if figures.residue_mib is not None:
         view["residue_mib"] = figures.residue_mib
     times = {"load_ms": figures.load_s, "unload_ms": figures.unload_s, "run_ms": figures.run_s}

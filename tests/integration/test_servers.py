@@ -207,13 +207,25 @@ def test_a_render_without_end_gives_the_gpu_back_in_time(
 
 
 def test_a_render_that_ran_out_of_memory_is_learned_from(card: SimulatedCard) -> None:
-    with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, fakes):
-        fakes["comfyui"].set(needs=20_000)
+    consumers = {
+        "comfyui": {"fake": "comfyui", "mib": 4000},
+        "voice": {"fake": "plain", "mib": 3000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "tts").status_code == 200
+        fakes["comfyui"].set(needs=8000)
         job(broker, "image", PROMPT)
         broker.await_idle()
         failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
         assert failures == {"seen": 1, "healed": 0}  # its answer had gone out
-        assert status_of(broker, "comfyui")["learned"]["peak_mib"] == 7500
+        # 3000 of 10,000 were the voice's, so 7000 was not enough.
+        needed = status_of(broker, "comfyui")["learned"]["needed"]
+        assert (needed["mib"], needed["source"]) == (7000, "out-of-memory")
+        job(broker, "image", PROMPT)
+        broker.await_idle()
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 0}
+        assert not status_of(broker, "voice")["loaded"]
 
 
 # -- vLLM ----------------------------------------------------------------------------------------
@@ -288,6 +300,9 @@ def test_with_nobody_to_make_room_the_failure_passes(card: SimulatedCard) -> Non
         assert "CUDA out of memory" in answer.json()["error"]
         failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
         assert failures == {"seen": 1, "healed": 0}
+        # It was alone on the card: nothing that could be learned from it would help.
+        learned = status_of(broker, "voice")["learned"]
+        assert learned["needed"] == {"mib": 3000, "source": "declared"}
 
 
 def test_it_is_never_tried_a_third_time(card: SimulatedCard) -> None:
@@ -314,6 +329,65 @@ def test_healing_can_be_switched_off_and_is_learned_from_all_the_same(
         job(broker, "stt")
         fakes["voice"].set(needs=3900)
         assert job(broker, "tts").status_code == 500
+        assert job(broker, "tts").status_code == 200
+
+
+@pytest.mark.parametrize("per_process", [True, False])
+def test_requests_that_can_never_fit_do_no_harm_to_those_that_do(
+    card: SimulatedCard, per_process: bool, tmp_path: Path
+) -> None:
+    """Beside a desktop; also after a restart."""
+    card.allocate("desktop", 600)
+    card.misbehave(per_process=per_process)
+    consumers = {
+        "voice": {"fake": "plain", "mib": 6000},
+        "small": {"fake": "plain", "mib": 2000, "kind": "stt"},
+    }
+    with box(card, consumers, state_file=str(tmp_path / "state.json")) as (broker, fakes):
+        for _ in range(4):
+            assert job(broker, "stt").status_code == 200
+            fakes["voice"].set(needs=20_000)
+            assert job(broker, "tts").status_code == 500
+        fakes["voice"].set(needs=6000)
+        for _ in range(3):
+            assert job(broker, "stt").status_code == 200
+            assert job(broker, "tts").status_code == 200
+        assert status_of(broker, "voice")["learned"]["needed"]["mib"] == 6000
+        assert broker.get("/v1/status").json()["scheduler"]["out_of_memory"]["healed"] == 0
+
+
+@pytest.mark.parametrize("declared", [12_000, 0])
+def test_alone_on_the_card_a_job_is_tried_whatever_is_declared(
+    card: SimulatedCard, declared: int
+) -> None:
+    card.allocate("desktop", 600)
+    consumers = {
+        "voice": {"fake": "plain", "mib": 6000, "vram_resident_mib": declared},
+        "small": {"fake": "plain", "mib": 4500, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, _):
+        for _ in range(2):
+            assert job(broker, "stt").status_code == 200
+            assert job(broker, "tts").status_code == 200
+        failures = broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+        assert failures == ({"seen": 0, "healed": 0} if declared else {"seen": 1, "healed": 1})
+
+
+def test_with_nothing_declared_and_nobody_to_measure_it_what_was_too_little_is_learned(
+    card: SimulatedCard,
+) -> None:
+    card.misbehave(per_process=False)
+    mute = {"vram_resident_mib": 0, "health": "/quiet", "oom": {"retry": False}}
+    consumers = {
+        "voice": {"fake": "plain", "mib": 6000, **mute},
+        "small": {"fake": "plain", "mib": 4500, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, _):
+        assert job(broker, "stt").status_code == 200
+        assert job(broker, "tts").status_code == 500
+        # It held nothing, and 5500 were free.
+        needed = status_of(broker, "voice")["learned"]["needed"]
+        assert (needed["mib"], needed["source"]) == (5500, "out-of-memory")
         assert job(broker, "tts").status_code == 200
 
 

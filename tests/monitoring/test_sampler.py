@@ -84,8 +84,8 @@ def test_what_loaded_consumers_hold_is_learned() -> None:
     learned = Learned(["tts", "llm"])
     memory = GpuMemory(ScriptedCard(attributed(tts=3000, llm=500)), clock, Told())
     Sampler(memory, registry, learned, clock, interval=2.0).look()
-    assert learned.figures("tts").peak_mib == 3000
-    assert learned.figures("llm").peak_mib is None  # a residue is no footprint
+    assert learned.needed("tts", 0).mib == 3000
+    assert learned.figures("llm").peak is None  # a residue is no footprint
 
 
 @pytest.mark.parametrize(("mib", "lifted"), [(1700, False), (1600, True), (0, True)])

@@ -1,0 +1,144 @@
+"""Jobs that ran out of the card's memory: when that is believed, and what is learned from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.learning import Learned
+from gpumanager.ledger import balance, held
+from gpumanager.model import CONTEXT_MIB, MemoryReading
+from gpumanager.registry import Registry
+from gpumanager.upstream.exchange import Exchange
+
+log = logging.getLogger(__name__)
+
+LARGEST_FAILURE_BYTES = 64 * 1024
+"""An answer that says that memory ran out is small; what is larger is handed on unread."""
+
+RAISE = 1.25
+"""By how much what a consumer needs is raised, where nobody can measure what it really is."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFailures:
+    """Jobs that ran out of the card's memory: how many there were, and how many of them were
+    done in a second run."""
+
+    seen: int = 0
+    healed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """One of them, in MiB as of that moment: `needed` is what was taken for enough, `room` what
+    its consumer held and what was free, `most` what can ever be free for it. `alone`: no other
+    consumer held anything, so that it could not have been given more."""
+
+    consumer: str
+    needed_mib: int
+    room_mib: int
+    most_mib: int
+    alone: bool
+
+
+class Shortages:
+    """`look` takes a fresh reading of the card, and has it learned from; None where the card
+    cannot be measured. Safe from any thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        learned: Learned,
+        look: Callable[[], MemoryReading | None],
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._learned = learned
+        self._look = look
+        self._lock = threading.Lock()
+        self._failures = MemoryFailures()
+
+    @property
+    def failures(self) -> MemoryFailures:
+        """So far."""
+        return self._failures
+
+    def in_answer(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> Shortage | None:
+        """The shortage that an answer tells of, of which nothing was relayed yet; None if it tells
+        of none. Nothing is learned from it yet."""
+        signs = consumer.out_of_memory
+        if exchange.status not in signs.status:
+            return None
+        body = exchange.read_ahead(LARGEST_FAILURE_BYTES)
+        return None if body is None else self.in_text(name, consumer, body)
+
+    def in_text(self, name: str, consumer: ConsumerConfig, said: bytes) -> Shortage | None:
+        """As above, for what a consumer said of a job that it was following."""
+        if not consumer.out_of_memory.said_in(said):
+            return None
+        shortage = self._assess(name, consumer)
+        with self._lock:
+            self._failures = replace(self._failures, seen=self._failures.seen + 1)
+        log.warning(
+            "out of memory",
+            extra={
+                "consumer": name,
+                "room_mib": shortage.room_mib,
+                "needed_mib": shortage.needed_mib,
+            },
+        )
+        return shortage
+
+    def healed(self, shortage: Shortage) -> None:
+        """The job was done in a second run, alone on the card: learn what it holds now, or, where
+        that is not measured, guess."""
+        name = shortage.consumer
+        reading = self._look()  # while it holds what it really needs
+        holds = None if reading is None else reading.measured_mib(name)
+        if holds:
+            self._learned.ran_out(name, min(holds, shortage.most_mib))
+        else:
+            self._guess(shortage)
+        with self._lock:
+            self._failures = replace(self._failures, healed=self._failures.healed + 1)
+        log.info("out of memory healed", extra={"consumer": name})
+
+    def not_retried(self, shortage: Shortage) -> None:
+        """There was no second run. What fails alone on the card would fail with any room, so
+        nothing is learned from it."""
+        if not shortage.alone:
+            self._guess(shortage)
+
+    def _guess(self, shortage: Shortage) -> None:
+        """It needs more than there was room for, and more than was taken for enough."""
+        more = max(shortage.room_mib, math.ceil(shortage.needed_mib * RAISE))
+        needed = min(more, shortage.most_mib)
+        if needed > shortage.needed_mib:
+            self._learned.ran_out(shortage.consumer, needed)
+
+    def _assess(self, name: str, consumer: ConsumerConfig) -> Shortage:
+        states, reading = self._registry.snapshot(), self._look()
+        holds = {
+            each: held(each, states[each], settings.vram_resident_mib, reading)
+            for each, settings in self._config.consumers.items()
+        }
+        own = holds.pop(name)
+        others = [each.mib for each in holds.values()]
+        now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib])
+        needed = self._learned.needed(name, consumer.vram_resident_mib).mib
+        # What is nobody's, as a desktop, is never free for a job.
+        nobodys = 0 if reading is None else max(0, now.used_mib - own.mib - sum(others))
+        most = now.total_mib - self._config.gpu.reserved_mib - nobodys
+        return Shortage(
+            name,
+            needed_mib=needed,
+            room_mib=own.surely_mib + now.free_mib,
+            most_mib=max(0, most) if now.total_mib else needed,
+            alone=all(mib <= CONTEXT_MIB for mib in others),
+        )
