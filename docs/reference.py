@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gpumanager import __version__
-from gpumanager.config import parse_config, presets, schema
+from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
 from gpumanager.setup.discovery import known_services
 from gpumanager.web.openapi import describe
@@ -78,7 +78,7 @@ def config_page() -> str:
     ]
     definitions = config_schema()
     for name in TITLES:
-        model: type[BaseModel] = getattr(schema, name)
+        model: type[BaseModel] = getattr(schema, name, None) or getattr(calls, name)
         shape = definitions if name == "Config" else definitions["$defs"][name]
         parts += [f"## {TITLES[name]}\n", _said(model), *_table(model, shape)]
     return "\n".join(parts)
@@ -90,8 +90,8 @@ def _said(model: type[BaseModel]) -> str:
 
 
 def _table(model: type[BaseModel], shape: dict[str, Any]) -> Iterator[str]:
-    yield "| Key | Default | May be |"
-    yield "|---|---|---|"
+    yield "| Key | Default | May be | What |"
+    yield "|---|---|---|---|"
     for name, field in model.model_fields.items():
         key = field.alias or name
         default = (
@@ -99,7 +99,8 @@ def _table(model: type[BaseModel], shape: dict[str, Any]) -> Iterator[str]:
             if field.is_required()
             else _default(field.get_default(call_default_factory=True))
         )
-        yield f"| `{key}` | {default} | {_may_be(shape['properties'][key])} |"
+        of_key = shape["properties"][key]
+        yield f"| `{key}` | {default} | {_may_be(of_key)} | {of_key['description']} |"
     yield ""
 
 
@@ -121,10 +122,29 @@ def _may_be(shape: dict[str, Any]) -> str:
     return " or ".join(dict.fromkeys(word for word in _words(shape) if word != "none"))
 
 
+_KINDS_OF_TEXT = {
+    "uri": "a URL",
+    "path": "a path, starting with `/`",
+    "http-method": "an HTTP method",
+    "jmespath": "a [JMESPath](https://jmespath.org) expression",
+    "regex": "a regular expression",
+    "absolute-file": "a file, by its absolute path",
+    "file": "a file",
+    "host-port": "`HOST:PORT`",
+    "hostname": "a host name",
+    "systemd-unit": "the name of a systemd unit",
+    "container": "the name or id of a container",
+    "consumer": "a consumer's name",
+    "new-name": "a name",
+}
+
+
 def _words(shape: dict[str, Any]) -> Iterator[str]:
     """What a JSON Schema allows, in words."""
     bounds = _bounds(shape)
-    if "$ref" in shape:
+    if shape.get("format") in _KINDS_OF_TEXT:
+        yield _KINDS_OF_TEXT[shape["format"]]
+    elif "$ref" in shape:
         name = shape["$ref"].rpartition("/")[2]
         yield f"a mapping: [{name}](#{_anchor(TITLES[name])})"
     elif "enum" in shape:
@@ -137,11 +157,13 @@ def _words(shape: dict[str, Any]) -> Iterator[str]:
         )
     elif any("pattern" in each for each in shape.get("anyOf", ())):
         yield f"seconds{bounds}"
+    elif (listed := _one_or_more(shape)) is not None:
+        yield f"one, or a list of: {_may_be(listed)}"
     elif "anyOf" in shape or "oneOf" in shape:
         for each in shape.get("anyOf") or shape["oneOf"]:
             yield from (word + bounds for word in _words(each))
     elif shape.get("type") == "array":
-        yield f"a list: {_may_be(shape['items'])}" if shape.get("items") else "a list"
+        yield f"a list of: {_may_be(shape['items'])}" if shape.get("items") else "a list"
     elif shape.get("type") == "object" and "additionalProperties" in shape:
         keys = shape.get("propertyNames", {}).get("enum")
         of = ", ".join(f"`{key}`" for key in keys) if keys else "names"
@@ -152,6 +174,19 @@ def _words(shape: dict[str, Any]) -> Iterator[str]:
         yield plain[shape["type"]] + bounds
     else:
         yield "anything that JSON can express"
+
+
+def _one_or_more(shape: dict[str, Any]) -> dict[str, Any] | None:
+    """The shape of a single one, where it may stand for a list of it."""
+    choices = shape.get("anyOf", ())
+    lists = [each["items"] for each in choices if each.get("type") == "array"]
+    lists += [
+        each["items"]
+        for outer in choices
+        for each in outer.get("anyOf", ())
+        if each.get("type") == "array"
+    ]
+    return next((each for each in lists if each in choices), None)
 
 
 def _bounds(shape: dict[str, Any]) -> str:

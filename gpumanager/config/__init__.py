@@ -1,5 +1,18 @@
 """The config file: read, checked as a whole, and handed on as frozen models."""
 
+from gpumanager.config.calls import (
+    Call,
+    Done,
+    Health,
+    LoadCall,
+    Lost,
+    Probe,
+    Route,
+    Rung,
+    Session,
+    Settled,
+    UnloadCall,
+)
 from gpumanager.config.faults import ConfigError, Fault
 from gpumanager.config.loading import (
     CONFIG_ENV,
@@ -13,25 +26,14 @@ from gpumanager.config.loading import (
 from gpumanager.config.schema import (
     KINDS,
     AuthConfig,
-    Call,
     Config,
     ConsumerConfig,
-    Done,
     EventsConfig,
     GpuConfig,
-    Health,
     Kind,
-    LoadCall,
     LogConfig,
-    Lost,
-    Probe,
-    Route,
-    Rung,
     SchedulerConfig,
-    Session,
-    Settled,
     Timeouts,
-    UnloadCall,
 )
 
 __all__ = [

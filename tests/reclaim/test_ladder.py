@@ -123,7 +123,7 @@ def test_what_cannot_be_done_is_told(
 
 
 def test_an_unload_call_is_no_way_to_stop_a_process() -> None:
-    from gpumanager.config.schema import HTTP
+    from gpumanager.config.calls import HTTP
 
     with pytest.raises(ConsumerUnreachable, match="http is no way"):
         ladder({"unit": "it.service"}).park("it", HTTP)

@@ -17,10 +17,10 @@ from typing import Any, Self, get_args, get_type_hints
 from pydantic import BaseModel
 
 import gpumanager
-from gpumanager.config import schema
+from gpumanager.config import calls, schema
 
 PACKAGE = Path(gpumanager.__file__).parent
-SCHEMA = Path(schema.__file__)
+SCHEMA = (Path(calls.__file__), Path(schema.__file__))
 
 Model = type[BaseModel]
 Models = frozenset[Model]
@@ -28,8 +28,9 @@ NONE: Models = frozenset()
 
 MODELS: dict[str, Model] = {
     name: each
-    for name, each in vars(schema).items()
-    if isinstance(each, type) and issubclass(each, schema._Model) and each is not schema._Model
+    for module in (calls, schema)
+    for name, each in vars(module).items()
+    if isinstance(each, type) and issubclass(each, calls.Model) and each is not calls.Model
 }
 
 
@@ -43,7 +44,7 @@ def read_keys(files: Iterable[Path] | None = None) -> set[tuple[str, str]]:
     """Those of them that are read outside the schema, or by what is called of it from there."""
     search = _Search()
     for path in sorted(PACKAGE.rglob("*.py")) if files is None else files:
-        if path != SCHEMA:
+        if path not in SCHEMA:
             search.add(ast.parse(path.read_text(encoding="utf-8")))
     search.run()
     return search.read
@@ -60,7 +61,7 @@ def _owner(model: Model, name: str) -> tuple[str, str]:
 
 def _models_in(annotation: Any) -> Models:
     """The models in a type as it is at run time."""
-    if isinstance(annotation, type) and issubclass(annotation, schema._Model):
+    if isinstance(annotation, type) and issubclass(annotation, calls.Model):
         return frozenset([annotation])
     return frozenset().union(*map(_models_in, get_args(annotation)))
 
@@ -137,10 +138,10 @@ def _defining(model: Model, name: str) -> str:
 
 
 def _methods_of_schema() -> dict[tuple[str, str], ast.FunctionDef]:
-    tree = ast.parse(SCHEMA.read_text(encoding="utf-8"))
     return {
         (cls.name, each.name): each
-        for cls in tree.body
+        for path in SCHEMA
+        for cls in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(cls, ast.ClassDef)
         for each in cls.body
         if isinstance(each, ast.FunctionDef)

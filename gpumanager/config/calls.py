@@ -1,0 +1,378 @@
+"""The config's building blocks: kinds of values, calls to consumers, rules made of calls, eviction
+methods. The text below a key is its description in docs/config.md and in the JSON Schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote, urlencode
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+
+from gpumanager.config import expressions, values
+
+
+class Model(BaseModel):
+    """What every part of the config is: immutable, and without keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# -- single values -------------------------------------------------------------------------------
+
+
+def _named(format_: str) -> WithJsonSchema:
+    """A text of a kind that editors and docs/config.md call by its name."""
+    return WithJsonSchema({"type": "string", "format": format_})
+
+
+LONGEST_S = 1_000_000
+"""More than eleven days: what waits longer is a mistake, and far more no clock can take."""
+
+Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=LONGEST_S)]
+Duration = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=LONGEST_S)]
+Mib = Annotated[StrictInt, Field(ge=0)]
+Status = Annotated[StrictInt, Field(ge=100, le=599)]
+Url = Annotated[StrictStr, AfterValidator(values.url), _named("uri")]
+Path = Annotated[StrictStr, AfterValidator(values.path), _named("path")]
+Method = Annotated[StrictStr, AfterValidator(values.method), _named("http-method")]
+Expression = Annotated[StrictStr, AfterValidator(expressions.checked), _named("jmespath")]
+Pattern = Annotated[StrictStr, AfterValidator(values.pattern), _named("regex")]
+File = Annotated[StrictStr, AfterValidator(values.file), _named("absolute-file")]
+AudioPrefix = Annotated[StrictStr, AfterValidator(values.audio_prefix), _named("path")]
+AnyFile = Annotated[StrictStr, _named("file")]
+HostPort = Annotated[StrictStr, AfterValidator(values.host_port), _named("host-port")]
+Listen = Annotated[StrictStr, AfterValidator(values.listen), _named("host-port")]
+Host = Annotated[StrictStr, AfterValidator(values.host), _named("hostname")]
+UnitName = Annotated[StrictStr, AfterValidator(values.unit_name), _named("systemd-unit")]
+ContainerName = Annotated[StrictStr, AfterValidator(values.container_name), _named("container")]
+ConsumerName = Annotated[StrictStr, AfterValidator(values.consumer_name), _named("new-name")]
+OfConsumer = Annotated[StrictStr, _named("consumer")]
+HeaderName = Annotated[StrictStr, AfterValidator(values.header_name)]
+HeaderValue = Annotated[StrictStr, AfterValidator(values.header_value)]
+
+
+# -- calls ---------------------------------------------------------------------------------------
+
+
+class Call(Model):
+    """One call that the broker makes to a consumer. In the path, the values of `query` and the
+    strings of `json` `{model}` stands for the consumer's `model`."""
+
+    path: Path
+    """Where it goes, with a query if need be."""
+    method: Method = "GET"
+    """Its HTTP method."""
+    query: dict[StrictStr, StrictStr | StrictInt | StrictBool] = Field(default_factory=dict)
+    """Added to the path as a query, percent-encoded."""
+    expect: Expression | None = None
+    """Has to give `true` for an answer that counts as success."""
+    json_body: Annotated[Any, AfterValidator(values.is_json)] = Field(default=None, alias="json")
+    """Sent as the body, with `Content-Type: application/json`."""
+    headers: dict[
+        HeaderName,
+        HeaderValue,
+    ] = Field(default_factory=dict)
+    """Added to the request, for example a key of the server's."""
+    timeout: Seconds | None = None
+    """The longest it may take; none: what suits the call (a probe 3, a load 120, an unload 30)."""
+    ok: tuple[Status, ...] = ()
+    """The statuses that count as success; empty: any 2xx."""
+
+    @property
+    def target(self) -> str:
+        """The path, with the query behind it."""
+        if not self.query:
+            return self.path
+        pairs = {
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in self.query.items()
+        }
+        return self.path + ("&" if "?" in self.path else "?") + urlencode(pairs)
+
+    def filled(self, placeholder: str, value: str) -> Self:
+        """The call with `{placeholder}` replaced: percent-encoded in the path, as it is in the
+        query, which is encoded later, and in `json`."""
+        sign = f"{{{placeholder}}}"
+        return self.model_copy(
+            update={
+                "path": self.path.replace(sign, quote(value, safe="")),
+                "query": _filled(self.query, sign, value),
+                "json_body": _filled(self.json_body, sign, value),
+            }
+        )
+
+
+class Health(Call):
+    """The call that asks a consumer whether it is healthy. A bare path stands for a GET of it. It
+    has either a `path` or `tcp`."""
+
+    path: Path = "/"
+    """Where it goes."""
+    tcp: HostPort | None = None
+    """In place of a call: the address where the consumer has to listen."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and ("path" in value) == ("tcp" in value):
+            raise ValueError("must have either a path or tcp")
+        return value
+
+
+class LoadCall(Call):
+    """A call that has the consumer do something, for example load its model. A bare path stands
+    for a POST to it."""
+
+    method: Method = "POST"
+    """Its HTTP method."""
+
+
+class Session(LoadCall):
+    """A call that opens a session with a server whose calls want one. The broker makes it before
+    a call in which `{session}` stands."""
+
+    id: Expression
+    """Finds the id of the session in the answer."""
+
+
+class UnloadCall(Call):
+    """The call that has the consumer free its memory. A bare path stands for a POST to it. The
+    broker makes it only while none of its own jobs runs."""
+
+    method: Method = "POST"
+    """Its HTTP method."""
+    for_each: Literal["items"] | None = None
+    """Makes the call once for each item that the probe lists; `{item}` stands for the item."""
+    when_busy: Literal["drains", "aborts", "refuses", "unsafe"] = "drains"
+    """What the server does if it is asked while it works: it `drains` (finishes its jobs first),
+    `aborts` them, `refuses`, or may break (`unsafe`). Others may use the server directly; where
+    their job would suffer, the broker waits until the probe's `busy` says no."""
+
+    def for_item(self, item: str) -> Self:
+        """The call for one item."""
+        return self.filled("item", item)
+
+
+class Busy(Model):
+    """How a server says that it works on something. A bare expression stands for `expr`."""
+
+    expr: Expression
+    """Gives `true` while it works."""
+    path: Path | None = None
+    """GET this and ask its answer; none: the answer of the probe."""
+
+
+class Probe(Call):
+    """The call whose JSON answer tells what the consumer has loaded. A status in `absent` says
+    that nothing is loaded; where an expression gives nothing, or another type than it should,
+    nothing is known."""
+
+    loaded: Expression | None = None
+    """Gives whether anything is loaded."""
+    resident: Expression | None = None
+    """Gives the memory it holds, in `unit`."""
+    items: Expression | None = None
+    """Gives a list of names: the loaded models, for `unload.for_each`."""
+    busy: Annotated[Busy | None, BeforeValidator(values.bare_expression)] = None
+    """Tells whether it works on something."""
+    on_cpu: Expression | None = None
+    """Gives a list of the models that did not fit onto the card as a whole."""
+    unit: Literal["B", "KiB", "MiB", "GiB"] = "MiB"
+    """Of `resident`."""
+    absent: tuple[Status, ...] = ()
+    """Statuses that say that nothing is loaded."""
+
+    def find_loaded(self, answer: Any) -> Any:
+        """What `loaded` gives for `answer`; None if it gives nothing, or does not fit."""
+        return expressions.search(self.loaded, answer)
+
+    def find_resident(self, answer: Any) -> Any:
+        """What `resident` gives for `answer`, in `unit`; None as above."""
+        return expressions.search(self.resident, answer)
+
+    def find_items(self, answer: Any) -> Any:
+        """What `items` gives for `answer`; None as above."""
+        return expressions.search(self.items, answer)
+
+    def find_on_cpu(self, answer: Any) -> Any:
+        """What `on_cpu` gives for `answer`; None as above."""
+        return expressions.search(self.on_cpu, answer)
+
+
+class Settled(Call):
+    """A call that the broker repeats after an unload until `until` gives true. The broker asks it
+    beside the card's figures, never instead of them."""
+
+    until: Expression
+    """Gives `true` once the unload is over."""
+    every: Seconds = 0.25
+    """The time between two looks."""
+    timeout: Seconds = 15.0
+    """The longest that all the looks together may take; also what the consumer's memory is given to
+    show as free, if it is longer than `gpu.release_timeout`."""
+
+
+class Match(Model):
+    """Which jobs a `done` rule is for."""
+
+    path: Annotated[tuple[Path, ...], BeforeValidator(values.listed)]
+    """Jobs sent to one of these paths."""
+    method: Method = "POST"
+    """And with this method."""
+
+
+class Poll(Call):
+    """A call that the broker repeats."""
+
+    every: Seconds = 0.5
+    """The longest time between two looks."""
+
+
+class Lost(Call):
+    """A call whose answer lists the jobs that the consumer still has."""
+
+    listed: Expression
+    """Gives the list of ids that are still worked on."""
+
+
+class Done(Model):
+    """When a job is over that the consumer answers at once and works on afterwards."""
+
+    match: Match
+    """Which jobs it is for."""
+    id: Expression
+    """Finds the job's id in the first answer; `{id}` stands for it below."""
+    poll: Annotated[Poll, BeforeValidator(values.bare_path)]
+    """Asks for the state of the job."""
+    until: Expression
+    """Gives `true` for the answer of `poll` once the job is over."""
+    lost: Lost | None = None
+    """A job that neither `poll` nor this one knows, seen twice, is over, too."""
+    cancel: Annotated[tuple[LoadCall, ...], BeforeValidator(values.listed)] = ()
+    """The calls that stop the job."""
+    timeout: Seconds | None = None
+    """After this the job counts as over; none: the consumer's `timeouts.total`."""
+
+    def matches(self, method: str, path: str) -> bool:
+        """Whether the rule is for a job sent to `path` with `method`."""
+        return method == self.match.method and path in self.match.path
+
+
+class Route(Model):
+    """Where a job of this kind goes. A bare path stands for `path`."""
+
+    path: Path
+    """The consumer's path for it."""
+    method: Method | None = None
+    """None: the client's own."""
+
+
+def _filled(value: Any, sign: str, with_: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(sign, with_)
+    if isinstance(value, list):
+        return [_filled(each, sign, with_) for each in value]
+    if isinstance(value, dict):
+        return {key: _filled(each, sign, with_) for key, each in value.items()}
+    return value
+
+
+# -- taking memory back --------------------------------------------------------------------------
+
+_BELONGS = {"scope": "unit", "socket": "container", "start": "signal"}
+
+
+class Rung(Model):
+    """One eviction method: a way to have a consumer give back the card's memory. `evict` lists
+    them in the order in which the broker tries them. Each entry has exactly one of `http`,
+    `unit`, `container`, `signal` and `checkpoint`; a bare `http` stands for `{http: true}`."""
+
+    http: Literal[True] | None = None
+    """Its `unload` call."""
+    unit: UnitName | None = None
+    """Its systemd unit is stopped, and started again."""
+    scope: Literal["user", "system"] = "user"
+    """For `unit`: the user's or the system's service manager."""
+    container: ContainerName | None = None
+    """Its container is stopped, and started again."""
+    socket: File | None = None
+    """For `container`: the engine's socket; none: the first of Docker's and Podman's usual ones."""
+    signal: Literal["TERM", "INT", "QUIT"] | None = None
+    """Its process group gets this signal, and KILL after `grace`."""
+    start: Annotated[tuple[StrictStr, ...], AfterValidator(values.arguments)] = ()
+    """For `signal`: the program, with its arguments, that starts it again; empty: a supervisor
+    has to."""
+    checkpoint: Literal[True] | None = None
+    """The driver moves its memory to the host's, and brings it back."""
+    grace: Seconds = 10.0
+    """What it is given to end; for `checkpoint` the longest that each step may take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        chosen = [name for name in values.METHODS if value.get(name) is not None]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"must be http, or have exactly one of {', '.join(values.METHODS[1:])}"
+            )
+        for key, rung in _BELONGS.items():
+            if key in value and chosen != [rung]:
+                raise ValueError(f"'{key}' belongs to {rung}")
+        return value
+
+    @property
+    def name(self) -> str:
+        """`http`, `unit`, `container`, `signal` or `checkpoint`."""
+        return next(name for name in values.METHODS if getattr(self, name) is not None)
+
+
+HTTP = Rung(http=True)
+
+_OUT_OF_MEMORY = (
+    r"(CUDA|HIP|GPU|VRAM|device)\b.{0,80}\bout of (device )?memory",
+    r"\bOutOfMemoryError\b",
+    r"out of memory.{0,80}\b(CUDA|HIP|GPU|VRAM|device)\b",
+    r"\b(CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b",
+    r"\bCU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED\b",
+    r"\b(cuda|hip)Malloc\w* failed",
+    r"Allocation on device",
+    r"unable to allocate (CUDA|ROCm|backend) ?\w* ?buffer",
+    r"(not enough|insufficient) (GPU memory|VRAM)\b",
+)
+
+
+class OutOfMemory(Model):
+    """How a consumer's answer says that the card's memory ran out: it has one of the statuses,
+    and one of the patterns matches in its body."""
+
+    status: tuple[Status, ...] = (400, 500, 502, 503, 507)
+    """The statuses."""
+    patterns: tuple[Pattern, ...] = _OUT_OF_MEMORY
+    """Matched in the body whatever the case."""
+    retry: StrictBool = True
+    """The job is run once more, after the others made room; `false`: the broker only learns from
+    it."""
+
+    def said_in(self, body: bytes) -> bool:
+        """Whether the text of an answer says so."""
+        return any(pattern.search(body) for pattern in self._compiled)
+
+    @cached_property
+    def _compiled(self) -> tuple[re.Pattern[bytes], ...]:
+        return tuple(re.compile(each.encode(), re.IGNORECASE) for each in self.patterns)
