@@ -29,9 +29,14 @@ def post(kind: str, body: Any) -> requests.Response:
     # The longest wait in line; the time-outs here only have to be longer.
     headers = {"Prefer": "wait=300"} | ({"Authorization": f"Bearer {KEY}"} if KEY else {})
     for left in reversed(range(TRIES)):
-        answer = requests.post(
-            f"{URL}/v1/{kind}", json=body, headers=headers, stream=True, timeout=(5, 900)
-        )
+        try:
+            answer = requests.post(
+                f"{URL}/v1/{kind}", json=body, headers=headers, stream=True, timeout=(5, 900)
+            )
+        except requests.ConnectionError:
+            sys.exit(f"no broker answers at {URL}: is it running? (gpumanager doctor)")
+        except (requests.RequestException, ValueError) as error:
+            sys.exit(f"{URL} cannot be asked: {error}")
         if answer.ok:
             return answer
         try:
@@ -48,9 +53,14 @@ def words(question: str) -> Iterator[str]:
     """The answer, piece by piece, as it comes."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
     with post("llm", body) as answer:
-        for line in answer.iter_lines():
-            if line:
-                yield json.loads(line).get("message", {}).get("content", "")
+        try:
+            for line in answer.iter_lines():
+                if line:
+                    yield json.loads(line).get("message", {}).get("content", "")
+        except requests.RequestException as error:
+            sys.exit(f"\nthe answer broke off: {error}")
+        except (ValueError, AttributeError):
+            sys.exit(f"this is no answer of Ollama's /api/chat: {line[:200]!r}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ trap 'rm -rf "$dir"' EXIT INT TERM
 : > "$dir/headers"
 [ -z "${GPUMANAGER_API_KEY:-}" ] || printf 'Authorization: Bearer %s\n' "$GPUMANAGER_API_KEY" > "$dir/headers"
 
-answer=$(jq '{prompt: .}' "$1" | curl --silent --show-error -H "@$dir/headers" \
-  -H 'Content-Type: application/json' --data-binary @- "$url/v1/image")
+jq '{prompt: .}' "$1" > "$dir/job" || { echo "$1 is no workflow: export it with ComfyUI's Export (API)" >&2; exit 1; }
+answer=$(curl --silent --show-error -H "@$dir/headers" \
+  -H 'Content-Type: application/json' --data-binary "@$dir/job" "$url/v1/image") ||
+  { echo "no broker answers at $url: is it running? (gpumanager doctor)" >&2; exit 1; }
 id=$(printf '%s' "$answer" | jq -r '.prompt_id // empty')
 [ -n "$id" ] || { echo "$answer" >&2; exit 1; }
 

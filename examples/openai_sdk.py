@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Any
 
-from openai import DefaultHttpxClient, OpenAI
+from openai import APIConnectionError, APIError, DefaultHttpxClient, OpenAI
 
 URL = os.environ.get("GPUMANAGER_URL", "http://127.0.0.1:8770")
 MODEL = os.environ.get("MODEL", "llama3.2")
@@ -46,7 +46,8 @@ def client() -> OpenAI:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Ask, and print the answer as it comes."""
     question = " ".join(sys.argv[1:]) or "Why is the sky blue?"
     stream = client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": question}], stream=True
@@ -55,3 +56,12 @@ if __name__ == "__main__":
         if chunk.choices:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except APIConnectionError as error:
+        sys.exit(f"no broker answers at {URL}: is it running? (gpumanager doctor; {error})")
+    except APIError as error:  # what the broker or the service said
+        sys.exit(str(error))

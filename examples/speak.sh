@@ -27,7 +27,7 @@ trap 'rm -rf "$dir"' EXIT INT TERM
 text=$(printf '%s' "$*" | tr -d '\000-\010\013\014\016-\037' | tr '\n\r\t' '   ' | sed 's/\\/\\\\/g; s/"/\\"/g')
 status=$(printf '{"text": "%s"}' "$text" | curl --silent --show-error -H "@$dir/headers" \
   -H 'Content-Type: application/json' --data-binary @- -o "$dir/answer" -D "$dir/head" -w '%{http_code}' \
-  "$url/v1/tts")
+  "$url/v1/tts") || { echo "no broker answers at $url: is it running? (gpumanager doctor)" >&2; exit 1; }
 if [ "$status" != 200 ]; then
   echo "the broker answered $status: $(cat "$dir/answer")" >&2
   exit 1

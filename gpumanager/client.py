@@ -53,7 +53,7 @@ class BrokerClient:
                     headers=self._headers,
                     timeout=LONG_TIMEOUT_S,
                 )
-            except requests.RequestException as error:
+            except (requests.RequestException, ValueError) as error:
                 reason = _reason(error, LONG_TIMEOUT_S)
                 raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
             return answer.status_code, answer.content
@@ -93,5 +93,10 @@ def _reason(error: Exception, timeout: float) -> str:
     if isinstance(error, requests.Timeout):
         return f"no answer within {timeout:g} s"
     if isinstance(error, requests.ConnectionError):
-        return "nobody listens there"
+        told = str(error)
+        if "NameResolutionError" in told or "Failed to resolve" in told:
+            return "its name cannot be resolved"
+        if "refused" in told:
+            return "nobody listens there"
+        return "it cannot be reached, or broke off"
     return str(error)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import click
 from pydantic import ValidationError
@@ -16,8 +18,21 @@ from gpumanager.config import Config
 
 DEFAULT_URL = "http://127.0.0.1:8770"
 
+_VISIBLE = re.compile(r"[!-~]+")
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """The commands. What the system refuses one of them, such as a full disk for its output, is
+    told in a sentence."""
+
+    def main(self, *arguments: Any, **more: Any) -> Any:
+        try:
+            return super().main(*arguments, **more)
+        except OSError as error:  # not a pipe whose reader has enough: click ends quietly there
+            fail(f"gpumanager: {error}")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gpumanager")
 def main() -> None:
     """One URL, one queue and one lock in front of the AI services that share a GPU."""
@@ -40,7 +55,30 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-key_option = click.option("--key", envvar=KEY_ENV, help=f"An API key; else {KEY_ENV}.")
+def _broker_url(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    message = f"must be a URL such as {DEFAULT_URL} (found {value!r})"
+    try:
+        parts = urlsplit(value)
+        host = (parts.hostname or "").encode("idna")
+        good = parts.scheme in ("http", "https") and host and parts.port != 0
+    except ValueError:  # no number for a port, an open bracket, a name that cannot be one
+        good = False
+    if not good or parts.query or parts.fragment or parts.username is not None:
+        raise click.BadParameter(message)
+    return value
+
+
+def _visible_key(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and not _VISIBLE.fullmatch(value):
+        raise click.BadParameter("a key is of visible ASCII characters, without blanks")
+    return value
+
+
+key_option = click.option(
+    "--key", envvar=KEY_ENV, callback=_visible_key, help=f"An API key; else {KEY_ENV}."
+)
 """For a command that shows a broker a key."""
 
 
@@ -53,6 +91,7 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         envvar="GPUMANAGER_URL",
         default=DEFAULT_URL,
         show_default=True,
+        callback=_broker_url,
         help="The broker; else GPUMANAGER_URL.",
     )
     @key_option
@@ -62,5 +101,11 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(broker=BrokerClient(url, key), **more)
         except BrokerUnavailable as error:
             fail(str(error))
+        except (KeyError, TypeError, AttributeError) as error:
+            # Another program whose answers are JSON, or a broker of another version.
+            fail(
+                f"{url} answered what a gpumanager {__version__} does not ({error!r}): is it "
+                "one, and of this version?"
+            )
 
     return asking

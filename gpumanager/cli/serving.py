@@ -9,7 +9,7 @@ from functools import partial
 
 import click
 
-from gpumanager.cli.group import main
+from gpumanager.cli.group import listen_address, main
 from gpumanager.config import Config, ConfigError, config_path_from_env, load_config
 
 
@@ -46,7 +46,13 @@ def schema() -> None:
 
 
 @main.command()
-@click.option("--listen", default="127.0.0.1:8770", show_default=True, help="HOST:PORT")
+@click.option(
+    "--listen",
+    default="127.0.0.1:8770",
+    show_default=True,
+    callback=listen_address,
+    help="HOST:PORT",
+)
 def demo(listen: str) -> None:
     """Run the broker in front of a bundled speech service, on a simulated card."""
     from gpumanager.demo.run import run_demo  # only where the demo is wanted

@@ -30,6 +30,21 @@ PROBES_S = 8.0
 """For the first probe of every consumer."""
 
 
+def _port_list(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> Sequence[int] | None:
+    if value is None:
+        return None
+    try:
+        ports = [int(port) for port in value.split(",")]
+    except ValueError:
+        ports = []
+    if not ports or not all(0 < port < 65536 for port in ports):
+        message = f"takes ports of 1 to 65535, separated by commas (found {value!r})"
+        raise click.BadParameter(message)
+    return ports
+
+
 @main.command()
 @click.option(
     "--config",
@@ -47,7 +62,7 @@ PROBES_S = 8.0
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and end.")
 @click.option("--service/--no-service", default=True, help="Start the broker, now and at login.")
-@click.option("--ports", help="Ask these ports only, separated by commas.")
+@click.option("--ports", callback=_port_list, help="Ask these ports only, separated by commas.")
 @click.option("--job", "kind", help="Then run a small job of this kind: tts, …")
 def setup(
     path: Path | None,
@@ -55,7 +70,7 @@ def setup(
     yes: bool,
     dry_run: bool,
     service: bool,
-    ports: str | None,
+    ports: Sequence[int] | None,
     kind: str | None,
 ) -> None:
     """Find the AI servers on this machine, write a config, and start the broker.
@@ -125,7 +140,7 @@ def _there(path: Path) -> tuple[str, Config | None]:
         fail(f"{path} cannot be read: {error.strerror or error}")
 
 
-def _find(ports: str | None, config: Config) -> tuple[int | None, Sequence[Found]]:
+def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Sequence[Found]]:
     """The card's memory in MiB, if it can be measured, and what runs here; says both."""
     from gpumanager.monitoring.memory import GpuUnavailable, open_card
     from gpumanager.setup.discovery import discover
@@ -142,12 +157,6 @@ def _find(ports: str | None, config: Config) -> tuple[int | None, Sequence[Found
         click.echo(f"card: none to be measured ({error})")
     finally:
         card.close()
-    only = None
-    if ports is not None:
-        try:
-            only = [int(port) for port in ports.split(",")]
-        except ValueError:
-            raise click.UsageError("--ports takes numbers, separated by commas") from None
     seen = discover(skip=[config.port], only=only, held_mib=held)
     found = seen.servers
     for each in found:
@@ -247,8 +256,13 @@ def _until(condition: Callable[[], bool], limit_s: float) -> bool:
 def _written(path: Path, text: str) -> None:
     """Put the text in place of what is there, whole or not at all."""
     target = Path(os.path.realpath(path))  # a link stays one
+    elsewhere = "name another place: gpumanager setup --config FILE"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        fail(f"{path} cannot be written, no folder {target.parent}: {reason}\n    {elsewhere}")
+    try:
         mode = target.stat().st_mode & 0o777 if target.exists() else None
         with NamedTemporaryFile(
             "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
@@ -262,7 +276,4 @@ def _written(path: Path, text: str) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        fail(
-            f"{path} cannot be written: {error.strerror or error}\n"
-            "    name another place: gpumanager setup --config FILE"
-        )
+        fail(f"{path} cannot be written: {error.strerror or error}\n    {elsewhere}")

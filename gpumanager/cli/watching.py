@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gpumanager.cli.group import asks_broker, main
+from gpumanager.cli.group import asks_broker, fail, main
 from gpumanager.client import BrokerClient, BrokerUnavailable
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
@@ -100,7 +100,10 @@ def events(
 
     if trace is not None:
         found = broker.get("/v1/trace")
-        trace.write_text(json.dumps(found), encoding="utf-8")
+        try:
+            trace.write_text(json.dumps(found), encoding="utf-8")
+        except OSError as error:
+            fail(f"{trace} cannot be written: {error.strerror or error}")
         click.echo(f"{trace}: {len(found['traceEvents'])} entries")
         return
     for event in _stream(lambda number: broker.get("/v1/events", since=number), since, follow):

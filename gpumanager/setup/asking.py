@@ -3,12 +3,16 @@ without an end."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
 import requests
 
 TIMEOUT_S = 2.0
+LONGEST_S = 5.0
+"""For an answer that comes bit by bit."""
+
 LARGEST_ANSWER = 1024 * 1024
 
 
@@ -30,10 +34,10 @@ class Asker:
             with self._session.get(
                 self.url + path, timeout=TIMEOUT_S, stream=True, allow_redirects=False
             ) as answer:
-                body = bytearray()
+                body, deadline = bytearray(), time.monotonic() + LONGEST_S
                 for piece in answer.iter_content(64 * 1024):
                     body += piece
-                    if len(body) >= LARGEST_ANSWER:
+                    if len(body) >= LARGEST_ANSWER or time.monotonic() > deadline:
                         break
                 return answer.status_code, bytes(body[:LARGEST_ANSWER])
         except requests.RequestException as error:
