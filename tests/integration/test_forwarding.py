@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -445,3 +449,66 @@ def test_an_answer_before_the_body_was_read_is_relayed(
         assert time.monotonic() - began < 3
         broker.await_idle()
         assert len(consumer.requests) == 1
+
+
+def swollen(sock: socket.socket) -> int:
+    """How much lies unread at this end, once no more comes: its peer is stuck in sending."""
+    pause = threading.Event()
+    before, same = -1, 0
+    for _ in range(500):
+        (there,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+        same = same + 1 if there == before and there > 0 else 0
+        if same == 5:
+            return int(there)
+        before = there
+        pause.wait(0.02)
+    raise TimeoutError("it never stopped")
+
+
+def test_an_answer_comes_through_while_the_upload_is_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A consumer that answers when the broker has sent what fits and is in the middle of a piece:
+    over a network with a normal MTU the buffers hold less than one."""
+    monkeypatch.setattr("tests.support.sockets.Connection.receive", NoBody.receive)
+    monkeypatch.setattr("gpumanager.upstream.wire.PIECE_BYTES", 16 * 1024 * 1024)
+
+    def late(connection: Connection, _: Received) -> None:
+        assert swollen(connection.sock) < 1024 * 1024
+        connection.send(answer(b"too much", "413 Content Too Large"))
+        answered.wait(PATIENCE_S)  # and reads nothing more
+
+    answered = threading.Event()
+    with ScriptedConsumer(late, receive_bytes=8192) as consumer:
+        with live_broker(config_for(consumer.url)) as broker:
+            reply = broker.post("/v1/stt", data=bytes(24 * 1024 * 1024))
+            answered.set()
+            assert (reply.status_code, reply.content) == (413, b"too much")
+            broker.await_idle()
+        assert len(consumer.requests) == 1
+
+
+@pytest.mark.parametrize("size", [10, 300_000, 24 * 1024 * 1024])
+def test_an_interim_answer_does_not_end_an_upload(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    receive = Connection.receive
+    interim = (
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\nX-Step: 1\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Proc",
+        b"essing\r\n\r\n",
+    )
+
+    def hinting(connection: Connection) -> Received | None:
+        while b"\r\n\r\n" not in connection._buffer:
+            connection._buffer += connection.sock.recv(1024)
+        for each in interim:
+            connection.send(each)
+            connection._buffer += connection.sock.recv(1024) if size > 2048 else b""
+        return receive(connection)
+
+    monkeypatch.setattr("tests.support.sockets.Connection.receive", hinting)
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    with ScriptedConsumer(echo) as consumer, live_broker(config_for(consumer.url)) as broker:
+        assert broker.post("/v1/stt", data=body).content == body

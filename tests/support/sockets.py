@@ -92,14 +92,17 @@ Script = Callable[[Connection, Received], None]
 class ScriptedConsumer:
     """A server whose connections each run `script` once, for their first request.
 
-    `requests` holds what arrived. A context manager; its threads end with it.
+    `requests` holds what arrived; `receive_bytes` is how much may lie unread at its end. A context
+    manager; its threads end with it.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *, receive_bytes: int | None = None) -> None:
         self.script = script
         self.requests: list[Received] = []
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        if receive_bytes is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
         self._errors: list[BaseException] = []
