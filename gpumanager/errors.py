@@ -112,6 +112,12 @@ class MethodNotAllowed(BrokerError):
         return [*super().headers(), ("Allow", ", ".join(self.allow))]
 
 
+class RequestTimeout(BrokerError):
+    """The request came too slowly: its head, or its body."""
+
+    status, code = 408, "request_timeout"
+
+
 class PayloadTooLarge(BrokerError):
     """The body is larger than `max_body_mib`."""
 

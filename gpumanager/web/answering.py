@@ -4,13 +4,16 @@ calls, and never on a thread that waits for a slow reader."""
 from __future__ import annotations
 
 import logging
-import secrets
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
+from gpumanager.web.record import REFUSED, request_id
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,13 @@ class JsonErrorTask(ErrorTask):
         request: Any = self.request  # a parser whose `error` says what it refused
         refused = request.error
         error = _as_broker_error(refused)
-        request_id = secrets.token_hex(8)
+        given = request.headers.get("X_REQUEST_ID", "")
+        named = request_id({"HTTP_X_REQUEST_ID": given})
         body = error.payload()
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers = [
             ("Content-Type", "application/json"),
-            ("X-Request-Id", request_id),
+            ("X-Request-Id", named),
         ]
         self.set_close_on_finish()
         self.content_length = len(body)
@@ -52,7 +56,7 @@ class JsonErrorTask(ErrorTask):
                 "failure": error.code,
                 "reason": error.message,
                 "client": self.channel.addr[0],
-                "request_id": request_id,
+                "request_id": named,
             },
         )
 
@@ -60,6 +64,21 @@ class JsonErrorTask(ErrorTask):
 class OneSendTask(WSGITask):
     """Waitress's task, which sends the head of an answer together with the first bytes of its
     body: one system call and one packet less. A `Remainder` it leaves to the main loop."""
+
+    def execute(self) -> None:
+        """Have the application answer."""
+        request: Any = self.request
+        if request.is_last:
+            self.set_close_on_finish()
+        super().execute()
+
+    def get_environment(self) -> WSGIEnvironment:
+        """As waitress's, and why the request was refused, if it was."""
+        request: Any = self.request
+        environ = super().get_environment()
+        if request.refused is not None:
+            environ[REFUSED] = request.refused
+        return environ
 
     def write(self, data: bytes | Remainder) -> None:
         """As WSGI's `write`."""
@@ -110,6 +129,8 @@ class OneSendTask(WSGITask):
 
 
 def _as_broker_error(refused: Any) -> errors.BrokerError:
+    if refused.code == 408:
+        return errors.RequestTimeout(refused.body)
     if refused.code == 413:
         return errors.PayloadTooLarge("the body is too large")
     if refused.code == 431:

@@ -9,19 +9,35 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 
+from gpumanager.errors import BrokerError
 from gpumanager.web.answering import JsonErrorTask, OneSendTask
 from gpumanager.web.parsing import StrictRequestParser
 
 LEAST_RATE = 1024
-"""Bytes a second that a client has to take of an answer that is ready, on the average of each
-`RATE_WINDOW_S`: less than any audio that is played as it comes."""
+"""Bytes a second that a client has to take of an answer that is ready, and to give of a body, on
+the average of each `RATE_WINDOW_S`: less than any audio that is played as it comes."""
 
 RATE_WINDOW_S = 60.0
 
+HEAD_S = 15.0
+"""What a client has to send the head of a request, from its first byte, or from the connection."""
+
+LINGER_S = 2.0
+"""How long a client that sends on after it was refused is listened to, so that it can read why: to
+close at once would be a reset, which takes the answer with it."""
+
+LINGER_BYTES = 4 * 1024 * 1024
+"""Likewise, how much of it."""
+
 LOOK_S = 0.5
 """How often a connection is looked at."""
+
+ADMIT = "gpumanager.admit"
+"""Under this name an application leaves in its `extensions` what is asked before a body is taken:
+called with a WSGI environ of the head alone; raises BrokerError."""
 
 _WITH_RESET = struct.pack("ii", 1, 0)
 
@@ -37,21 +53,35 @@ class Connection(HTTPChannel):
 
     - does not have the main loop turn over and over while a worker is sending: what it has left
       to send afterwards it tells the loop itself;
-    - cuts a client off that takes its answer more slowly than `LEAST_RATE`;
+    - gives a head `HEAD_S`, and cuts a client off that sends its body, or takes its answer, more
+      slowly than `LEAST_RATE`;
+    - takes no body of a request that will be refused, and lets its client read why;
+    - makes way for a new one when there are as many as there may be;
     - notices that a client left that had sent the next request already;
     - never ends in mid-answer with what looks like an orderly end.
     """
 
     error_task_class = JsonErrorTask
-    parser_class = StrictRequestParser
     task_class = OneSendTask
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._flushing = False
-        self._look_at = 0.0
-        self._sent = 0
-        self._taking = _Pace()
+        self._sent = self._received = 0
+        self._giving, self._taking = _Pace(), _Pace()
+        now = time.monotonic()
+        self._look_at = now + LOOK_S
+        self._unchanged_since = now
+        self._head_since: float | None = now
+        self._parser: StrictRequestParser | None = None
+        self._deaf = False
+        self._linger_until: float | None = None
+        self._make_way()
+
+    def parser_class(self, adj: Adjustments) -> StrictRequestParser:  # type: ignore[override]
+        """Waitress makes its parsers with this."""
+        self._parser = StrictRequestParser(adj, self._admit)
+        return self._parser
 
     # -- the main loop's thread ------------------------------------------------------------
 
@@ -61,7 +91,56 @@ class Connection(HTTPChannel):
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._look(now)
-        return self.connected and bool(super().readable())
+        if self._deaf:
+            return self.connected
+        reads = self.connected and bool(super().readable())
+        if self._head_since is not None and (self.requests or not reads):
+            self._head_since = now  # it may well wait for an answer first
+        return reads
+
+    def handle_read(self) -> None:
+        """Read, and drop what comes after a request that was refused."""
+        if not self._deaf:
+            super().handle_read()
+            return
+        with suppress(OSError):
+            self._received += len(self.recv(self.adj.recv_bytes))  # closes it at the end
+        if self._linger_until is not None and self._received > LINGER_BYTES:
+            self.handle_close()
+
+    def received(self, data: bytes) -> bool:
+        """As waitress's, with an eye on how far the request is."""
+        self._received += len(data)
+        before = self.request
+        taken = super().received(data)
+        request = self.request
+        if request is None or request.headers_finished:
+            self._head_since = None
+        elif self._head_since is None:
+            self._head_since = time.monotonic()
+        if request is not before or request is None:
+            self._unchanged_since = time.monotonic()
+        # Not among the requests: a thread may have answered it already.
+        self._deaf = self._deaf or (self._parser is not None and self._parser.is_last)
+        if request is None:
+            self._parser = None
+        return taken
+
+    def handle_write(self) -> None:
+        """Send; after a refusal half-close, and wait for the client to read it."""
+        if not (self._deaf and self.close_when_flushed):
+            super().handle_write()
+            return
+        self._flush_exception(self._flush_some)  # type: ignore[attr-defined]  # not in its stubs
+        if self.will_close:
+            self.handle_close()
+        elif not self.total_outbufs_len:
+            self.close_when_flushed = False
+            self._received = 0
+            self._linger_until = time.monotonic() + LINGER_S
+            sock: Any = self.socket
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
 
     def writable(self) -> bool:
         """Whether the main loop is to send."""
@@ -74,8 +153,68 @@ class Connection(HTTPChannel):
         super().handle_close()
 
     def _look(self, now: float) -> None:
+        request: Any = self.request
+        head_due = self._head_since is not None and now - self._head_since >= HEAD_S
         if self._taking.too_slow(now, self._sent, busy=bool(self.total_outbufs_len)):
             self.handle_close()  # its buffers are full: waiting for them to drain is the point
+        elif self._linger_until is not None:
+            if now >= self._linger_until:
+                self.handle_close()
+        elif self.requests:
+            self._giving.rest()
+        elif self._giving.too_slow(now, self._received, busy=self._in_body):
+            self._give_up(request, "the body came too slowly")
+        elif head_due and request is None:
+            self.handle_close()
+        elif head_due:
+            self._give_up(request, f"the head was not complete within {HEAD_S:g} s")
+
+    @property
+    def _in_body(self) -> bool:
+        request = self.request
+        return request is not None and request.headers_finished and not request.expect_continue
+
+    def _give_up(self, request: StrictRequestParser, why: str) -> None:
+        requests: Any = self.requests  # empty: otherwise the client would wait for an answer
+        with self.requests_lock:  # type: ignore[attr-defined]  # not in its stubs
+            self.request, self._deaf = None, True
+            request.give_up(why)
+            requests.append(request)
+            self.server.add_task(self)  # type: ignore[arg-type]  # its stub means something else
+
+    def _admit(self, parser: StrictRequestParser) -> BrokerError | None:
+        application: Any = self.server.application
+        ask = getattr(application, "extensions", {}).get(ADMIT)
+        if ask is None:
+            return None  # behind a middleware: it is asked once the body is there
+        head: Any = parser
+        try:
+            ask(
+                {
+                    "REMOTE_ADDR": self.addr[0],
+                    "REQUEST_METHOD": head.command,
+                    "PATH_INFO": head.path,
+                    **{f"HTTP_{name}": value for name, value in head.headers.items()},
+                }
+            )
+        except BrokerError as error:
+            return error
+        return None
+
+    def _make_way(self) -> None:
+        """Close the connection that is worth least, if there are as many as there may be. Those
+        that wait for a head go first, then those that send a body or take an answer, each time
+        the one that has done so for longest; those with a request at work stay."""
+        me: Any = self
+        if len(me._map) < self.adj.connection_limit:
+            return
+        everybody = [each for each in me._map.values() if isinstance(each, Connection)]
+        others = [each for each in everybody if each is not self and not each.requests]
+        if others:
+            min(others, key=Connection._worth).handle_close()
+
+    def _worth(self) -> tuple[bool, float]:
+        return self._in_body or bool(self.total_outbufs_len), self._unchanged_since
 
     # -- any thread ------------------------------------------------------------------------
 
@@ -94,6 +233,11 @@ class Connection(HTTPChannel):
             return bool(poll.poll(0))
         except (AttributeError, OSError, ValueError):
             return True  # the main loop has closed it just now
+
+    def service(self) -> None:
+        """As waitress's: answer one request, on one of its threads."""
+        super().service()
+        self._unchanged_since = time.monotonic()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """As waitress's, counted."""

@@ -21,6 +21,7 @@ _EVERYWHERE: tuple[type[errors.BrokerError], ...] = (
     errors.BadRequest,
     errors.Unauthorized,
     errors.Forbidden,
+    errors.RequestTimeout,
     errors.HeadersTooLarge,
     errors.InternalError,
 )

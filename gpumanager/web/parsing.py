@@ -4,24 +4,91 @@ refused before anything is done with it."""
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
+from waitress.adjustments import Adjustments
+from waitress.buffers import OverflowableBuffer
 from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.receiver import ChunkedReceiver
+from waitress.rfc7230 import CHUNK_EXT_RE, HEADER_FIELD_RE
+from waitress.utilities import BadRequest, Error
+
+from gpumanager.errors import BrokerError
 
 _HOST_LINE = re.compile(rb"\nhost:", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?")
 """A host, maybe with a port (RFC 3986 without its comma, which is what joins two headers)."""
 
+_EXTENSIONS: Any = CHUNK_EXT_RE  # of bytes; the stubs say str
+_FIELD: Any = HEADER_FIELD_RE
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
+
 LONGEST_HOST = 256
 """In characters; a name in the DNS has at most 253."""
+
+LONGEST_CHUNK_LINE = 1024
+"""Bytes of a chunk's size with its extensions, or of one trailer."""
+
+MOST_TRAILERS = 8 * 1024
+"""Bytes of all trailers, which nobody reads."""
+
+FRAMING_ALLOWED = 16
+"""Bytes of framing that a chunk may have for nothing; two more for each byte it carries."""
+
+MOST_FRAMING = 16 * 1024
+"""Bytes of framing beyond that. Both as Go's net/http has them."""
+
+Admit = Callable[["StrictRequestParser"], "BrokerError | None"]
+
+
+class TookTooLong(Error):
+    """Waitress's way to say 408, which it does not by itself."""
+
+    code = 408
+    reason = "Request Timeout"
 
 
 class StrictRequestParser(HTTPRequestParser):
     """Waitress's parser, which also refuses a length beside a transfer coding, a transfer coding
     in HTTP/1.0, and a request that does not say plainly which host it is for (RFC 9112, 3.2).
 
-    The authority of an absolute target takes the place of `Host`.
+    The authority of an absolute target takes the place of `Host`. Before any of a body is taken,
+    `admit` is asked. It returns why not, if not; then the request ends here, without a body, and
+    `refused` says why.
     """
+
+    def __init__(self, adj: Adjustments, admit: Admit = lambda parser: None) -> None:  # noqa: ARG005
+        super().__init__(adj)
+        self._admit = admit
+        self._asked = False
+        self.refused: BrokerError | None = None
+
+    def received(self, data: bytes) -> int:
+        """Take what belongs to this request; returns how many bytes that were. Of what comes
+        behind one that is wrong or refused nothing can be made, so that all is taken."""
+        consumed = super().received(data)
+        if self.headers_finished and not self._asked:
+            self._asked = True
+            if not self.completed:
+                self.refused = self._admit(self)
+        if self.refused is not None:
+            self.completed = True
+            self.body_rcv = None
+            self.headers = {k: v for k, v in self.headers.items() if k != "CONTENT_LENGTH"}
+        if self.completed:
+            self.expect_continue = False  # there is nothing to go on with
+        return len(data) if self.is_last else consumed
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more is taken on its connection."""
+        return self.error is not None or self.refused is not None
+
+    def give_up(self, why: str) -> None:
+        """End it, incomplete as it is, with a 408."""
+        self.error = TookTooLong(why)
+        self.completed = True
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
@@ -30,6 +97,8 @@ class StrictRequestParser(HTTPRequestParser):
             raise ParsingError("Transfer-Encoding in HTTP/1.0")
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             raise ParsingError("Content-Length beside Transfer-Encoding")
+        if self.chunked:
+            self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))
         self._settle_host(header_plus)
 
     def _settle_host(self, head: bytes) -> None:
@@ -48,6 +117,76 @@ class StrictRequestParser(HTTPRequestParser):
         _check_authority(parsed.proxy_netloc)
         parsed.headers["HOST"] = parsed.proxy_netloc
         parsed.path = parsed.path or "/"
+
+
+class ChunkedBody(ChunkedReceiver):
+    """A body in chunks (RFC 9112, 7.1), to the letter, with bounds on everything that is not
+    content. What it costs grows with the bytes received, not with their square."""
+
+    def __init__(self, buf: OverflowableBuffer) -> None:
+        super().__init__(buf)
+        self._line = b""
+        self._left = 0
+        self._expects: Literal["size", "end", "trailer"] = "size"
+        self._framing = 0
+        self._trailers = 0
+
+    def received(self, s: bytes) -> int:
+        """Take what belongs to the body; returns how many bytes that were."""
+        pieces = []
+        at = 0
+        while at < len(s) and not self.completed and self.error is None:
+            if self._left:
+                piece = s[at : at + self._left]
+                pieces.append(piece)
+                self._left -= len(piece)
+                at += len(piece)
+                continue
+            stop = s.find(b"\n", at) + 1 or len(s)
+            self._line += s[at:stop]
+            at = stop
+            if len(self._line) > LONGEST_CHUNK_LINE:
+                self.error = BadRequest("a chunk's size or a trailer is too long")
+            elif self._line.endswith(b"\n"):
+                line, self._line = self._line, b""
+                wrong = self._take(line[:-2]) if line.endswith(b"\r\n") else "a bare line feed"
+                if wrong is not None:
+                    self.error = BadRequest(f"the body is not in chunks: {wrong}")
+        self.buf.append(b"".join(pieces))
+        return at
+
+    def _take(self, line: bytes) -> str | None:
+        """Take a line; returns what is wrong with it."""
+        if self._expects == "size":
+            return self._take_size(line)
+        if self._expects == "trailer":
+            return self._take_trailer(line)
+        self._expects = "size"
+        return "a chunk is longer than its size" if line else None
+
+    def _take_size(self, line: bytes) -> str | None:
+        digits, semicolon, extensions = line.partition(b";")
+        if not _CHUNK_SIZE.fullmatch(digits):
+            return "there is no size"
+        if semicolon and not _EXTENSIONS.match(semicolon + extensions):
+            return "an extension is malformed"
+        self._left = int(digits, 16)
+        framing = self._framing + len(line) + 4 - FRAMING_ALLOWED - 2 * self._left
+        self._framing = max(0, framing)
+        if framing > MOST_FRAMING:
+            return "too little content for so many chunks"
+        self._expects = "end" if self._left else "trailer"
+        return None
+
+    def _take_trailer(self, line: bytes) -> str | None:
+        self._trailers += len(line) + 2
+        if not line:
+            self.completed = True
+        elif not _FIELD.match(line):
+            return "a trailer is malformed"
+        elif self._trailers > MOST_TRAILERS:
+            return "there are too many trailers"
+        return None
 
 
 def _check_authority(host: str) -> None:

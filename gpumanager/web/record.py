@@ -14,6 +14,9 @@ from gpumanager.keys import Role
 RECORD_KEY = "gpumanager.record"
 """Where the guard leaves the record in the WSGI environ."""
 
+REFUSED = "gpumanager.refused"
+"""Where the server leaves the BrokerError for which it did not take a request's body."""
+
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 

@@ -22,6 +22,7 @@ from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, dashboard, roles, security
 from gpumanager.web.boundary import json_response
+from gpumanager.web.connection import ADMIT
 from gpumanager.web.entrance import Entrance, JobView
 from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -86,6 +87,7 @@ def create_app(services: Services) -> Flask:
     app.url_map.strict_slashes = True
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
+    app.extensions[ADMIT] = checks.before_body
     jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
     security.install(app, checks, for_clients={*jobs, "cancel"})
     for path, view in jobs.items():

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, request
 
-from gpumanager.errors import Forbidden, QueueFull, Unauthorized
+from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
-from gpumanager.web.record import record_of
+from gpumanager.web.record import REFUSED, record_of
 from gpumanager.web.roles import check_role
 
 if TYPE_CHECKING:
@@ -101,11 +101,22 @@ class Checks:
 
     def __call__(self, environ: WSGIEnvironment) -> None:
         """Raises Forbidden or Unauthorized; notes whose key it was, and its role."""
+        refused: BrokerError | None = environ.get(REFUSED)
+        if refused is not None:
+            raise refused
         check_host(environ, self._allowed)
         check_origin(environ)
         if self._keyring and environ["PATH_INFO"] != "/healthz":
             record = record_of(environ)
             record.key, record.role = self._keyring.identify(environ)
+
+    def before_body(self, environ: WSGIEnvironment) -> None:
+        """The same for a request that has a body still to come: nobody without a key sends one,
+        not even to `/healthz`. Takes the key out of `environ`."""
+        check_host(environ, self._allowed)
+        check_origin(environ)
+        if self._keyring:
+            self._keyring.identify(environ)
 
 
 def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
