@@ -1,0 +1,138 @@
+"""How far one job travels through the package, and how large the package is:
+`python -m benchmarks.structure`.
+
+It sends one POST that nobody else waits for through a broker and its consumer, and follows every
+thread of the broker: calls of the package's own functions, and moves from one of its files to
+another (by a call, or back by a return). The rest is read from the source: lines, the longest
+function, and the places that give the GPU back.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+import gpumanager
+from benchmarks.performance import client
+from tests.support.broker import live_broker
+
+PACKAGE = Path(gpumanager.__file__).parent
+ROOT = PACKAGE.parent
+GIVE_BACK = "give_back"
+"""How the one way is called in which a job's hold on the GPU ends."""
+
+
+class Journey:
+    """Follows every thread that is started after `threading.setprofile(journey)`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.moves = 0
+        self.files: set[str] = set()
+        self.following = False
+        self._where: defaultdict[int, list[str]] = defaultdict(list)
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> None:  # noqa: ARG002
+        if not self.following or event not in ("call", "return"):
+            return
+        name = frame.f_code.co_filename
+        if not name.startswith(str(PACKAGE)) or frame.f_code.co_name.startswith("<"):
+            return
+        stack = self._where[threading.get_ident()]
+        before = stack[-1] if stack else None
+        if event == "call":
+            self.calls += 1
+            self.files.add(name)
+            stack.append(name)
+        elif stack:
+            stack.pop()
+        after = stack[-1] if stack else None
+        if before is not None and after is not None and before != after:
+            self.moves += 1
+
+
+def follow_one_post() -> Journey:
+    """The journey of one POST /v1/llm, after twenty that warmed the broker up."""
+    consumer = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.performance.upstream"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert consumer.stdin is not None
+    assert consumer.stdout is not None
+    journey = Journey()
+    with consumer.stdin, consumer.stdout:
+        config = {
+            "health_interval": 1000,
+            "gpu": {"sample_interval": 1000},
+            "log": {"level": "warning"},
+            "routing": {"llm": "it"},
+            "consumers": {
+                "it": {
+                    "url": f"http://127.0.0.1:{int(consumer.stdout.readline())}",
+                    "paths": {"llm": "/v1/chat/completions"},
+                }
+            },
+        }
+        threading.setprofile(journey)
+        try:
+            with live_broker(yaml.safe_dump(config)) as broker:
+                data = client.request("/v1/llm")
+                client.one_by_one(broker.port, data, 20)
+                journey.following = True
+                client.one_by_one(broker.port, data, 1)
+                journey.following = False
+        finally:
+            threading.setprofile(None)
+            consumer.kill()
+            consumer.wait(10)
+    return journey
+
+
+def functions() -> Iterator[tuple[int, str]]:
+    """Every function of the package: its lines, and where it is."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                where = f"{path.relative_to(PACKAGE)}:{node.name}"
+                yield node.end_lineno - node.lineno + 1, where
+
+
+def give_back_sites() -> list[str]:
+    """Where the package calls what gives the GPU back."""
+    return [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute | ast.Name)
+        and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id) == GIVE_BACK
+    ]
+
+
+def main() -> None:
+    logging.getLogger("gpumanager.access").setLevel(logging.WARNING)
+    journey = follow_one_post()
+    files = [path.read_text("utf-8") for path in PACKAGE.rglob("*.py")]
+    longest, where = max(functions())
+    sites = give_back_sites()
+    print(f"one POST: {journey.calls} own calls, {journey.moves} moves, {len(journey.files)} files")
+    print(f"package: {sum(text.count(chr(10)) for text in files)} lines in {len(files)} files")
+    print(f"longest function: {longest} lines, {where}")
+    print(f"calls of {GIVE_BACK}: {len(sites)}: {', '.join(sites)}")
+
+
+if __name__ == "__main__":
+    main()
