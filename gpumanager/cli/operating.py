@@ -76,7 +76,7 @@ def unload(broker: BrokerClient, consumer: str) -> None:
     answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/unload")
     text = f"{consumer}: {answer['outcome']}, {answer['mib']} MiB in {answer['ms'] / 1000:.1f} s"
     click.echo(text + (f", taken by {answer['thief']}" if "thief" in answer else ""))
-    sys.exit(1 if answer["outcome"] == "leaked" else 0)
+    sys.exit(1 if answer["outcome"] in ("leaked", "busy") else 0)
 
 
 @main.command()

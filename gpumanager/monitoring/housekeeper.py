@@ -96,7 +96,7 @@ class Housekeeper:
     def _unload(self, name: str) -> None:
         self._seen_idle.pop(name, None)
         job = Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False)
-        self._in_turn(job, lambda ticket: self._moves.unload(name, ticket))
+        self._in_turn(job, lambda ticket: self._moves.unload(name, ticket, patient=False))
 
     def _restore(self, name: str) -> None:
         self._restored_after[name] = self._quiet_since()

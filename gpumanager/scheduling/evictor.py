@@ -21,6 +21,7 @@ from gpumanager.registry import Registry
 from gpumanager.scheduling.census import usable
 from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.release import LEAKED_SHARE, judge
+from gpumanager.scheduling.rest import BUSY_LIMIT_S, BUSY_POLL_S, Rest
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class Controls(Protocol):
 
     def settled(self, name: str) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
+
+    def busy(self, name: str) -> bool | None:
+        """Whether it says that it works on something; None if it does not tell."""
 
     def probe(self, name: str) -> ProbeReport:
         """Ask it how it is, and what it holds."""
@@ -106,6 +110,7 @@ class Evictor:
         self._parks = parks
         self._measure = measure
         self._clock = clock
+        self._rest = Rest(controls, measure, clock)
 
     def evict(
         self,
@@ -114,24 +119,30 @@ class Evictor:
         floor_mib: int,
         ticket: Ticket,
         fits: Callable[[], bool] | None = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
         """Unload the consumer, climbing its `evict` rungs until one gives its memory back; None
         if not one of them could be carried out.
 
         `held_mib` is what it is taken to hold, `floor_mib` what it may keep. `fits` says whether
         the room is enough now: until it is, a release that looks complete is given a little
-        longer, in case more comes; None does without that. One that gave nothing back, by any
+        longer, in case more comes; None does without that. `elsewhere` says whether somebody else
+        could go instead: then one that works on a job of somebody else is left alone; without,
+        the end of that job is waited for. One that gave nothing back, by any
         rung, though it held something, is put into quarantine. Raises the error the ticket was
         cancelled with.
         """
         release: Release | None = None
         tried = []
         consumer = self._config.consumers[name]
+        if elsewhere is not None and self._rest.is_busy(name, consumer) and elsewhere():
+            return self._left_alone(name, ticket)
         for rung in usable(consumer, self._registry.get(name)) or consumer.rungs:
             before = self._measure()
             holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
             try:
+                self._rest.wait(name, consumer, rung, ticket)
                 self._carry_out(name, rung)
             except BrokerError as error:
                 if self._gone(name, error):
@@ -150,9 +161,20 @@ class Evictor:
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             word = _Word(consumer.settled if rung.http else None, self._clock.monotonic())
             certain = holds is not None
-            release = self._await(name, before, expected, certain, word, ticket, fits)
+            release = self._await(
+                name,
+                before,
+                expected,
+                certain,
+                word,
+                ticket,
+                fits,
+                elsewhere if rung.http else None,
+            )
             release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
             self._take_note(name, rung, release, ticket.job.consumer)
+            if release.outcome == "busy":
+                return release
             if release.outcome != "leaked":
                 self._registry.release(name)
                 return release
@@ -169,6 +191,10 @@ class Evictor:
                 extra={"consumer": name, "reason": reason, "seconds": round(seconds)},
             )
         return release
+
+    def _left_alone(self, name: str, ticket: Ticket) -> Release:
+        log.info("left alone at work", extra={"consumer": name, "target": ticket.job.consumer})
+        return Release("busy")
 
     def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
         """MiB by the card's figures for its processes, else by its own word of this moment; None
@@ -207,14 +233,18 @@ class Evictor:
         word: _Word,
         ticket: Ticket,
         fits: Callable[[], bool] | None,
+        elsewhere: Callable[[], bool] | None,
     ) -> Release:
         """Poll until the memory is back, or will not come: as long as `gpu.release_timeout` and
         the consumer's own `settled` allow, whichever is longer. Where what it held was measured
         (`certain`), a release in several steps is waited for as long as the room is not enough.
+        One that works on a job of somebody else first is given until that is over.
         """
+        consumer = self._config.consumers[name]
         now = self._clock.monotonic()
         stable_since, began = now, now
-        deadline = max(now + self._config.gpu.release_timeout, word.deadline)
+        limit = max(self._config.gpu.release_timeout, word.deadline - now)
+        deadline, busy_deadline = now + limit, now + BUSY_LIMIT_S
         delay, last_mib = FIRST_POLL_S, 0
         while True:
             if word.due(now):
@@ -225,7 +255,9 @@ class Evictor:
             if before is None or reading is None:
                 # The card is out of view: what the consumer says is all there is.
                 if settled or now >= deadline:
-                    return Release("unverified", expected_mib=expected_mib)
+                    if now >= busy_deadline or not self._rest.is_busy(name, consumer):
+                        return Release("unverified", expected_mib=expected_mib)
+                    delay = BUSY_POLL_S
             else:
                 release = judge(name, before, reading, expected_mib)
                 if release.mib != last_mib:
@@ -243,9 +275,13 @@ class Evictor:
                     # Somebody else made room meanwhile: whatever this one does, the job can run.
                     return replace(more, outcome="partial")
                 if now >= deadline:
-                    return release
+                    if release.complete or not self._rest.is_busy(name, consumer):
+                        return release
+                    if now >= busy_deadline or (elsewhere is not None and elsewhere()):
+                        return replace(more, outcome="busy")
+                    deadline = now + limit
             ticket.pause(delay)
-            delay = min(LONGEST_POLL_S, 2 * delay)
+            delay = max(delay, min(LONGEST_POLL_S, 2 * delay))
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
         kept = release.residue_mib if rung.http and release.outcome != "leaked" else None

@@ -102,7 +102,7 @@ class Scheduler(Protocol):
         """True as soon as nothing runs; False after `timeout` seconds."""
 
 
-Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone"]
+Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone", "busy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ class Release:
     who took what it gave. `more_until` is the monotonic time until which more of it may come; 0 if
     it was waited for to its end, so that what it still holds is what it keeps. `unverified`: the
     card cannot be measured; `gone`: its process had ended already. `certain` is False where nobody
-    measured what it held before, so that one that gave nothing back may have had nothing."""
+    measured what it held before, so that one that gave nothing back may have had nothing. `busy`:
+    it works on a job of somebody else, and was left alone, or has yet to come to it."""
 
     outcome: Outcome
     mib: int = 0
@@ -161,8 +162,9 @@ class Preview:
 class Moves(Protocol):
     """Changes who is resident, for the holder of a ticket. Raises BrokerError."""
 
-    def unload(self, name: str, ticket: Ticket) -> Release:
-        """Unload a consumer, whoever it is."""
+    def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
+        """Unload a consumer, whoever it is. One that works on a job of somebody else is waited
+        for, or, without patience, left alone."""
 
     def load(self, name: str, ticket: Ticket) -> None:
         """Load a consumer, where making room for it has not done so already."""

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -134,8 +135,9 @@ class RoomMaker:
                     released += release.mib
         return released > 0
 
-    def unload(self, name: str, ticket: Ticket) -> Release:
-        """Unload one consumer, whoever it is. Raises NoConsumer if there is no way to,
+    def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
+        """Unload one consumer, whoever it is; without patience, only if it does not work on a job
+        of somebody else. Raises NoConsumer if there is no way to,
         ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with the reasons in the
         log, if none of its ways worked."""
         consumer = self._config.consumers[name]
@@ -145,7 +147,7 @@ class RoomMaker:
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
         self._registry.release(name)
         resident = self._census.resident(name, self._registry.get(name), self._measure())
-        release = self._evict(resident, ticket)
+        release = self._evict(resident, ticket, elsewhere=None if patient else lambda: True)
         if release is None:
             raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
         return release
@@ -249,7 +251,7 @@ class RoomMaker:
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
             fits = (lambda: self._look(target).plan.fits) if last else None
-            release = self._evict(victim, ticket, fits)
+            release = self._evict(victim, ticket, fits, partial(self._others_may_go, target, tried))
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
                 leaking.append(victim.name)
@@ -266,19 +268,27 @@ class RoomMaker:
             self._upcoming(),
         )
 
+    def _others_may_go(self, target: str, tried: Set[str]) -> bool:
+        """Whether there would be room without those that were tried, too."""
+        return not self._look(target, tried).plan.in_vain
+
     def _evict(
-        self, victim: Resident, ticket: Ticket, fits: Callable[[], bool] | None = None
+        self,
+        victim: Resident,
+        ticket: Ticket,
+        fits: Callable[[], bool] | None = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
         try:
             with self._registry.using(victim.name):
                 release = self._evictor.evict(
-                    victim.name, victim.held_mib, victim.floor_mib, ticket, fits
+                    victim.name, victim.held_mib, victim.floor_mib, ticket, fits, elsewhere
                 )
         except NoConsumer:  # a reload has just removed it
             return None
         finally:
             self._changed_at = self._clock.monotonic()
-        if release is not None and release.outcome not in ("leaked", "gone"):
+        if release is not None and release.outcome not in ("leaked", "gone", "busy"):
             with self._lock:
                 self._evictions += 1
         return release

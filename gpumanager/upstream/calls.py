@@ -83,15 +83,13 @@ class ControlCalls:
         self._ok(name, consumer.warm, LOAD_TIMEOUT_S)
 
     def unload(self, name: str) -> None:
-        """Have the consumer drop its model, or each of the models its probe lists; first, where
-        a job would suffer, wait until it says that it is at rest."""
+        """Have the consumer drop its model, or each of the models its probe lists; again and
+        again for a while, where it refuses for being busy."""
         consumer = self._config.consumers[name]
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
         deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
-        if call.when_busy in ("aborts", "unsafe"):
-            self._await_rest(name, deadline)
         made = [call] if call.for_each is None else map(call.for_item, self._items(name, consumer))
         for each in made:
             self._unload_once(name, each, deadline)
@@ -177,15 +175,6 @@ class ControlCalls:
             return ProbeReport(loaded=False)
         self._accept(name, probe, status, body)
         return _probe_report(probe, _parsed(body), otherwise)
-
-    def _await_rest(self, name: str, deadline: float) -> None:
-        """Return when the consumer is at rest, or does not tell. Raises ConsumerTimeout if it
-        still works at `deadline`: what it works on is not the broker's to kill."""
-        pause = threading.Event()
-        while self.busy(name):
-            if self._clock.monotonic() >= deadline:
-                raise ConsumerTimeout(f"{name} is busy with a job of somebody else", consumer=name)
-            pause.wait(BUSY_POLL_S)
 
     def _unload_once(self, name: str, call: UnloadCall, deadline: float) -> None:
         """Make the call; again and again, where it may be refused for being busy."""

@@ -174,15 +174,12 @@ def test_an_unload_that_fails_is_noticed(
 
 
 def prepare_unload(server: responses.RequestsMock, preset: str, example: dict[str, Any]) -> None:
-    """What is asked before: a session, whether it is at rest, and what there is to unload."""
+    """What is asked before: a session, and what there is to unload."""
     filled, answers = consumer(preset), recorded(preset)
     if "session" in answers:
         session = answers["session"]
         answer(server, session["method"], session["target"], session["answer"])
     assert filled.unload is not None
-    if "busy" in answers and filled.unload.when_busy in ("aborts", "unsafe"):
-        at_rest = next(each for each in answers["busy"] if not each["is"])
-        answer(server, "GET", at_rest["target"], at_rest["answer"])
     if filled.unload.for_each is not None:
         assert filled.probe is not None
         first = answers["probe"][0]

@@ -167,6 +167,33 @@ def test_comfyui_holds_the_gpu_until_its_render_is_done(card: SimulatedCard) -> 
         assert broker.get("/v1/status").json()["scheduler"]["out_of_memory"]["seen"] == 0
 
 
+@pytest.mark.parametrize("another", [True, False])
+def test_a_render_from_comfyuis_own_page_is_no_leak(card: SimulatedCard, another: bool) -> None:
+    """It takes longer than memory is given to come back (1 s); if somebody else can go, it is
+    left alone."""
+    consumers: dict[str, dict[str, Any]] = {
+        "comfyui": {"fake": "comfyui", "mib": 5000},
+        "voice": {"fake": "plain", "mib": 4000},
+    }
+    if another:
+        consumers["small"] = {"fake": "plain", "mib": 3000, "kind": "stt"}
+        consumers["voice"]["mib"] = 4500
+    else:
+        consumers["voice"]["mib"] = 6000
+    with box(card, consumers) as (broker, fakes):
+        if another:
+            assert job(broker, "stt").status_code == 200
+        fakes["comfyui"].set(job_s=3)
+        prompt = fakes["comfyui"].ask("POST", "/prompt", PROMPT)["prompt_id"]
+        eventually(lambda: status_of(broker, "comfyui")["gpu_resident_mib"] == 5000)
+        assert job(broker, "tts").status_code == 200
+        over = fakes["comfyui"].ask("GET", f"/history/{prompt}") != {}
+        assert over is not another
+        comfyui = status_of(broker, "comfyui")
+        assert "quarantine" not in comfyui
+        assert comfyui["gpu_resident_mib"] == (5000 if another else 0)
+
+
 def test_a_prompt_that_is_refused_holds_nothing(card: SimulatedCard) -> None:
     with box(card, {"comfyui": {"fake": "comfyui", "mib": 6000}}) as (broker, _):
         assert job(broker, "image", {"prompt": {}}).status_code == 400

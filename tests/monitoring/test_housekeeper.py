@@ -50,7 +50,8 @@ class House:
     def relieve(self, ticket: Ticket) -> bool:
         raise NotImplementedError
 
-    def unload(self, name: str, ticket: Ticket) -> Release:
+    def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
+        assert not patient
         assert self.line.stats().in_flight == 1
         self._act("unload", name)
         self.registry.set_loaded(name, False)

@@ -69,6 +69,9 @@ class Bench:
         self.keeps: dict[str, int] = {}
         self.stolen = 0
         self.leaking: set[str] = set()
+        self.works_until: dict[str, float] = {}
+        self.mute: set[str] = set()
+        self.utilization: int | None = None
         self.unsettled = 0
         self.asked_at: list[float] = []
         self.failing_rungs: dict[str, BrokerError] = {}
@@ -115,7 +118,7 @@ class Bench:
         for entry in self._pending:
             entry[1] -= 1
         for name, looks in list(self._pending):
-            if looks < 0:
+            if looks < 0 and not self.busy(name):
                 self._pending.remove([name, looks])
                 self._release(name)
         return self._reading()
@@ -130,7 +133,9 @@ class Bench:
     def _reading(self) -> MemoryReading:
         held = {name: max(0, mib) for name, mib in self.holds.items()}
         used = sum(held.values()) + self.foreign
-        reading = MemoryReading(self.total, used, self.total - used)
+        reading = MemoryReading(
+            self.total, used, self.total - used, utilization_percent=self.utilization
+        )
         if not self.attributed:
             return reading
         names = list(self.config.consumers)
@@ -162,6 +167,11 @@ class Bench:
         if self.not_ready:
             raise self.not_ready.pop(0)
         return ProbeReport(resident_mib=self.holds.get(name, 0) if self.reporting else None)
+
+    def busy(self, name: str) -> bool | None:
+        if name in self.mute:
+            raise ConsumerTimeout(f"{name} does not answer")
+        return self.clock.monotonic() < self.works_until.get(name, 0)
 
     def settled(self, name: str) -> bool:
         self.asked_at.append(self.clock.monotonic())
@@ -1307,3 +1317,133 @@ def test_a_victim_that_was_just_removed_is_passed_over() -> None:
     with pytest.raises(InsufficientVram, match="tts needs 3000 MiB"):
         bench.make_room("tts")  # what it holds is nobody's now, and stt's alone does not do
     assert bench.calls == []
+
+
+# -- somebody else's job -------------------------------------------------------------------------
+
+
+def telling(when_busy: str, **more: Any) -> dict[str, dict[str, Any]]:
+    """The three; tts says whether it works."""
+    tts = {
+        "vram_resident_mib": 3000,
+        "probe": {"path": "/p", "busy": "busy"},
+        "unload": {"path": "/u", "when_busy": when_busy},
+        **more,
+    }
+    return {**THREE, "tts": tts}
+
+
+def at_work(bench: Bench, name: str, seconds: float) -> None:
+    bench.clock.advance(5)  # the first probes have been
+    bench.works_until[name] = bench.clock.monotonic() + seconds
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("when_busy", ["drains", "aborts", "unsafe"])
+def test_the_end_of_somebody_elses_job_is_waited_for(when_busy: str, measured: bool) -> None:
+    """A render of 14 s from ComfyUI's own page: no leak, and no refusal."""
+    bench = Bench(telling(when_busy), total=9000, measured=measured)
+    bench.attributed = True
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 14)
+    began = bench.clock.monotonic()
+    asked_at: list[float] = []
+    unload = bench.unload
+
+    def note(name: str) -> None:
+        asked_at.append(bench.clock.monotonic() - began)
+        unload(name)
+
+    bench.unload = note  # type: ignore[method-assign]
+    bench.make_room("llm")
+    assert 14 <= bench.clock.monotonic() - began < 16
+    assert bench.registry.get("tts").quarantine == ""
+    (at,) = asked_at
+    assert at < 1 if when_busy == "drains" else at >= 14
+
+
+@pytest.mark.parametrize("when_busy", ["drains", "aborts"])
+def test_a_job_of_somebody_else_without_end_is_neither_killed_nor_a_leak(when_busy: str) -> None:
+    bench = attributed(telling(when_busy), total=9000)
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 10_000)
+    began = bench.clock.monotonic()
+    with pytest.raises(InsufficientVram):
+        bench.make_room("llm")
+    assert 120 <= bench.clock.monotonic() - began < 135
+    assert bench.calls == (["unload tts"] if when_busy == "drains" else [])
+    assert bench.registry.get("tts").quarantine == ""
+    assert bench.room.evictions == 0
+
+
+@pytest.mark.parametrize("when_busy", ["drains", "aborts"])
+def test_who_works_for_somebody_else_is_left_alone_where_another_one_can_go(when_busy: str) -> None:
+    bench = attributed(telling(when_busy), total=11_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.foreign = 500
+    bench.total = 3000 + 2000 + 500 + 4700  # either would do
+    at_work(bench, "tts", 10_000)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.clock.monotonic() - began < 1
+    assert bench.calls == ["unload stt"]
+    assert bench.registry.get("tts").loaded
+
+
+def test_a_client_that_leaves_while_somebody_elses_job_runs_stops_the_wait() -> None:
+    bench = attributed(telling("unsafe"), total=9000)
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 10_000)
+    bench.leave_after = 3
+    with pytest.raises(ClientGone):
+        bench.make_room("llm")
+    assert bench.calls == []
+
+
+def test_who_hangs_is_not_asked_to_unload_but_may_be_stopped() -> None:
+    bench = attributed(telling("unsafe", evict=LADDER), total=9000)
+    bench.resident("tts", used=50)
+    bench.clock.advance(5)
+    bench.mute = {"tts"}
+    bench.make_room("llm")
+    assert bench.calls == ["unit tts"]
+
+
+def test_nobody_is_stopped_in_the_middle_of_somebody_elses_job() -> None:
+    bench = attributed(telling("drains", evict=[{"unit": "tts.service"}]), total=9000)
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 14)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.clock.monotonic() - began >= 14
+    assert bench.calls == ["unit tts"]
+
+
+@pytest.mark.parametrize(("utilization", "waits"), [(None, 0), (3, 0), (80, 10), ("falls", 4)])
+def test_one_that_cannot_say_whether_it_works_is_given_until_the_card_is_quiet(
+    utilization: Any, waits: float
+) -> None:
+    tts = {"vram_resident_mib": 3000, "unload": {"path": "/u", "when_busy": "aborts"}}
+    bench = attributed({**THREE, "tts": tts}, total=9000)
+    bench.resident("tts", used=50)
+    bench.utilization = 80 if utilization == "falls" else utilization
+    began = bench.clock.monotonic()
+
+    def it_ends() -> None:
+        if bench.clock.monotonic() - began >= 4:
+            bench.utilization = 0
+
+    if utilization == "falls":
+        bench.on_pause = it_ends
+    bench.make_room("llm")
+    assert bench.clock.monotonic() - began == pytest.approx(waits, abs=0.6)
+    assert bench.calls == ["unload tts"]
+
+
+def test_an_idle_unload_leaves_alone_who_works_for_somebody_else() -> None:
+    bench = attributed(telling("drains"), total=9000)
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 10_000)
+    release = bench.room.unload("tts", bench.ticket("tts"), patient=False)
+    assert (release.outcome, bench.calls) == ("busy", [])

@@ -215,32 +215,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpumanager.upstream.calls.BUSY_POLL_S", 0.01)
 
 
-@pytest.mark.parametrize("when_busy", ["aborts", "unsafe"])
-def test_where_a_job_would_suffer_rest_is_waited_for(
-    mocked: responses.RequestsMock, hasty: None, when_busy: str
-) -> None:
-    for jobs in (2, 1, 0):
-        mocked.get(f"{URL}/progress", json={"jobs": jobs})
-    mocked.post(f"{URL}/unload")
-    calls(probe=BUSY, unload={"path": "/unload", "when_busy": when_busy}).unload("mvoice")
-    paths = [str(call.request.url).removeprefix(URL) for call in mocked.calls]
-    assert paths == ["/progress"] * 3 + ["/unload"]
-
-
-def test_a_job_of_somebody_else_is_not_killed_however_long_it_takes(
-    mocked: responses.RequestsMock, hasty: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gpumanager.upstream.calls.UNLOAD_TIMEOUT_S", 0.05)
-    mocked.get(f"{URL}/progress", json={"jobs": 1})
-    with pytest.raises(ConsumerTimeout, match="busy with a job of somebody else"):
-        calls(probe=BUSY, unload={"path": "/unload", "when_busy": "unsafe"}).unload("mvoice")
-
-
-def test_a_server_that_drains_is_simply_asked(mocked: responses.RequestsMock) -> None:
-    mocked.post(f"{URL}/unload")
-    calls(probe=BUSY, unload="/unload").unload("mvoice")
-
-
 def test_a_refusal_for_being_busy_is_tried_again(
     mocked: responses.RequestsMock, hasty: None
 ) -> None:
