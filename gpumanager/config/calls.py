@@ -4,7 +4,7 @@ methods. The text below a key is its description in docs/config.md and in the JS
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlencode
@@ -266,6 +266,13 @@ class Done(Model):
     """The calls that stop the job."""
     timeout: Seconds | None = None
     """After this the job counts as over; none: the consumer's `timeouts.total`."""
+    failure: Expression | None = None
+    """Gives, for the answer of `poll`, the consumer's own words for why the job failed; `null` if
+    it went well. Nothing else of that answer is searched for an out-of-memory."""
+
+    def find_failure(self, answer: Any) -> Any:
+        """What `failure` gives for `answer`; None if it gives nothing, or does not fit."""
+        return expressions.search(self.failure, answer)
 
     def matches(self, method: str, path: str) -> bool:
         """Whether the rule is for a job sent to `path` with `method`."""
@@ -345,23 +352,26 @@ class Rung(Model):
 HTTP = Rung(http=True)
 
 _OUT_OF_MEMORY = (
-    r"(CUDA|HIP|GPU|VRAM|device)\b.{0,80}\bout of (device )?memory",
+    r"(CUDA|HIP|XPU|GPU|VRAM|device)\b.{0,80}\bout of (device )?memory",
     r"\bOutOfMemoryError\b",
-    r"out of memory.{0,80}\b(CUDA|HIP|GPU|VRAM|device)\b",
+    r"out of memory.{0,80}\b(CUDA|HIP|XPU|GPU|VRAM|device)\b",
+    r"(Error|ERROR_)Out_?Of_?Device_?Memory",
     r"\b(CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b",
     r"\bCU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED\b",
     r"\b(cuda|hip)Malloc\w* failed",
     r"Allocation on device",
-    r"unable to allocate (CUDA|ROCm|backend) ?\w* ?buffer",
+    r"(failed|unable) to allocate (CUDA|ROCm|Vulkan|SYCL|backend) ?\w* ?buffer",
+    r"No available memory for the cache blocks",
     r"(not enough|insufficient) (GPU memory|VRAM)\b",
 )
 
 
 class OutOfMemory(Model):
     """How a consumer's answer says that the card's memory ran out: it has one of the statuses,
-    and one of the patterns matches in its body."""
+    and one of the patterns matches in its body, in words that do not stand in the request. It is
+    believed unless the card's figures speak against it."""
 
-    status: tuple[Status, ...] = (400, 500, 502, 503, 507)
+    status: tuple[Status, ...] = (500, 502, 503, 507)
     """The statuses."""
     patterns: tuple[Pattern, ...] = _OUT_OF_MEMORY
     """Matched in the body whatever the case."""
@@ -372,6 +382,12 @@ class OutOfMemory(Model):
     def said_in(self, body: bytes) -> bool:
         """Whether the text of an answer says so."""
         return any(pattern.search(body) for pattern in self._compiled)
+
+    def found_in(self, body: bytes) -> Iterator[bytes]:
+        """The words of it that say so."""
+        for pattern in self._compiled:
+            for match in pattern.finditer(body):
+                yield match[0]
 
     @cached_property
     def _compiled(self) -> tuple[re.Pattern[bytes], ...]:

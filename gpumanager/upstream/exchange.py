@@ -246,6 +246,18 @@ class Exchange:
         path = self._outbound.target.partition("?")[0]
         return self._outbound.method, path.removeprefix(base_path)
 
+    def request_text(self, limit: int) -> bytes:
+        """What the client said: the target, and of the body at most `limit` bytes. For after the
+        request was sent."""
+        body = self._outbound.body
+        if body is not None and not isinstance(body, bytes):
+            try:
+                body.seek(self._body_at)
+                body = body.read(limit)
+            except (OSError, ValueError):
+                body = None
+        return self._outbound.target.encode() + b"\n" + (body or b"")[:limit]
+
     def again(self) -> Exchange | None:
         """A new exchange, not yet sent, for the same request; None if its body cannot be had a
         second time."""

@@ -33,7 +33,7 @@ from gpumanager.web.departure import Departure, StopsJobs
 from gpumanager.web.place import Place
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
-from gpumanager.web.shortage import Shortages
+from gpumanager.web.shortage import LARGEST_REQUEST_BYTES, Shortages
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -303,7 +303,8 @@ class JobRunner:
         hold.loaded_nothing = exchange.status >= 500 and measured and not hold.before.loaded
         hold.status = exchange.status
         if job is not None:
-            self._follow(name, consumer, job, ticket, hold)
+            request = exchange.request_text(LARGEST_REQUEST_BYTES)
+            self._follow(name, consumer, job, request, ticket, hold)
 
         def give_back() -> None:
             departure.settle()
@@ -337,18 +338,27 @@ class JobRunner:
         return None if answer is None else job_id(consumer.done, answer)
 
     def _follow(
-        self, name: str, consumer: ConsumerConfig, job: str, ticket: Ticket, hold: _Hold
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        job: str,
+        request: bytes,
+        ticket: Ticket,
+        hold: _Hold,
     ) -> None:
         hold.keep()
 
         def ended(said: bytes | None, process_gone: bool) -> None:
-            shortage = None if said is None else self._shortages.in_text(name, consumer, said)
-            if shortage is not None:
-                hold.failure = "out_of_memory"
-                self._shortages.not_retried(shortage)  # its answer has gone out
-            hold.process_gone = process_gone
-            hold.release()
-            self._after_job(name)
+            try:
+                if said is not None:
+                    shortage = self._shortages.in_result(name, consumer, said, request)
+                    if shortage is not None:
+                        hold.failure = "out_of_memory"
+                        self._shortages.not_retried(shortage)  # its answer has gone out
+            finally:
+                hold.process_gone = process_gone
+                hold.release()
+                self._after_job(name)
 
         self._completions.follow(name, consumer, job, ticket, ended)
 

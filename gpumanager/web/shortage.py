@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -14,11 +15,19 @@ from gpumanager.ledger import balance, held
 from gpumanager.model import CONTEXT_MIB, MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.upstream.exchange import Exchange
+from gpumanager.web.echo import says_out_of_memory
 
 log = logging.getLogger(__name__)
 
 LARGEST_FAILURE_BYTES = 64 * 1024
 """An answer that says that memory ran out is small; what is larger is handed on unread."""
+
+LARGEST_REQUEST_BYTES = 4 * 1024 * 1024
+"""So much of a request is compared with an answer that says that memory ran out."""
+
+PLENTY = 3
+"""Where the card has so many times the room that the consumer was ever known to need, what it says
+of a lack of memory is of another kind, or another card's."""
 
 RAISE = 1.25
 """By how much what a consumer needs is raised, where nobody can measure what it really is."""
@@ -37,13 +46,15 @@ class MemoryFailures:
 class Shortage:
     """One of them, in MiB as of that moment: `needed` is what was taken for enough, `room` what
     its consumer held and what was free, `most` what can ever be free for it. `alone`: no other
-    consumer held anything, so that it could not have been given more."""
+    consumer held anything, so that it could not have been given more. `likely` is False where the
+    card's figures speak against it."""
 
     consumer: str
     needed_mib: int
     room_mib: int
     most_mib: int
     alone: bool
+    likely: bool = True
 
 
 class Shortages:
@@ -76,13 +87,41 @@ class Shortages:
         if exchange.status not in signs.status:
             return None
         body = exchange.read_ahead(LARGEST_FAILURE_BYTES)
-        return None if body is None else self.in_text(name, consumer, body)
+        if body is None or not signs.said_in(body):  # before the request is read for it
+            return None
+        return self._in_text(name, consumer, body, exchange.request_text(LARGEST_REQUEST_BYTES))
 
-    def in_text(self, name: str, consumer: ConsumerConfig, said: bytes) -> Shortage | None:
-        """As above, for what a consumer said of a job that it was following."""
-        if not consumer.out_of_memory.said_in(said):
+    def in_result(
+        self, name: str, consumer: ConsumerConfig, result: bytes, request: bytes
+    ) -> Shortage | None:
+        """As above, for what a consumer says of a job that was answered at once and is over now.
+        Only what its `done` rule calls the failure is looked at: the rest may well hold the
+        client's request."""
+        try:
+            answer = json.loads(result)
+        except (ValueError, RecursionError):
+            return None
+        failure = None if consumer.done is None else consumer.done.find_failure(answer)
+        if not failure:
+            return None
+        return self._in_text(name, consumer, json.dumps(failure).encode(), request)
+
+    def _in_text(
+        self, name: str, consumer: ConsumerConfig, said: bytes, request: bytes
+    ) -> Shortage | None:
+        if not says_out_of_memory(consumer.out_of_memory, said, request):
             return None
         shortage = self._assess(name, consumer)
+        if not shortage.likely:
+            log.warning(
+                "out of memory not believed",
+                extra={
+                    "consumer": name,
+                    "room_mib": shortage.room_mib,
+                    "needed_mib": shortage.needed_mib,
+                },
+            )
+            return None
         with self._lock:
             self._failures = replace(self._failures, seen=self._failures.seen + 1)
         log.warning(
@@ -131,14 +170,21 @@ class Shortages:
         own = holds.pop(name)
         others = [each.mib for each in holds.values()]
         now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib])
-        needed = self._learned.needed(name, consumer.vram_resident_mib).mib
+        needed = self._learned.needed(name, consumer.vram_resident_mib)
+        room = own.surely_mib + now.free_mib
+        known = max(needed.mib, own.mib)
+        elsewhere = needed.source == "measured" and known == 0
+        plenty = known > 0 and room >= PLENTY * known
+        alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.
         nobodys = 0 if reading is None else max(0, now.used_mib - own.mib - sum(others))
         most = now.total_mib - self._config.gpu.reserved_mib - nobodys
         return Shortage(
             name,
-            needed_mib=needed,
-            room_mib=own.surely_mib + now.free_mib,
-            most_mib=max(0, most) if now.total_mib else needed,
-            alone=all(mib <= CONTEXT_MIB for mib in others),
+            needed_mib=needed.mib,
+            room_mib=room,
+            most_mib=max(0, most) if now.total_mib else needed.mib,
+            alone=alone,
+            # Alone it costs nobody anything to believe it.
+            likely=alone or reading is None or not (elsewhere or plenty),
         )

@@ -244,6 +244,12 @@ def test_asynchronous_jobs(
     assert asked.job_result("it", done, example["id"]) is None
     answer(server, "GET", example["poll"], example["over"])
     assert asked.job_result("it", done, example["id"]) is not None
+    assert (done.failure is None) == ("failed" not in example)
+    if done.failure is not None:
+        assert not done.find_failure(example["over"])
+        said = json.dumps(done.find_failure(example["failed"])).encode()
+        assert filled.out_of_memory.said_in(said)
+        assert b"masterpiece" not in said  # the client's words
     if done.lost is not None:
         answer(server, "GET", example["listed"]["target"], example["listed"]["with"])
         assert asked.job_listed("it", done.lost, example["id"])

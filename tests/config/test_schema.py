@@ -364,6 +364,11 @@ def test_placeholders_and_query() -> None:
         "unable to allocate CUDA0 buffer",
         "out of memory on CUDA device 0",
         "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+        "ggml_gallocr_reserve_n: failed to allocate CUDA0 buffer of size 4294967296",
+        "vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+        "VK_ERROR_OUT_OF_DEVICE_MEMORY",
+        "XPU out of memory. Tried to allocate 2.00 GiB",
+        "No available memory for the cache blocks. Try increasing gpu_memory_utilization",
     ],
 )
 def test_the_words_for_out_of_memory(text: str) -> None:
@@ -377,11 +382,17 @@ def test_the_words_for_out_of_memory(text: str) -> None:
         "model requires more system memory (12 GiB) than is available (8 GiB)",
         "the prompt is out of scope",
         "internal error",
+        "failed to allocate a slot for the request",
         "rate limit exceeded",
     ],
 )
 def test_other_words(text: str) -> None:
     assert not consumer().out_of_memory.said_in(text.encode())
+
+
+def test_a_bad_request_is_no_lack_of_memory() -> None:
+    assert 400 not in consumer().out_of_memory.status
+    assert 500 in consumer().out_of_memory.status
 
 
 def test_a_consumer_may_have_its_own_words() -> None:

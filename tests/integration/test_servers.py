@@ -418,6 +418,68 @@ def test_with_nothing_declared_and_nobody_to_measure_it_what_was_too_little_is_l
         assert job(broker, "tts").status_code == 200
 
 
+def failures_of(broker: LiveBroker) -> Any:
+    return broker.get("/v1/status").json()["scheduler"]["out_of_memory"]
+
+
+def test_a_clients_words_unload_nobody(card: SimulatedCard) -> None:
+    consumers = {
+        "voice": {"fake": "plain", "mib": 3000},
+        "small": {"fake": "plain", "mib": 4000, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "stt").status_code == 200
+        for status, text in (
+            (400, "CUDA out of memory"),
+            (500, "model 'CUDA out of memory' unknown"),
+        ):
+            fakes["voice"].set(answer=[status, {"error": text}])
+            assert job(broker, "tts", {"model": "CUDA out of memory"}).status_code == status
+        assert failures_of(broker) == {"seen": 0, "healed": 0}
+        assert status_of(broker, "small")["loaded"]
+
+
+@pytest.mark.parametrize("job_s", [0.0, 600.0])
+def test_the_words_of_a_prompt_in_comfyuis_history_are_no_failure(
+    card: SimulatedCard, job_s: float
+) -> None:
+    """Neither of a render that went well, nor of one that failed for another reason."""
+    prompt = {"prompt": {"1": {"class_type": "KSampler", "text": "CUDA out of memory"}}}
+    consumers = {
+        "comfyui": {"fake": "comfyui", "mib": 3000},
+        "voice": {"fake": "plain", "mib": 3000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "tts").status_code == 200
+        fakes["comfyui"].set(job_s=job_s)
+        name = job(broker, "image", prompt).json()["prompt_id"]
+        if job_s:
+            eventually(lambda: fakes["comfyui"].ask("GET", "/queue")["queue_running"] != [])
+            fakes["comfyui"].ask("POST", "/interrupt", {"prompt_id": name})
+        broker.await_idle()
+        assert "CUDA out of memory" in str(fakes["comfyui"].ask("GET", f"/history/{name}"))
+        assert failures_of(broker) == {"seen": 0, "healed": 0}
+
+
+@pytest.mark.parametrize("per_process", [True, False])
+def test_where_the_card_has_plenty_of_room_a_lack_of_memory_is_not_believed(
+    card: SimulatedCard, per_process: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    card.misbehave(per_process=per_process)
+    consumers = {
+        "voice": {"fake": "plain", "mib": 2000},
+        "small": {"fake": "plain", "mib": 2500, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "stt").status_code == 200
+        fakes["voice"].set(answer=[500, {"error": "CUDA out of memory on cuda:1"}])
+        assert job(broker, "tts").status_code == 500  # 7500 were free
+        assert failures_of(broker) == {"seen": 0, "healed": 0}
+        assert status_of(broker, "small")["loaded"]
+        assert status_of(broker, "voice")["learned"]["needed"]["source"] == "declared"
+        assert "out of memory not believed" in caplog.text
+
+
 # -- leaks, thefts, foreigners -------------------------------------------------------------------
 
 

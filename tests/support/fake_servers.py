@@ -68,7 +68,8 @@ class Fake:
 
 class Plain(Fake):
     """A server of the contract: health with figures, a job that loads, an unload. With `steps:
-    [share, seconds]` it gives that share back at once, and the rest so much later."""
+    [share, seconds]` it gives that share back at once, and the rest so much later; with `answer:
+    [status, body]` it answers every job so, and does nothing."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -80,6 +81,9 @@ class Plain(Fake):
             return 200, {"status": "ok"}
         if path == "/health":
             return 200, {"loaded": self.held > 0, "gpu_resident_mib": self.held}
+        if path == "/job" and "answer" in self.settings:
+            status, said = self.settings["answer"]
+            return status, said
         with self.lock:
             if path == "/unload":
                 share, seconds = self.settings.get("steps", (1.0, 0.0))
@@ -226,7 +230,7 @@ class ComfyUI(Fake):
                     continue
                 self.running = self.pending.pop(0)
                 self.interrupted.clear()
-            entry = self._render()
+            entry = {"prompt": self.running, **self._render()}
             with self.changed:
                 self.history[self.running[1]] = entry
                 self.running = None
