@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 
@@ -12,6 +13,7 @@ from pythonjsonlogger.json import JsonFormatter
 from gpumanager.config import LogConfig
 from gpumanager.upstream.exchange import TruncatedAnswer
 
+_RAW_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")
 _DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -55,7 +57,7 @@ def formatter(shape: str) -> logging.Formatter:
             },
         )
     else:
-        made = Logfmter(
+        made = _OneLine(
             keys=["time", "level", "logger"],
             mapping={
                 "time": "asctime",
@@ -66,6 +68,14 @@ def formatter(shape: str) -> logging.Formatter:
         )
     made.converter = time.gmtime
     return made
+
+
+class _OneLine(Logfmter):
+    """Logfmt, which leaves some of what ends a line, or drives a terminal, as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: str = super().format(record)
+        return _RAW_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def _not_truncated(record: logging.LogRecord) -> bool:

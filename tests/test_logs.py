@@ -38,6 +38,15 @@ def test_logfmt_is_one_line_whatever_is_in_it(capsys: pytest.CaptureFixture[str]
     assert ' level=INFO logger=gpumanager.web msg=request path="/a b\\"\\n=" ms=1.5' in line
 
 
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\u2029", "\x9b", "\x7f", "\x1b"])
+def test_nothing_in_a_line_ends_it_or_drives_a_terminal(odd: str) -> None:
+    record = logging.makeLogRecord({"msg": f"said{odd}", "path": f"/a{odd}level=ERROR"})
+    for shape in ("logfmt", "json"):
+        line = logs.formatter(shape).format(record)
+        assert odd not in line
+        assert f"\\u{ord(odd):04x}" in line
+
+
 def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(LogConfig(format="json"))
     try:

@@ -49,7 +49,9 @@ def install(app: Flask) -> None:
 def _http_exception(error: HTTPException) -> Response:
     """Flask's and Werkzeug's own: no such route, wrong method, unreadable request."""
     if error.code == 404:
-        found: errors.BrokerError = errors.NotFound(f"there is nothing at {request.path}")
+        found: errors.BrokerError = errors.NotFound(
+            f"there is nothing at {record_of(request.environ).path}"
+        )
     elif error.code == 405:
         allow = sorted(getattr(error, "valid_methods", None) or [])
         message = f"{request.method} is not allowed here; allowed: {', '.join(allow)}"

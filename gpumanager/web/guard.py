@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpumanager.clock import Clock
 from gpumanager.errors import InternalError
 from gpumanager.events import EventLog
-from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id, traceparent
+from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id, shown, traceparent
 from gpumanager.web.server import unsent_bytes
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Guard:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         record = RequestRecord(
             request_id=request_id(environ),
-            method=environ["REQUEST_METHOD"],
-            path=environ.get("PATH_INFO", ""),
+            method=shown(environ["REQUEST_METHOD"]),
+            path=shown(environ.get("PATH_INFO", "")),
             client=environ.get("REMOTE_ADDR", "-"),
             started=self._clock.monotonic(),
             traceparent=traceparent(environ),

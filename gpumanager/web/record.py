@@ -17,6 +17,9 @@ RECORD_KEY = "gpumanager.record"
 REFUSED = "gpumanager.refused"
 """Where the server leaves the BrokerError for which it did not take a request's body."""
 
+LONGEST_SHOWN = 256
+"""Characters of a path that are kept: thousands of them stay in memory."""
+
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -63,6 +66,14 @@ def request_id(environ: Mapping[str, Any]) -> str:
     """The client's `X-Request-Id` if it is well-formed, else a new one."""
     given = environ.get("HTTP_X_REQUEST_ID", "")
     return given if _WELL_FORMED_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def shown(text: str) -> str:
+    """A text from a request's line, which WSGI hands on as if it were latin-1, as it may be kept
+    and shown: as UTF-8, cut at `LONGEST_SHOWN` characters."""
+    raw = text[: 4 * LONGEST_SHOWN].encode("latin-1", "replace")
+    whole = raw.decode("utf-8", "backslashreplace")
+    return whole if len(whole) <= LONGEST_SHOWN else f"{whole[: LONGEST_SHOWN - 1]}…"
 
 
 def record_of(environ: Mapping[str, Any]) -> RequestRecord:

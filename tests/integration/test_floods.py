@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from urllib.parse import quote
 
 import pytest
 
@@ -220,3 +221,22 @@ def test_healthz_answers_however_many_connect_and_say_nothing(
         release.set()
         assert working.answer().status == 200
         assert uploading.send(b"}").answer().status == 200
+
+
+def test_of_long_paths_little_is_kept(broker: LiveBroker, consumer: ScriptedConsumer) -> None:
+    consumer.script = lambda peer, _: peer.reset()
+    long = "/audio/" + "ä" * 9_000
+    for _ in range(20):
+        with broker.raw() as client:
+            client.request("GET", quote(long))
+            assert client.answer().status in (502, 503)
+    eventually(lambda: len(refusals(broker)) == 20)
+    assert {event["path"] for event in refusals(broker)} == {long[:255] + "…"}
+    with broker.raw() as client:
+        got = client.request("GET", "/" + "a" * 10_000).answer()
+    assert (got.status, len(got.body) < 400) == (404, True)
+
+
+def refusals(broker: LiveBroker) -> list[dict[str, str]]:
+    events = broker.get("/v1/events").json()["events"]
+    return [event for event in events if event["event"] == "refused"]

@@ -12,7 +12,7 @@ import pytest
 from gpumanager.clock import SystemClock
 from gpumanager.events import EventLog
 from gpumanager.web.guard import Guard
-from gpumanager.web.record import record_of
+from gpumanager.web.record import record_of, shown
 
 ENVIRON = {"REQUEST_METHOD": "POST", "PATH_INFO": "/v1/tts", "HTTP_X_REQUEST_ID": "abc"}
 App = Callable[[dict[str, Any], Any], Any]
@@ -150,3 +150,21 @@ def test_a_clean_up_that_fails_hinders_neither_the_rest_nor_the_log(
         assert server.run() == b"fine"
     assert server.given_back == ["gpu"]
     assert [r.message for r in caplog.records] == ["clean-up failed", "request"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("/a", "/a"),
+        ("/\xc3\xa4", "/ä"),
+        ("/\x85", "/\\x85"),
+        ("/\u20ac", "/?"),
+        ("/" + "a" * 255, "/" + "a" * 255),
+        ("/" + "a" * 256, "/" + "a" * 254 + "…"),
+        ("/" + "\xc3\xa4" * 9_000, "/" + "ä" * 254 + "…"),
+    ],
+)
+def test_a_path_is_kept_as_it_was_meant_and_not_longer_than_it_can_be_read(
+    text: str, seen: str
+) -> None:
+    assert shown(text) == seen
