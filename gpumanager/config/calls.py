@@ -52,6 +52,7 @@ Method = Annotated[StrictStr, AfterValidator(values.method), _named("http-method
 Expression = Annotated[StrictStr, AfterValidator(expressions.checked), _named("jmespath")]
 Pattern = Annotated[StrictStr, AfterValidator(values.pattern), _named("regex")]
 File = Annotated[StrictStr, AfterValidator(values.file), _named("absolute-file")]
+CaFile = Annotated[StrictStr, AfterValidator(values.certificates), _named("absolute-file")]
 AudioPrefix = Annotated[StrictStr, AfterValidator(values.audio_prefix), _named("path")]
 AnyFile = Annotated[StrictStr, _named("file")]
 HostPort = Annotated[StrictStr, AfterValidator(values.host_port), _named("host-port")]

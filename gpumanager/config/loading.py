@@ -135,6 +135,8 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
         if isinstance(preset, str) and preset not in presets.names():
             message = f"unknown preset '{preset}'{nearest(preset, presets.names())}"
             yield (*here, "preset"), message, ""
+        if consumer.get("ca_file") is not None and str(consumer.get("url")).startswith("http:"):
+            yield (*here, "ca_file"), "is of use only where 'url' is https", ""
         friends = consumer.get("can_coexist_with")
         for index, friend in enumerate(friends if isinstance(friends, list) else []):
             place: Path = (*here, "can_coexist_with", index)

@@ -23,6 +23,7 @@ from gpumanager.config.calls import (
     HTTP,
     AnyFile,
     AudioPrefix,
+    CaFile,
     Call,
     ConsumerName,
     ContainerName,
@@ -87,6 +88,9 @@ class ConsumerConfig(Model):
 
     url: Url
     """Where it listens; with a path, that path stands before all others."""
+    ca_file: CaFile | None = None
+    """The certificates that its own must be signed by, in PEM, where `url` is https; none: those of
+    `SSL_CERT_FILE` in the environment, or else of the public authorities."""
     preset: StrictStr | None = None
     """Fills in what is known of a server of this kind; any key that is set wins."""
     model: StrictStr | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import ssl
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -204,6 +205,17 @@ def listed(value: object) -> object:
 def file(value: str) -> str:
     if not value.startswith("/") or "\0" in value:
         raise ValueError("must be the absolute path of a file")
+    return value
+
+
+def certificates(value: str) -> str:
+    file(value)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
+    except ssl.SSLError:
+        raise ValueError("must be a file of certificates in PEM") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
     return value
 
 

@@ -244,6 +244,7 @@ class ControlCalls:
             headers=headers,
             body=body,
             length=len(body) if body is not None else 0 if call.method != "GET" else None,
+            ca_file=consumer.ca_file,
         )
         timeouts = Timeouts(
             connect=min(timeout, consumer.timeouts.connect),

@@ -49,7 +49,8 @@ class TruncatedAnswer(Exception):
 @dataclass(frozen=True, slots=True)
 class Outbound:
     """What is sent. `target` is path and query, to the letter; `body` is bytes, or a file of
-    `length` bytes; `headers` are end-to-end ones without Host and Content-Length."""
+    `length` bytes; `headers` are end-to-end ones without Host and Content-Length; `ca_file` is who
+    has to have signed the certificate of an https host, None: the usual ones."""
 
     method: str
     base_url: str
@@ -57,6 +58,7 @@ class Outbound:
     headers: list[tuple[str, str]]
     body: bytes | IO[bytes] | None = None
     length: int | None = None
+    ca_file: str | None = None
 
 
 class Exchange:
@@ -98,6 +100,10 @@ class Exchange:
     @property
     def address(self) -> tuple[str, int, bool]:
         return self._address[:3]
+
+    @property
+    def ca_file(self) -> str | None:
+        return self._outbound.ca_file
 
     @property
     def head(self) -> bytes:
@@ -422,6 +428,8 @@ def _reason(chain: list[BaseException]) -> str:
             return str(link)
         if isinstance(link, InvalidAnswer):
             return f"sent no valid HTTP answer: {link}"
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return f"has a certificate that is not trusted: {link.verify_message}"
         if isinstance(link, ssl.SSLEOFError):
             return "cut the connection"
         if isinstance(link, socket.gaierror):

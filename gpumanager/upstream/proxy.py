@@ -67,6 +67,7 @@ class Proxy:
             headers=[*_forwardable(inbound.headers), ("X-Request-Id", inbound.request_id)],
             body=body or None,
             length=length,
+            ca_file=settings.ca_file,
         )
         return Exchange(consumer, outbound, settings.timeouts, self._watcher, self._clock)
 

@@ -24,7 +24,7 @@ import urllib3.exceptions
 
 from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
-from gpumanager.upstream.wire import Wire, connect
+from gpumanager.upstream.wire import Wire, connect, trust
 
 
 class Dial(Protocol):
@@ -33,6 +33,10 @@ class Dial(Protocol):
     @property
     def address(self) -> tuple[str, int, bool]:
         """Host, port, and whether to speak TLS."""
+
+    @property
+    def ca_file(self) -> str | None:
+        """The certificates that the host's own must be signed by; None: the usual ones."""
 
     @property
     def head(self) -> bytes:
@@ -93,7 +97,7 @@ class _OneShot:
 def _connected(dial: Dial, timeout: float) -> Wire:
     host, port, tls = dial.address
     try:
-        wire = connect(host, port, timeout=timeout, tls=tls)
+        wire = connect(host, port, timeout=timeout, tls=trust(dial.ca_file) if tls else None)
         try:
             dial.connected(wire)
         except BaseException:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
 import select
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import IO
 
 import certifi
@@ -146,9 +147,9 @@ class Wire:
         return came[0][1]
 
 
-def connect(host: str, port: int, *, timeout: float, tls: bool) -> Wire:
-    """An open connection, on which TLS has yet to begin; `timeout` in seconds for each address that
-    the host has. Raises OSError."""
+def connect(host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None) -> Wire:
+    """An open connection, on which TLS has yet to begin if it is to have it; `timeout` in seconds
+    for each address that the host has. Raises OSError."""
     family = _family(host)
     if family is None:
         sock = socket.create_connection((host, port), timeout)
@@ -159,8 +160,8 @@ def connect(host: str, port: int, *, timeout: float, tls: bool) -> Wire:
             sock.settimeout(timeout)
             sock.connect((host, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            sock = _tls().wrap_socket(
+        if tls is not None:
+            sock = tls.wrap_socket(
                 sock,
                 server_hostname=host,
                 do_handshake_on_connect=False,
@@ -195,6 +196,17 @@ def _family(host: str) -> socket.AddressFamily | None:
     return socket.AF_INET6 if version == 6 else socket.AF_INET
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certifi.where())
+def trust(ca_file: str | None) -> ssl.SSLContext:
+    """Trust in who signed with one of `ca_file`; None: of SSL_CERT_FILE, as other programs do, or
+    of the public authorities. A file that was changed is read again. Raises OSError."""
+    file = ca_file or os.environ.get("SSL_CERT_FILE") or certifi.where()
+    try:
+        return _trust(file, os.stat(file).st_mtime_ns)
+    except OSError as error:
+        what = "its ca_file" if ca_file else "SSL_CERT_FILE"
+        raise OSError(error.errno, f"no certificates in {what}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=64)
+def _trust(file: str, changed_ns: int) -> ssl.SSLContext:  # noqa: ARG001  # a part of the key
+    return ssl.create_default_context(cafile=file)

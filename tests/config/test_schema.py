@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from gpumanager.config import (
@@ -468,3 +469,19 @@ def test_where_the_config_is_looked_for() -> None:
     assert config_path_from_env({"GPUMANAGER_CONFIG": "/etc/x.yaml"}) == "/etc/x.yaml"
     assert config_path_from_env({"GPUMANAGER_CONFIG": ""}) == "config/consumers.yaml"
     assert config_path_from_env({}) == "config/consumers.yaml"
+
+
+def test_a_ca_file_has_to_hold_certificates(tmp_path: Path) -> None:
+    authority, other = tmp_path / "ca.pem", tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(authority)
+    other.write_text("no certificate")
+    https = "https://gpu.example:8443"
+    assert consumer(url=https, ca_file=str(authority)).ca_file == str(authority)
+    for file, url, said in [
+        (str(other), https, "ca_file: must be a file of certificates in PEM"),
+        (str(tmp_path / "none.pem"), https, "ca_file: cannot be read: No such file or directory"),
+        ("ca.pem", https, "ca_file: must be the absolute path of a file"),
+        (str(authority), "http://gpu.example", "ca_file: is of use only where 'url' is https"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            consumer(url=url, ca_file=file)

@@ -4,6 +4,7 @@ sees exactly what came."""
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -92,12 +93,19 @@ Script = Callable[[Connection, Received], None]
 class ScriptedConsumer:
     """A server whose connections each run `script` once, for their first request.
 
-    `requests` holds what arrived; `receive_bytes` is how much may lie unread at its end. A context
-    manager; its threads end with it.
+    `requests` holds what arrived; `receive_bytes` is how much may lie unread at its end;
+    with `tls` it speaks that. A context manager; its threads end with it.
     """
 
-    def __init__(self, script: Script, *, receive_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        script: Script,
+        *,
+        receive_bytes: int | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.script = script
+        self._tls = tls
         self.requests: list[Received] = []
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -110,7 +118,7 @@ class ScriptedConsumer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> ScriptedConsumer:
         self._thread.start()
@@ -134,8 +142,10 @@ class ScriptedConsumer:
             threading.Thread(target=self._serve, args=(sock,), name="consumer", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock)
         try:
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True)
+            connection = Connection(sock)
             received = connection.receive()
             if received is not None:
                 self.requests.append(received)
