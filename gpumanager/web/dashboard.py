@@ -1,14 +1,35 @@
-"""The dashboard: one page without outside requests, which asks `/v1/status` by itself."""
+"""The dashboard: a page without outside requests, which asks `/v1/status` by itself. It is made of
+a few files below `/dashboard/`, as they are, without a build step."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import re
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from flask import Response, request
+
+from gpumanager.errors import NotFound
+
+PREFIX = "/dashboard/"
+"""Where its files are. They hold nothing secret, so they need no key."""
+
+_PAGE = "dashboard.html"
+_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    content: bytes
+    content_type: str
+    etag: str
 
 
 def wanted() -> bool:
@@ -19,32 +40,39 @@ def wanted() -> bool:
 
 def response(status: int = 200) -> Response:
     """The page. It holds nothing secret: what it shows it has to ask for, with a key if need be."""
-    page, policy = _page()
-    answer = Response(page, status=status, content_type="text/html; charset=utf-8")
-    answer.headers["Content-Security-Policy"] = policy
-    answer.headers["X-Content-Type-Options"] = "nosniff"
-    answer.headers["Referrer-Policy"] = "no-referrer"
-    answer.headers["Cache-Control"] = "no-cache"
+    answer = _answer(_files()[_PAGE], status)
+    answer.headers["Content-Security-Policy"] = _POLICY
     answer.headers["Vary"] = "Accept"
     return answer
 
 
+def file(name: str) -> Response:
+    """One of the page's scripts and style sheets. Raises NotFound."""
+    found = _files().get(name)
+    if found is None or name == _PAGE:
+        raise NotFound(f"the dashboard has no file '{name}'")
+    answer = _answer(found, 200)
+    answer.make_conditional(request)
+    return answer
+
+
+def _answer(found: _File, status: int) -> Response:
+    answer = Response(found.content, status=status, content_type=found.content_type)
+    answer.headers["X-Content-Type-Options"] = "nosniff"
+    answer.headers["Referrer-Policy"] = "no-referrer"
+    answer.headers["Cache-Control"] = "no-cache"
+    answer.set_etag(found.etag)
+    return answer
+
+
 @cache
-def _page() -> tuple[str, str]:
-    """The page, and a policy that allows its own script and style, by their digests, and
-    nothing else."""
-    page = files("gpumanager.web").joinpath("static", "dashboard.html").read_text("utf-8")
-    script, style = (
-        " ".join(_digest(text) for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
-        for tag in ("script", "style")
-    )
-    policy = (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page, policy
-
-
-def _digest(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+def _files() -> dict[str, _File]:
+    """All of them, by name."""
+    found = {}
+    for entry in files("gpumanager.web").joinpath("static").iterdir():
+        content = entry.read_bytes()
+        suffix = entry.name[entry.name.rfind(".") :]
+        content_type = _TYPES.get(suffix, "text/html; charset=utf-8")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        found[entry.name] = _File(content, content_type, digest)
+    return found

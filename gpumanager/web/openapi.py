@@ -245,7 +245,7 @@ def _pin(summary: str, consumer: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary,
         "description": "Counts more than `pinned` in the config, until the broker ends or is told "
-        "otherwise; what is to last longer belongs in the config.",
+        f"otherwise; what is to last longer belongs in the config. {_FOR_ADMINS}",
         "parameters": [consumer],
         "responses": {
             "200": _json("It was done", _object({"consumer": {"type": "string"}, "pinned": _FLAG})),
@@ -376,6 +376,7 @@ def _schemas() -> dict[str, Any]:
             {
                 "listen": text,
                 "time": _TIME,
+                "role": {"enum": ["admin", "client"]},
                 "version": text,
                 "config_file": {"type": ["string", "null"]},
                 "gpu": _ref("Gpu"),

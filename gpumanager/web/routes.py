@@ -171,6 +171,10 @@ def _control_routes(app: Flask, services: Services) -> None:
             return dashboard.response()
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
+    @app.get(f"{dashboard.PREFIX}<name>", provide_automatic_options=False)
+    def dashboard_file(name: str) -> Response:
+        return dashboard.file(name)
+
 
 def _record() -> RequestRecord:
     return record_of(request.environ)

@@ -93,7 +93,8 @@ class Keyring:
 
 
 class Checks:
-    """Whether a request may come in at all. `/healthz` needs no key."""
+    """Whether a request may come in at all. `/healthz` needs no key, nor do the dashboard's own
+    files, which are the same everywhere."""
 
     def __init__(self, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
         self._keyring = keyring
@@ -106,7 +107,7 @@ class Checks:
             raise refused
         check_host(environ, self._allowed)
         check_origin(environ)
-        if self._keyring and environ["PATH_INFO"] != "/healthz":
+        if self._keyring and not _is_open(environ["PATH_INFO"]):
             record = record_of(environ)
             record.key, record.role = self._keyring.identify(environ)
 
@@ -117,6 +118,10 @@ class Checks:
         check_origin(environ)
         if self._keyring:
             self._keyring.identify(environ)
+
+
+def _is_open(path: str) -> bool:
+    return path == "/healthz" or path.startswith(dashboard.PREFIX)
 
 
 def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:

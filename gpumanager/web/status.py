@@ -55,6 +55,7 @@ class StatusView:
         return {
             "listen": self._config.listen,
             "time": rfc3339(self._clock.now()),
+            "role": "admin" if whose is None else "client",
             "version": self._version,
             "config_file": self._config_file,
             "gpu": self._gpu([each.mib for each in holds.values()]),

@@ -2,153 +2,358 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import os
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from gpumanager.keys import ApiKey
-from tests.support.browser import CHROMIUM, chromium
+from tests.browser.conftest import Page, violations
 from tests.support.scene import Scene, scene
 from tests.support.threads import eventually
 
 pytest.importorskip("playwright")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
-    pytest.mark.timeout(120),
-]
+pytestmark = pytest.mark.timeout(120)
 
+Open = Callable[..., Page]
 KEY = ApiKey("operator", "a-key-that-is-long-enough")
-PATIENCE_MS = 10_000
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as it:
-        yield it
-
-
-class Page:
-    """A page, and everything it complained about."""
-
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on(
-            "console",
-            lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None,
-        )
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(url)
-
-    def text(self, selector: str) -> str:
-        return str(self.page.inner_text(selector))
-
-    def wait(self, selector: str, text: str) -> None:
-        self.page.locator(selector, has_text=text).first.wait_for()
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Any]:
-    pages: list[Page] = []
-
-    def open_page(url: str, **options: Any) -> Page:
-        pages.append(Page(browser, url, **options))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.context.close()
+TAKEN_AT = """() => {
+  const layer = document.querySelector("#chart polygon.area"), top = Math.min(
+    ...[...layer.points].map((point) => point.y));
+  const first = [...layer.points].find((point) => point.y < top + 1);
+  return first.matrixTransform(layer.getScreenCTM()).x;
+}"""
+"""Where on the screen the first consumer's memory rises."""
 
 
 def finished(scene: Scene) -> None:
     scene.broker.await_idle(30)
 
 
-def test_it_shows_the_line_and_cancels_a_job(opened: Any) -> None:
+def test_it_shows_the_queue_and_cancels_a_waiting_job_at_once(opened: Open) -> None:
     with scene() as it:
         it.pace(voice=30)
-        running = it.job("tts")
+        it.job("tts")
         it.broker.await_line(1)
         waiting = it.job("tts")
         it.broker.await_line(2)
         page = opened(it.broker.url)
         page.wait("#state", "live")
-        page.wait("#line tr", "runs")
+        page.wait("#h-queue", "1 runs, 1 waits")
         assert page.page.locator("#line tr").count() == 2
-        page.page.get_by_role("button", name="Cancel ticket 2").click()
+        assert page.page.locator("#coming .block").count() == 2
+        page.press("Cancel ticket 2")
         assert waiting.result(20).json()["error"] == "cancelled"
-        page.page.get_by_role("button", name="Cancel ticket 1").press("Enter")
-        assert running.result(20).json()["error"] == "cancelled"
+        page.wait("#said", "Ticket 2 is cancelled")
+        it.broker.delete("/v1/queue/1")
         page.wait("#nobody", "Nobody runs")
         assert not page.complaints
-        host = it.broker.url
-        assert all(url.startswith((host, "data:")) for url in page.requests)
+        assert all(url.startswith((it.broker.url, "data:")) for url in page.requests)
 
 
-def test_its_buttons_load_and_unload(opened: Any) -> None:
+def test_a_running_job_is_cancelled_after_asking_only(opened: Open) -> None:
+    with scene() as it:
+        it.pace(voice=30)
+        running = it.job("tts")
+        it.broker.await_line(1)
+        page = opened(it.broker.url)
+        page.page.get_by_role("button", name="Cancel ticket 1").press("Enter")
+        page.wait("#sure", "Stop the running job?")
+        assert "tts of voice" in page.text("#sure-why")
+        page.press("Let it run")
+        assert page.evaluate("document.activeElement.dataset.ticket") == "1"
+        page.page.get_by_role("button", name="Cancel ticket 1").press("Enter")
+        page.page.keyboard.press("Escape")
+        page.page.locator("#sure").wait_for(state="hidden")
+        assert len(it.broker.broker.scheduler.line()) == 1
+        page.press("Cancel ticket 1")
+        page.press("Stop it")
+        assert running.result(20).json()["error"] == "cancelled"
+        page.wait("#nobody", "Nobody runs")
+
+
+def test_its_buttons_load_unload_and_pin(opened: Open) -> None:
     with scene() as it:
         assert it.job("tts").result(30).status_code == 200
         finished(it)
         page = opened(it.broker.url)
         page.wait("#services tr", "loaded")
-        page.page.get_by_role("button", name="Unload voice").click()
+        page.press("Unload voice")
         page.wait("#said", "voice: released, 2800 MiB")
         eventually(lambda: not it.broker.broker.registry.get("voice").loaded)
-        page.page.get_by_role("button", name="Load comfyui", exact=True).click()
+        page.press("Load comfyui")
         page.wait("#said", "neither a load nor a warm call")
+        page.press("Pin voice")
+        page.wait("#services tr", "pinned")
+        assert it.broker.broker.registry.get("voice").pinned is True
+        page.press("Unpin voice")
+        page.page.get_by_role("button", name="Pin voice", exact=True).wait_for()
+        assert it.broker.broker.registry.get("voice").pinned is False
         assert [text for text in page.complaints if "status of 5" not in text] == []
 
 
-def test_memory_timeline_and_events(opened: Any) -> None:
+def test_what_each_consumer_did_and_what_happened_in_sentences(opened: Open) -> None:
     with scene() as it:
-        it.pace(voice=0.2, ollama=0.2)
+        it.pace(voice=2, ollama=0.2)
         for kind in ("tts", "llm", "image", "tts"):
             assert it.job(kind).result(30).status_code == 200
             finished(it)
         page = opened(it.broker.url)
-        page.wait("#events li", "evicted")
-        page.wait("#events li", "comfyui")
-        assert page.page.locator("#timeline rect").count() >= 4
-        assert page.page.locator("#timeline path.evicted").count() >= 1
-        assert "jobs in the last 60 minutes" in page.page.get_attribute("#timeline", "aria-label")
-        page.page.select_option("#span", "300")
-        assert "last 5 minutes" in page.page.get_attribute("#timeline", "aria-label")
-        label = page.page.get_attribute("#bar", "aria-label")
+        page.wait("#events li", "was unloaded to make room for comfyui: ")
+        assert "expected_mib" not in page.text("#events")
+        page.page.locator("#chart .job").nth(3).wait_for()
+        assert page.page.locator("#chart path.evicted").count() >= 1
+        assert "4 jobs" in str(page.page.get_attribute("#chart", "aria-label"))
+        label = str(page.page.get_attribute("#bar", "aria-label"))
         assert "Of 11.7 GiB" in label
         assert "voice 2800 MiB" in label
+        assert "reserved 256 MiB" in label
+        assert "in 2.0 s" not in page.text("#events")
+        page.page.select_option("#which", "all")
+        page.wait("#events li", "voice did tts for 127.0.0.1 in 2.0 s")
+        page.page.select_option("#which", "trouble")
+        page.wait("#no-events", "Nothing of that kind")
         assert not page.complaints
 
 
-def test_it_says_when_the_broker_is_gone_and_shows_nothing_stale_as_live(opened: Any) -> None:
+def test_a_job_of_two_seconds_is_seen_in_five_minutes_on_the_memorys_own_axis(
+    opened: Open,
+) -> None:
+    with scene() as it:
+        it.pace(voice=2)
+        assert it.job("tts").result(30).status_code == 200
+        finished(it)
+        page = opened("about:blank", viewport={"width": 1280, "height": 900})
+
+        def as_if_it_had_run_for_long(route: Any) -> None:
+            answer = route.fetch().json()
+            long_ago = datetime.now(UTC) - timedelta(hours=1)
+            sample = {**answer["samples"][0], "time": long_ago.isoformat(), "held_mib": {}}
+            route.fulfill(json={"samples": [{**sample, "used_mib": 0}, *answer["samples"]]})
+
+        page.page.route("**/v1/history*", as_if_it_had_run_for_long)
+        page.page.goto(it.broker.url)
+        box = "(what) => document.querySelector('#chart ' + what).getBoundingClientRect().toJSON()"
+        page.page.locator("#chart .job").first.wait_for()
+        widths = {}
+        for span, name in (("300", "5 min"), ("900", "15 min"), ("3600", "60 min")):
+            page.page.check(f"input[name=span][value='{span}']")
+            page.page.locator(f"#chart[aria-label^='The last {name}:']").wait_for()
+            widths[span] = page.evaluate(box, ".job")["width"]
+        assert widths["300"] == pytest.approx(3 * widths["900"], rel=0.1)
+        assert widths["300"] >= 5
+        assert widths["3600"] >= 2, "never a hairline"
+        page.page.check("input[name=span][value='300']")
+        page.page.locator("#chart[aria-label^='The last 5 min:']").wait_for()
+        began = page.evaluate(box, ".job")["x"]
+        # With the samples of each second, which are a second late at most.
+        assert 0 <= page.evaluate(TAKEN_AT) - began <= 8
+
+
+def test_a_moment_is_read_with_the_keyboard_or_the_mouse(opened: Open) -> None:
+    with scene() as it:
+        assert it.job("tts").result(30).status_code == 200
+        finished(it)
+        page = opened(it.broker.url)
+        page.wait("#legend li", "voice")
+        page.page.locator("#chart polygon.area").first.wait_for()
+        page.page.focus("#chart-box")
+        page.page.keyboard.press("ArrowLeft")
+        page.wait("#readout", "2800 MiB held (voice 2800 MiB)")
+        page.page.focus("#reload")
+        box = page.page.locator("#chart").bounding_box()
+        page.page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 20)
+        page.wait("#readout", "2800 MiB held (voice 2800 MiB)")
+
+
+def test_it_says_when_the_broker_is_gone_and_shows_nothing_stale_as_live(opened: Open) -> None:
     with scene() as it:
         page = opened(it.broker.url)
         page.wait("#state", "live")
     page.wait("#state", "the broker does not answer")
     assert "what is shown is from" in page.text("#state")
-    assert "stale" in page.page.get_attribute("body", "class")
+    assert "stale" in str(page.page.get_attribute("body", "class"))
+    assert "×" in page.page.title()
 
 
-def test_it_asks_for_a_key_once(opened: Any) -> None:
+def test_it_asks_for_a_key_once_and_answers_a_wrong_one(opened: Open) -> None:
     with scene(keys=(KEY,)) as it:
         page = opened(it.broker.url)
         page.wait("#ask", "wants a key")
         assert not page.page.is_visible("#main")
-        page.page.get_by_label("Key").fill(KEY.secret)
+        assert violations(page) == []
+        page.page.get_by_label("Key", exact=True).fill("not-the-right-one")
+        page.press("Use it in this tab")
+        page.wait("#key-said", "does not know this key")
+        assert page.evaluate("document.activeElement.id") == "key"
+        assert page.evaluate("sessionStorage.length") == 0
+        page.page.get_by_label("Key", exact=True).fill(KEY.secret)
         page.page.get_by_role("button", name="Use it").click()
         page.wait("#state", "live")
         page.page.reload()
         page.wait("#state", "live")
         assert not page.page.is_visible("#ask")
+        page.press("Another key")
+        page.wait("#ask", "wants a key")
+
+
+def test_a_clients_key_is_offered_what_it_may_do(opened: Open) -> None:
+    client = ApiKey("alice", "a-key-of-a-client-of-ours", role="client")
+    with scene(keys=(KEY, client)) as it:
+        it.pace(voice=30)
+        mine = {"X-Api-Key": client.secret}
+        it.job("tts", key=KEY.secret)
+        it.broker.await_line(1)
+        own = it.job("tts", key=client.secret)
+        it.broker.await_line(2)
+        page = opened(it.broker.url)
+        page.page.get_by_label("Key", exact=True).fill(client.secret)
+        page.press("Use it in this tab")
+        page.wait("#line tr", "runs")
+        assert page.page.get_by_role("button", name="Load voice").count() == 0
+        assert not page.page.is_visible("#drain")
+        assert page.page.get_by_role("button", name="Cancel ticket 1").count() == 0
+        page.press("Cancel ticket 2")
+        assert own.result(20).json()["error"] == "cancelled"
+        assert it.broker.delete("/v1/queue/1", headers=mine).status_code == 403
+        it.broker.delete("/v1/queue/1", headers={"X-Api-Key": KEY.secret})
+
+
+def test_it_says_since_when_and_why_a_consumer_is_down_and_what_to_do(opened: Open) -> None:
+    with scene() as it:
+        page = opened(it.broker.url)
+        page.wait("#attention", "Nothing needs your attention")
+        os.kill(it.fakes["voice"].pid, signal.SIGKILL)
+        page.wait("#attention", "1 thing needs your attention")
+        page.wait("#troubles li", "voice: down since ")
+        assert "refused the connection" in page.text("#troubles")
+        assert "Start it" in page.text("#troubles")
+        page.wait("#services tr", "since ")
+        page.wait("#events li", "voice does not answer")
+        assert page.page.title() == "(1) gpumanager"
+
+
+def test_memory_that_is_nobodys_is_named(opened: Open) -> None:
+    with scene() as it:
+        page = opened(it.broker.url)
+        page.wait("#legend li", "free")
+        it.card.allocate("a game", 1500)
+        try:
+            page.wait("#legend li", f"(pid {os.getpid()})")
+            page.wait("#troubles li", "holds 1500 MiB and belongs to no consumer")
+        finally:
+            it.card.free("a game")
+
+
+def test_focus_survives_while_everything_is_drawn_anew(opened: Open) -> None:
+    with scene() as it:
+        it.pace(voice=30)
+        it.jobs("tts", 3)
+        page = opened(it.broker.url)
+        for name in ("Unload ollama", "Cancel ticket 2"):
+            page.page.get_by_role("button", name=name).focus()
+            looks = sum("/v1/status" in url for url in page.requests)
+            while sum("/v1/status" in url for url in page.requests) < looks + 3:
+                page.page.wait_for_event("requestfinished")
+            assert page.evaluate("document.activeElement.getAttribute('aria-label')") == name
+        it.broker.delete("/v1/queue/2")
+        page.page.get_by_role("button", name="Cancel ticket 2").wait_for(state="detached")
+        focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert focused == "Cancel ticket 3", "who stood on a job that is gone stands on the next"
+        for ticket in (3, 1):
+            it.broker.delete(f"/v1/queue/{ticket}")
+
+
+def test_reload_tells_and_drain_asks_first(opened: Open) -> None:
+    with scene() as it:
+        page = opened(it.broker.url)
+        page.wait("#state", "live")
+        page.press("Reload config")
+        page.wait("#said", "was not started from a config file")
+        drained: list[str] = []
+
+        def drain(route: Any) -> None:
+            drained.append(route.request.url)
+            route.fulfill(status=202, json={"status": "draining"})
+
+        page.page.route(
+            "**/v1/drain*",
+            drain,
+        )
+        page.press("Drain…")
+        page.wait("#sure", "End the broker?")
+        assert violations(page) == []
+        page.press("Let it run")
+        page.page.locator("#sure").wait_for(state="hidden")
+        assert drained == []
+        page.press("Drain…")
+        page.press("End it")
+        page.wait("#said", "shuts down")
+        boot = it.broker.get("/v1/events").json()["boot"]
+        assert drained == [f"{it.broker.url}/v1/drain?boot={boot}"]
+
+
+def test_in_forced_colours_the_bar_still_shows_who_holds_what(opened: Open) -> None:
+    with scene() as it:
+        for kind in ("tts", "llm"):
+            assert it.job(kind).result(30).status_code == 200
+        page = opened(it.broker.url, forced_colors="active")
+        page.wait("#legend li", "voice")
+        page.wait("#legend li", "ollama")
+        shot = base64.b64encode(page.page.locator("#bar").screenshot()).decode()
+        blank = page.context.new_page()
+        found = blank.evaluate(
+            """async (shot) => {
+              const image = new Image();
+              image.src = "data:image/png;base64," + shot;
+              await image.decode();
+              const canvas = document.createElement("canvas");
+              canvas.width = image.width; canvas.height = image.height;
+              const brush = canvas.getContext("2d");
+              brush.drawImage(image, 0, 0);
+              const counts = {}, pixels = brush.getImageData(0, 5, image.width, 1).data;
+              for (let i = 0; i < pixels.length; i += 4) {
+                const colour = pixels.slice(i, i + 3).join();
+                counts[colour] = (counts[colour] ?? 0) + 1;
+              }
+              return Object.values(counts).filter((n) => n > image.width / 20).length;
+            }""",
+            shot,
+        )
+        assert found >= 3, "two consumers and what is free"
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_no_inline_script(opened: Open) -> None:
+    with scene() as it:
+        page = opened(it.broker.url)
+        page.wait("#state", "live")
+        answer = it.broker.get("/", headers={"Accept": "text/html"})
+        policy = answer.headers["Content-Security-Policy"]
+        assert "unsafe" not in policy
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+        for inline in ("<style", " style=", " onclick=", "javascript:"):
+            assert inline not in answer.text
+        assert page.evaluate("[...document.scripts].every((script) => script.src)")
+        files = {url for url in page.requests if "/dashboard/" in url}
+        assert len(files) >= 10
+        for url in files:
+            got = it.broker.get(url.removeprefix(it.broker.url))
+            assert got.headers["X-Content-Type-Options"] == "nosniff"
+            again = {"If-None-Match": got.headers["ETag"]}
+            assert it.broker.get(url.removeprefix(it.broker.url), headers=again).status_code == 304
+        for name in ("dashboard.html", "nothing.js", "..%2Froutes.py"):
+            assert it.broker.get(f"/dashboard/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_any_screen(opened: Any, width: int, scheme: str) -> None:
+def test_it_fits_any_screen(opened: Open, width: int, scheme: str) -> None:
     with scene() as it:
         page = opened(it.broker.url, viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.wait("#state", "live")
@@ -158,7 +363,7 @@ def test_it_fits_any_screen(opened: Any, width: int, scheme: str) -> None:
         assert not page.complaints
 
 
-def test_a_page_of_another_site_cannot_press_its_buttons(opened: Any) -> None:
+def test_a_page_of_another_site_cannot_press_its_buttons(opened: Open) -> None:
     with scene() as it:
         page = opened(it.broker.url.replace("127.0.0.1", "localhost"))
         page.wait("#state", "live")

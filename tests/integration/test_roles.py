@@ -163,6 +163,7 @@ def test_the_description_says_what_wants_an_admin(broker: LiveBroker) -> None:
     }
     assert wants == {
         "/v1/consumers/{consumer}/load",
+        "/v1/consumers/{consumer}/pin",
         "/v1/consumers/{consumer}/unload",
         "/v1/drain",
         "/v1/reload",

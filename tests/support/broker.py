@@ -39,8 +39,8 @@ class LiveBroker:
     def get(self, path: str, **more: Any) -> requests.Response:
         return self._session.get(self.url + path, timeout=PATIENCE_S, **more)
 
-    def delete(self, path: str) -> requests.Response:
-        return self._session.delete(self.url + path, timeout=PATIENCE_S)
+    def delete(self, path: str, **more: Any) -> requests.Response:
+        return self._session.delete(self.url + path, timeout=PATIENCE_S, **more)
 
     def raw(self) -> RawClient:
         return RawClient(self.port)
@@ -67,7 +67,7 @@ class LiveBroker:
 
 @contextmanager
 def live_broker(
-    config: str, *, card: Card | None = None, keys: Iterable[ApiKey] = ()
+    config: str, *, card: Card | None = None, keys: Iterable[ApiKey] = (), threads: int = 24
 ) -> Iterator[LiveBroker]:
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
@@ -78,7 +78,7 @@ def live_broker(
     try:
         server.set_defaults(parsed)
         sockets: dict[int, Any] = {}
-        serving: Any = create_server(broker.flask, sockets, listen="127.0.0.1:0", threads=24)
+        serving: Any = create_server(broker.flask, sockets, listen="127.0.0.1:0", threads=threads)
         broker.start()
         loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
         loop.start()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import requests
 import yaml
 
 from gpumanager.keys import ApiKey
+from gpumanager.model import MemoryReading
+from gpumanager.monitoring.memory import SimulatedMemory
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, fake_server
@@ -20,24 +23,80 @@ from tests.support.fake_servers import Running, fake_server
 CARD_MIB = 12_000
 BODIES: dict[str, Any] = {
     "tts": {"text": "Hello."},
+    "stt": {"file": "hello.wav"},
     "llm": {"model": "llama3:8b"},
     "image": {"prompt": {"1": {"class_type": "KSampler"}}},
 }
 
 
+LONG_NAME = "speech-of-the-hotline-german-tiny-v3-turbo-int8-2026-release"
+"""As long as anybody would make one: 60 characters."""
+
+CROWD_CARD_MIB = 24_000
+CROWD = {
+    "comfyui": 5000,
+    "embedder": 700,
+    "florence": 1600,
+    "musicgen": 3300,
+    "ollama": 6000,
+    "reranker": 900,
+    "sam": 1100,
+    LONG_NAME: 1900,
+    "vllm-coder": 7000,
+    "voice": 2800,
+    "whisper": 1700,
+    "xtts": 2300,
+}
+
+
+class SensingCard(SimulatedMemory):
+    """A simulated card with sensors, and a process that is nobody's, if there is one."""
+
+    def __init__(self, path: str, busy: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(path)
+        self.busy = busy
+        self._load = 0.0
+
+    def read(self) -> MemoryReading:
+        self._load += 0.25 * ((0.97 if self.busy() else 0.02) - self._load)
+        return replace(
+            super().read(),
+            utilization_percent=round(100 * self._load),
+            power_w=38.0 + 290 * self._load,
+            power_limit_w=350.0,
+            temperature_c=round(41 + 32 * self._load),
+        )
+
+
 class Scene:
     """The broker, its fakes by name, and clients that send jobs in the background."""
 
-    def __init__(self, broker: LiveBroker, fakes: dict[str, Running], clients: Any) -> None:
+    def __init__(
+        self, broker: LiveBroker, fakes: dict[str, Running], clients: Any, card: SimulatedCard
+    ) -> None:
         self.broker = broker
+        self.card = card
         self.fakes = fakes
         self._clients: ThreadPoolExecutor = clients
 
-    def job(self, kind: str) -> Future[requests.Response]:
+    def job(self, kind: str, *, key: str | None = None) -> Future[requests.Response]:
         """Send a job, and do not wait for it."""
         return self._clients.submit(
-            requests.post, f"{self.broker.url}/v1/{kind}", json=BODIES[kind], timeout=60
+            requests.post,
+            f"{self.broker.url}/v1/{kind}",
+            json=BODIES[kind],
+            headers={} if key is None else {"X-Api-Key": key},
+            timeout=300,
         )
+
+    def jobs(self, kind: str, count: int) -> list[Future[requests.Response]]:
+        """Send so many, one after the other into the queue."""
+        sent = []
+        for _ in range(count):
+            before = len(self.broker.broker.scheduler.line())
+            sent.append(self.job(kind))
+            self.broker.await_line(before + 1)
+        return sent
 
     def pace(self, **seconds: float) -> None:
         """How long each fake's jobs take from now on."""
@@ -86,4 +145,38 @@ def scene(*, keys: tuple[ApiKey, ...] = ()) -> Iterator[Scene]:
         broker = stack.enter_context(live_broker(yaml.safe_dump(config), keys=keys))
         clients = ThreadPoolExecutor(20, "scene-client")
         stack.callback(clients.shutdown, wait=True)
-        yield Scene(broker, fakes, clients)
+        yield Scene(broker, fakes, clients, card)
+
+
+@contextmanager
+def crowd() -> Iterator[Scene]:
+    """Twelve consumers on a card with sensors, most of them loaded."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        card = SimulatedCard.create(folder / "card.json", CROWD_CARD_MIB)
+        fakes = {
+            name: stack.enter_context(fake_server("plain", card.path, name, mib))
+            for name, mib in CROWD.items()
+        }
+        config = {
+            "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.2},
+            "health_interval": 0.5,
+            "routing": {"tts": LONG_NAME, "stt": "whisper", "llm": "ollama", "image": "comfyui"},
+            "consumers": {
+                name: {
+                    "url": fakes[name].url,
+                    "health": "/health",
+                    "load": "/job",
+                    "unload": "/unload",
+                    "paths": dict.fromkeys(("tts", "stt", "llm", "image"), "/job"),
+                    "vram_resident_mib": mib,
+                }
+                for name, mib in CROWD.items()
+            },
+        }
+        sensing = SensingCard(str(card.path))
+        broker = stack.enter_context(live_broker(yaml.safe_dump(config), card=sensing, threads=64))
+        sensing.busy = lambda: broker.stats.in_flight > 0
+        clients = ThreadPoolExecutor(40, "scene-client")
+        stack.callback(clients.shutdown, wait=True)
+        yield Scene(broker, fakes, clients, card)

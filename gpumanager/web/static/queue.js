@@ -1,0 +1,114 @@
+// Who runs and who waits: a picture of what comes when, and the list with its buttons.
+import {byId, classes, keep, make, row, tell} from "/dashboard/dom.js";
+import {badge, surface} from "/dashboard/marks.js";
+import {about, count, lasting} from "/dashboard/words.js";
+
+const LABELS = ["Place", "Consumer", "Kind", "Client", "For", "Turn in", "Do"];
+/** The part of the picture before "now", for what runs already: not to scale. */
+const PAST = 12;
+/** Taken for a run of a consumer of which nothing is known. */
+const UNKNOWN_MS = 1000;
+
+/** The queue with a place on the time axis for each entry: it starts and ends at so many ms from
+ *  now. One ends where the next one's turn begins, which counts loads and evictions in. */
+function planned(status) {
+  const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms?.p50]));
+  const firstTurn = status.line.find((entry) => entry.state !== "running")?.estimate_ms;
+  return status.line.map((entry, i) => {
+    const next = status.line[i + 1], run = usual.get(entry.consumer) ?? UNKNOWN_MS;
+    if (entry.state === "running") {
+      const left = firstTurn ?? Math.max(0, run - entry.age_ms);
+      return {entry, start: 0, end: Math.max(left, 1)};
+    }
+    const end = next ? Math.max(next.estimate_ms, entry.estimate_ms) : entry.estimate_ms + run;
+    return {entry, start: entry.estimate_ms, end};
+  });
+}
+
+function drawComing(places, names) {
+  const strip = byId("coming");
+  strip.hidden = places.length === 0;
+  const last = Math.max(1, ...places.map((place) => place.end));
+  keep(strip, [...places, ...ticks(last)], (it) => it.entry ? "t" + it.entry.ticket : "at" + it.at,
+    () => make("span"), (span, it) => {
+      const running = it.entry?.state === "running";
+      const left = running ? 0 : PAST + (100 - PAST) * (it.entry ? it.start : it.at) / last;
+      span.style.left = left + "%";
+      if (!it.entry) {
+        classes(span, left > 80 ? "tick end" : "tick");
+        return tell(span, it.at === 0 ? "now" : "+" + lasting(it.at));
+      }
+      const width = (running ? PAST : 0) + (100 - PAST) * (it.end - it.start) / last;
+      const i = names.indexOf(it.entry.consumer);
+      classes(span, "block " + (i < 0 ? "rest" : surface(i)) + (running ? " runs" : ""));
+      span.style.width = width + "%";
+      const marked = i >= 0 && width / 100 * strip.clientWidth > 26;
+      if (!marked) span.replaceChildren();
+      else if (!span.firstChild) span.append(badge(i));
+      span.title = `${it.entry.consumer} ${it.entry.kind}: ` + (running ? "runs" : `turn ${about(it.start)}`);
+    });
+  const waiting = places.filter((place) => place.entry.state !== "running");
+  strip.setAttribute("aria-label", "What comes when, as estimated: " + (waiting.length === 0
+    ? "nobody waits" : waiting.slice(0, 5).map((place) =>
+      `${place.entry.consumer} ${about(place.start)}`).join(", ")
+      + (waiting.length > 5 ? `, and ${waiting.length - 5} more` : "")));
+}
+
+/** Round moments on an axis of so many ms: two to four of them. */
+function ticks(last) {
+  const steps = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400];
+  const step = 1000 * (steps.find((s) => last / (s * 1000) <= 4) ?? steps.at(-1));
+  const found = [];
+  for (let at = 0; at <= last && found.length < 6; at += step) found.push({at});
+  return found;
+}
+
+export function drawQueue(status, mayCancel) {
+  const names = status.consumers.map((c) => c.name), places = planned(status);
+  const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms]));
+  const waiting = status.line.filter((entry) => entry.state !== "running").length;
+  const last = Math.max(0, ...places.map((place) => place.end));
+  tell(byId("h-queue"), places.length === 0 ? "Queue"
+    : `Queue: ${count(places.length - waiting, "runs", "run")}, ${count(waiting, "waits", "wait")}`
+      + (last >= 1000 ? `; done in ${about(last)}` : ""));
+  drawComing(places, names);
+  keep(byId("line"), status.line, (entry) => entry.ticket, (entry) => {
+    const tr = row(LABELS), cells = tr.children;
+    cells[1].append(make("span", undefined, "who"));
+    cells[1].firstChild.append(make("i"), make("span", entry.consumer, "name"));
+    const button = make("button", "Cancel");
+    button.type = "button";
+    button.dataset.ticket = entry.ticket;
+    button.setAttribute("aria-label", "Cancel ticket " + entry.ticket);
+    cells[6].append(button);
+    return tr;
+  }, (tr, entry) => {
+    const running = entry.state === "running", cells = tr.children, i = names.indexOf(entry.consumer);
+    const took = usual.get(entry.consumer);
+    tell(cells[0], running ? "runs" : entry.position);
+    if (i >= 0 && cells[1].firstChild.firstChild.textContent !== String(i + 1)) {
+      cells[1].firstChild.firstChild.replaceWith(badge(i));
+    }
+    tell(cells[2], entry.kind);
+    tell(cells[3], entry.client || "–");
+    tell(cells[4], lasting(entry.age_ms));
+    tell(cells[5], !running ? about(entry.estimate_ms) : took ? "usually " + lasting(took.p50) : "–");
+    classes(cells[5], running && took && took.count > 2 && entry.age_ms > 2 * took.p95 ? "warn" : "");
+    classes(tr, running ? "runs" : "");
+    const button = cells[6].firstChild;
+    button.dataset.running = running;
+    button.dataset.words = `${entry.kind} of ${entry.consumer}, which has run for ${lasting(entry.age_ms)}`;
+    button.hidden = !mayCancel(entry);
+  });
+  byId("queue-box").hidden = places.length === 0;
+  byId("nobody").hidden = places.length > 0;
+  const s = status.scheduler, stats = s.total_jobs ? [["last wait", lasting(s.last_wait_ms)]] : [];
+  if (s.oldest_queued) {
+    stats.push(["longest wait now", lasting(new Date(status.time) - new Date(s.oldest_queued))]);
+  }
+  keep(byId("stats"), stats, (each) => each[0], ([name]) => {
+    const group = make("div");
+    group.append(make("dt", name), make("dd"));
+    return group;
+  }, (group, [, value]) => tell(group.lastChild, value));
+}

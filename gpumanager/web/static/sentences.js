@@ -1,0 +1,124 @@
+// What happened, in a sentence, and what to do about it.
+import {lasting, mib} from "/dashboard/words.js";
+
+const METHODS = {http: "its unload call", unit: "stopping its systemd unit",
+  container: "stopping its container", signal: "a signal", checkpoint: "a CUDA checkpoint"};
+
+const CODES = {
+  insufficient_vram: ["its model would not fit, whoever went",
+    "Look who holds the card: unpin or unload somebody, or end the foreign process."],
+  queue_full: ["the queue was full", "Clients should try again after Retry-After; max_queue bounds the queue."],
+  queue_timeout: ["it had waited as long as it may", "See what holds the GPU; max_wait bounds the wait."],
+  consumer_unreachable: ["the consumer could not be reached, or broke off", "Look at the consumer's own log, and start it."],
+  consumer_timeout: ["the consumer took too long", "Raise the consumer's timeouts: first_byte for slow models, idle for slow streams."],
+  shutting_down: ["the broker was shutting down", ""],
+  cancelled: ["it was cancelled", ""],
+  no_consumer: ["no consumer is routed for it, or it lacks the path", "See routing and paths in the config."],
+  client_gone: ["its client left", ""],
+  internal_error: ["the broker failed", "Its log has the details under the request id; please report it."],
+  scheduler_error: ["the broker failed", "Its log has the details under the request id; please report it."],
+};
+const because = (code) => (CODES[code] ?? [String(code ?? "").replaceAll("_", " "), ""])[0];
+const advice = (code) => (CODES[code] ?? ["", ""])[1];
+
+/** How the memory came back: [sentence, advice]. */
+function evicted(e) {
+  const how = METHODS[e.method ?? e.rung] ?? e.method ?? e.rung ?? "a call";
+  const whom = e.target && e.target !== e.consumer ? ` to make room for ${e.target}` : "";
+  const began = `${e.consumer} was unloaded${whom}`;
+  const took = e.ms === undefined ? "" : ` in ${lasting(e.ms)}`;
+  const of = `${mib(e.mib ?? 0)} of ${mib(e.expected_mib ?? 0)}`;
+  switch (e.outcome) {
+    case "released": return [`${began}: ${mib(e.mib ?? 0)} came back${took}.`, ""];
+    case "partial": return [`${began}, but gave back only ${of}.`,
+      "It is expected to keep the rest the next time, too; floor_mib in the config says so from the start."];
+    case "leaked": return [`${began}, but gave back ${of} after ${how}.`,
+      "Give it another eviction method that can: evict in the config."];
+    case "stolen": return [`${began}, but ${e.thief ?? "another process"} took the memory at once.`,
+      "End that process, or put it behind the broker as a consumer."];
+    case "unverified": return [`${began}; the card cannot be measured, so whether its memory came back is unknown.`, ""];
+    case "gone": return [`${e.consumer} had ended already${whom ? " when it was to make room for " + e.target : ""}.`, ""];
+    default: return [`${began}.`, ""];
+  }
+}
+
+function job(e) {
+  const what = `${e.kind} for ${e.client && e.client !== "-" ? e.client : "a client"}`;
+  const waits = [e.wait_ms > 50 && `waited ${lasting(e.wait_ms)}`,
+    e.prepare_ms > 50 && `${lasting(e.prepare_ms)} to make room and load`].filter(Boolean).join(", ");
+  const aside = waits ? ` (${waits})` : "";
+  if (e.failure) {
+    return [`${e.consumer}: ${what} ended after ${lasting(e.run_ms)}: ${because(e.failure)}${aside}.`,
+      advice(e.failure)];
+  }
+  if (e.status >= 400) {
+    return [`${e.consumer} answered ${e.status} to ${what} after ${lasting(e.run_ms)}${aside}.`,
+      e.status >= 500 ? "Look at the consumer's own log." : ""];
+  }
+  return [`${e.consumer} did ${what} in ${lasting(e.run_ms)}${aside}.`, ""];
+}
+
+const changed = (e) => ["added", "removed", "changed", "keys"].filter((what) => e[what]?.length)
+  .map((what) => `${what} ${[e[what]].flat().join(", ")}`).join("; ");
+
+const SENTENCES = {
+  job, evicted,
+  eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method ?? e.rung] ?? "its method"}: ${e.reason}.`,
+    "Its next eviction method is tried; see evict in the config."],
+  loaded: (e) => [`${e.consumer} was loaded in ${lasting(e.ms)}.`, ""],
+  brought_back: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
+  healthy: (e) => [`${e.consumer} answers.`, ""],
+  unhealthy: (e) => [`${e.consumer} does not answer: ${e.reason}.`, "Start it; until then its jobs are refused."],
+  on_cpu: (e) => [`${e.consumer} runs partly on the CPU: ${e.models}.`,
+    "Raise its vram_resident_mib, then unload it."],
+  breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(1000 * e.pause_s)}.`,
+    "Look at the consumer's own log."],
+  breaker_closed: (e) => [`${e.consumer} works again.`, ""],
+  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, though there was room for ${mib(e.room_was_mib)}.`,
+    "Declare more: vram_resident_mib."],
+  healed: (e) => [`The job of ${e.consumer} was run once more, with the others unloaded, and succeeded.`, ""],
+  gpu_lost: (e) => [`The card does not tell everything: ${e.reason}.`, "gpumanager doctor says what to do."],
+  gpu_found: () => ["The card tells everything again.", ""],
+  truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
+  quarantined: (e) => [`${e.consumer} keeps its memory, whatever was tried: ${e.reason}.`,
+    "Restart it, or unload it here to try once more."],
+  still_busy: (e) => [`${e.consumer} works on, though its client has left.`, "The GPU stays held until it is done."],
+  cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The GPU stays held until it is done."],
+  housekeeping_failed: (e) => [`${e.consumer} could not be ${e.what === "restore" ? "loaded again in a quiet time" : "unloaded for being idle"}: ${e.reason}.`, ""],
+  pinned: (e) => [`${e.consumer} was pinned: it is not evicted.`, ""],
+  unpinned: (e) => [`${e.consumer} was unpinned: it may be evicted.`, ""],
+  reloaded: (e) => [`The config was read anew: ${changed(e) || "nothing changed"}.`, ""],
+  not_reloaded: (e) => [`The config was not read anew: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
+  draining: () => ["The broker shuts down: it refuses new jobs and finishes those that run.", ""],
+  started: (e) => [`The broker started, version ${e.version}.`, ""],
+  refused: (e) => e.code === "client_gone" ? [`The client of a job of ${e.consumer} left before its turn.`, ""] : [`A job${e.consumer ? " of " + e.consumer : ""} was refused: ${because(e.code)}.`, advice(e.code)],
+};
+
+/** Fields that every event has, or that say only who asked. */
+const COMMON = new Set(["number", "time", "event", "level", "consumer", "request_id", "client",
+  "path", "ticket", "key", "traceparent"]);
+
+/** One that this page does not know: its name and its fields, in plain text. */
+function unknown(e) {
+  const fields = Object.entries(e).filter(([name]) => !COMMON.has(name))
+    .map(([name, value]) => `${name.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  return [[e.consumer, e.event.replaceAll("_", " ")].filter(Boolean).join(": ")
+    + (fields.length ? ` (${fields.join(", ")})` : "") + ".", ""];
+}
+
+const WRONG = new Set(["refused", "unhealthy", "breaker_open", "quarantined", "out_of_memory", "truncated",
+  "gpu_lost", "on_cpu", "eviction_failed", "not_reloaded", "still_busy", "cancel_failed", "housekeeping_failed"]);
+
+/** {text, remedy, tone, trouble, glyph} of an event. */
+export function inWords(e) {
+  const [text, remedy] = (Object.hasOwn(SENTENCES, e.event) ? SENTENCES[e.event] : unknown)(e);
+  const cancelled = e.failure === "cancelled" || e.failure === "client_gone" 
+    || e.code === "cancelled" || e.code === "client_gone";
+  const failed = (e.event === "job" && (e.failure || e.status >= 500) && !cancelled)
+    || (e.event === "evicted" && ["leaked", "stolen"].includes(e.outcome));
+  const trouble = Boolean(failed || (WRONG.has(e.event) && !cancelled) || ["warning", "error"].includes(e.level));
+  const tone = e.level === "error" || (trouble && ["job", "refused", "unhealthy", "breaker_open"].includes(e.event))
+    ? "bad" : trouble ? "warn" : "";
+  const glyph = trouble ? "×" : {evicted: "▼", loaded: "▲", brought_back: "▲", job: "■"}[e.event] ?? "·";
+  return {text: text.replace(/\.\.$/, "."), remedy, tone, trouble, glyph};
+}
