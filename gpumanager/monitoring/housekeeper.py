@@ -48,7 +48,7 @@ class Housekeeper:
         if not self._scheduler.line():
             for name, consumer in self._config.consumers.items():
                 if self._is_idle(name, consumer):
-                    self._unload(name)
+                    self._unload(name, consumer)
                     return INTERVAL_S
             for name in self._config.default_resident:
                 if self._is_missed(name):
@@ -93,10 +93,13 @@ class Housekeeper:
         used = [state.last_used for state in self._registry.snapshot().values()]
         return max((each for each in used if each is not None), default=self._started)
 
-    def _unload(self, name: str) -> None:
+    def _unload(self, name: str, consumer: ConsumerConfig) -> None:
+        def unless_used(ticket: Ticket) -> None:
+            if self._is_idle(name, consumer):  # a job may have come first after all
+                self._moves.unload(name, ticket, patient=False)
+
+        self._in_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False), unless_used)
         self._seen_idle.pop(name, None)
-        job = Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False)
-        self._in_turn(job, lambda ticket: self._moves.unload(name, ticket, patient=False))
 
     def _restore(self, name: str) -> None:
         self._restored_after[name] = self._quiet_since()

@@ -265,11 +265,15 @@ class Evictor:
                 stable = now - stable_since >= STABLE_S
                 begun = release.mib > LEAKED_SHARE * expected_mib or expected_mib == 0
                 more = replace(release, more_until=deadline)
-                if settled and release.complete and (fits is None or fits()):
+                # By the figures for its own processes its word is not needed to go on.
+                said = settled or release.residue_mib is not None
+                if said and release.complete and (fits is None or fits()):
                     return more
                 if settled and release.complete and stable:
                     return release
-                if settled and begun and stable and (not certain or fits is None or fits()):
+                if said and begun and stable and fits is not None and fits():
+                    return more
+                if settled and begun and stable and (not certain or fits is None):
                     return more
                 if fits is not None and not begun and now - began >= STABLE_S and fits():
                     # Somebody else made room meanwhile: whatever this one does, the job can run.

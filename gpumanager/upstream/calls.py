@@ -84,15 +84,31 @@ class ControlCalls:
 
     def unload(self, name: str) -> None:
         """Have the consumer drop its model, or each of the models its probe lists; again and
-        again for a while, where it refuses for being busy."""
+        again for a while, where it refuses for being busy. One model that cannot be unloaded, as
+        one that was deleted, does not keep the others: only if none can, its error is raised."""
         consumer = self._config.consumers[name]
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
         deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
-        made = [call] if call.for_each is None else map(call.for_item, self._items(name, consumer))
-        for each in made:
-            self._unload_once(name, each, deadline)
+        if call.for_each is None:
+            self._unload_once(name, call, deadline)
+            return
+        items = self._items(name, consumer)
+        failed: list[tuple[str, BrokerError]] = []
+        for item in items:
+            try:
+                self._unload_once(name, call.for_item(item), deadline)
+            except BrokerError as error:
+                gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
+                if gone or self._clock.monotonic() >= deadline:
+                    raise
+                failed.append((item, error))
+        if failed and len(failed) == len(items):
+            raise failed[0][1]
+        for item, why in failed:
+            extra = {"consumer": name, "model": item, "reason": why.message}
+            log.warning("model not unloaded", extra=extra)
 
     def settled(self, name: str) -> bool:
         """Whether the consumer's `settled` call says that its unload is over; True if it has

@@ -129,6 +129,21 @@ def test_ollama_is_given_the_time_that_its_preset_says(card: SimulatedCard) -> N
         assert "quarantine" not in status_of(broker, "ollama")
 
 
+def test_a_deleted_model_of_ollama_does_not_keep_the_others(
+    card: SimulatedCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumers = {
+        "ollama": {"fake": "ollama", "mib": 6000},
+        "voice": {"fake": "plain", "mib": 5000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "llm", {"model": "llama3:8b"}).status_code == 200
+        fakes["ollama"].set(deleted="old:7b")
+        assert job(broker, "tts").status_code == 200
+        assert "model not unloaded" in caplog.text
+        assert status_of(broker, "ollama")["gpu_resident_mib"] == 0
+
+
 def test_a_model_that_went_to_the_cpu_is_reported(
     card: SimulatedCard, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,6 +148,31 @@ def test_while_anybody_is_in_line_nothing_is_tidied() -> None:
     assert house.did == []
 
 
+def test_who_was_used_before_the_turn_came_is_not_idle() -> None:
+    house = House(IDLE)
+    house.used("tts")
+    assert house.pass_time(59) == []
+    line, wait = house.line, []
+
+    class Late:
+        """The line, in which a job of the consumer comes first after all."""
+
+        def enqueue(self, job: Job) -> Ticket:
+            wait.append(job.kind)
+            house.used("tts")
+            return Evicting(line, house, house.clock).enqueue(job)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(line, name)
+
+    scheduler, house.keeper._scheduler = house.keeper._scheduler, Late()
+    house.clock.advance(2)
+    house.keeper.tidy()
+    house.keeper._scheduler = scheduler
+    assert (wait, house.did) == (["idle-unload"], [])
+    assert house.pass_time(59) == []
+
+
 def test_an_unload_that_fails_is_told_and_put_off(caplog: pytest.LogCaptureFixture) -> None:
     house = House(IDLE)
     house.used("tts")

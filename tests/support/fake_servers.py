@@ -105,7 +105,7 @@ class Plain(Fake):
 
 class Ollama(Fake):
     """The memory belongs to a child process; /api/ps is empty before it is back; what does not
-    fit goes to the CPU without a word."""
+    fit goes to the CPU without a word. `deleted` names a model that was, but is still loaded."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -125,7 +125,11 @@ class Ollama(Fake):
                 "size": self.needs * MIB,
                 "size_vram": self.on_card * MIB,
             }
-            return 200, {"models": [loaded] if self.model else []}
+            deleted = self.settings.get("deleted")
+            models = [{"name": deleted, "size": 0, "size_vram": 0}] if deleted else []
+            return 200, {"models": [*models, loaded] if self.model else models}
+        if path == "/api/generate" and body.get("model") == self.settings.get("deleted", ""):
+            return 404, {"error": f"model '{body['model']}' not found"}
         if path == "/api/generate" and body.get("keep_alive") == 0:
             with self.lock:
                 runner, self.runner, self.model = self.runner, None, ""

@@ -205,6 +205,36 @@ def test_unload_is_made_for_each_item(mocked: responses.RequestsMock) -> None:
     ]
 
 
+def test_a_model_that_cannot_be_unloaded_does_not_keep_the_others(
+    mocked: responses.RequestsMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
+    missing = {"error": "model 'llama3:8b' not found"}  # it was deleted
+    mocked.post(f"{URL}/api/generate", status=404, json=missing)
+    mocked.post(f"{URL}/api/generate", json={"done_reason": "unload"})
+    calls(**OLLAMA).unload("mvoice")
+    assert len(mocked.calls) == 3
+    (said,) = [vars(each) for each in caplog.records if each.message == "model not unloaded"]
+    assert (said["model"], said["consumer"]) == ("llama3:8b", "mvoice")
+
+
+def test_if_no_model_can_be_unloaded_that_is_a_failure(mocked: responses.RequestsMock) -> None:
+    mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
+    mocked.post(f"{URL}/api/generate", status=404)
+    with pytest.raises(ConsumerUnreachable, match="answered 404 to POST /api/generate"):
+        calls(**OLLAMA).unload("mvoice")
+    assert len(mocked.calls) == 3
+
+
+def test_a_server_that_is_gone_is_not_asked_for_each(mocked: responses.RequestsMock) -> None:
+    mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
+    refused = requests.exceptions.ConnectionError(ConnectionRefusedError(111, "refused"))
+    mocked.post(f"{URL}/api/generate", body=refused)
+    with pytest.raises(ConsumerUnreachable):
+        calls(**OLLAMA).unload("mvoice")
+    assert len(mocked.calls) == 2
+
+
 # -- the wider vocabulary ------------------------------------------------------------------------
 
 BUSY = {"path": "/p", "busy": {"path": "/progress", "expr": "jobs > `0`"}}
