@@ -369,6 +369,35 @@ def test_a_slow_reader_does_not_hold_the_gpu(
     assert got.body == body
 
 
+@pytest.mark.parametrize("framing", ["chunked", "until close"])
+def test_what_was_spooled_goes_out_though_the_consumer_says_no_more(
+    broker: LiveBroker, consumer: ScriptedConsumer, framing: str
+) -> None:
+    """The end of a chunk lies there to be read, and is nothing that could be relayed."""
+    header, frame, end = FRAMINGS[framing]
+    sent, received = threading.Event(), threading.Event()
+
+    def stream(connection: Connection, _: Received) -> None:
+        connection.send(f"HTTP/1.1 200 OK\r\n{header}\r\n".encode())
+        for piece in [b"x" * 100_000] * 80:
+            connection.send(frame(piece))
+        connection.send(frame(b"the last of it"))
+        sent.set()
+        received.wait(PATIENCE_S)
+        connection.send(end)
+
+    consumer.script = stream
+    with broker.raw() as slow:
+        slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        slow.request("POST", "/v1/llm", b"{}")
+        assert sent.wait(PATIENCE_S)  # more than the connections hold: it was spooled
+        slow.until(b"the last of it")
+        received.set()
+        got = slow.answer()
+        assert got.complete
+        assert got.body == b"x" * 8_000_000 + b"the last of it"
+
+
 def test_a_slow_reader_that_leaves_frees_its_thread(
     broker: LiveBroker, consumer: ScriptedConsumer
 ) -> None:

@@ -219,7 +219,7 @@ class RawClient:
         while marker not in self.buffer:
             data = self.sock.recv(65536)
             if not data:
-                raise EOFError(f"{marker!r} never came; got {self.buffer!r}")
+                raise EOFError(f"{marker!r} never came; got {self.buffer[-1000:]!r}")
             self.buffer += data
         return self.buffer
 
