@@ -180,7 +180,7 @@ def _pieces(head: bytes, body: bytes | IO[bytes] | None) -> Iterable[bytes]:
         for at in range(0, len(whole), PIECE_BYTES):
             yield whole[at : at + PIECE_BYTES]
         return
-    piece = head + body.read(PIECE_BYTES - len(head))
+    piece = head + body.read(max(0, PIECE_BYTES - len(head)))
     while piece:
         yield piece
         piece = body.read(PIECE_BYTES)

@@ -15,6 +15,7 @@ from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerUnreachable
 from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
+from gpumanager.upstream.wire import PIECE_BYTES
 from gpumanager.watcher import Watcher
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
 
@@ -117,6 +118,30 @@ def test_the_same_request_can_be_made_again(kind: str) -> None:
         assert [each.body for each in consumer.requests] == [b"hello", b"hello"]
         one.close()
         again.close()
+
+
+class Piecewise(io.BytesIO):
+    """A file that is not to be read as a whole."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        assert 0 <= size <= PIECE_BYTES
+        return super().read(size)
+
+
+@pytest.mark.parametrize("head", [10, PIECE_BYTES, 200_000])
+@pytest.mark.parametrize("size", [0, 10, 300_000])
+def test_a_file_is_sent_in_pieces_whatever_the_head(head: int, size: int) -> None:
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
+        headers = [("X-Long", "y" * head)]
+        outbound = Outbound("POST", consumer.url, "/", headers, Piecewise(body), size)
+        timeouts = Timeouts(connect=2, first_byte=2, idle=2, total=5)
+        with closing(Exchange("it", outbound, timeouts, Watcher(), SystemClock())) as one:
+            one.send(OneShotAdapter())
+            assert one.status == 200
+        assert consumer.requests[0].header("x-long") == "y" * head
+        assert consumer.requests[0].body == body
 
 
 def test_a_body_that_cannot_be_had_twice() -> None:
