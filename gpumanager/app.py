@@ -181,7 +181,6 @@ class Broker:
                     config,
                     places,
                     self.registry,
-                    self.learned,
                     self.scheduler,
                     room,
                     self.watcher,

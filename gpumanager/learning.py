@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ _TIMES = ("load_s", "unload_s", "run_s", "cold_s")
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long something took, in seconds: median, 95th percentile, of how many, and mean."""
+    """How long something took, in seconds: median, 95th percentile, of how many, and mean; and
+    all of it, from the shortest to the longest."""
 
     p50: float
     p95: float
     count: int
     mean: float
+    values: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,4 +319,4 @@ def _times(values: Iterable[float]) -> Times | None:
     if not ordered:
         return None
     p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
-    return Times(p50, p95, len(ordered), sum(ordered) / len(ordered))
+    return Times(p50, p95, len(ordered), sum(ordered) / len(ordered), tuple(ordered))

@@ -17,8 +17,8 @@ class Job:
 
     `max_wait` is the longest the client is willing to wait in line, in seconds; None leaves
     it to the scheduler's own bound. `makes_room` is False for what needs the GPU to itself, but
-    no memory of it, as an unload. `key` is the name of the API key it came with, where keys are
-    in use.
+    no memory of it, as an unload; `runs` for what ends as soon as its consumer is loaded. `key` is
+    the name of the API key it came with, where keys are in use.
     """
 
     consumer: str
@@ -27,16 +27,34 @@ class Job:
     request_id: str = "-"
     max_wait: float | None = None
     makes_room: bool = True
+    runs: bool = True
     key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What is expected of a job's turn, in seconds: until it comes, then unloading others, loading
+    its consumer, and running; of a job that runs, what is left of them. `overdue`: the job that
+    runs has taken far longer than any that is remembered, so that all of it is a guess."""
+
+    wait_s: float = 0.0
+    evict_s: float = 0.0
+    load_s: float = 0.0
+    run_s: float = 0.0
+    overdue: bool = False
+
+    @property
+    def left_s(self) -> float:
+        """From its beginning to its end."""
+        return self.evict_s + self.load_s + self.run_s
+
+
+@dataclass(frozen=True, slots=True)
 class LineEntry:
-    """One place in the line, as an operator sees it.
+    """One place in the queue, as an operator sees it.
 
     `since` is monotonic seconds: of the arrival while `waiting`, of the grant once `running`.
-    `position` counts from 1 among those waiting, 0 once running; `estimate_s` is in how many
-    seconds it is expected to be granted.
+    `position` counts from 1 among those waiting, 0 once running.
     """
 
     ticket: int
@@ -44,7 +62,7 @@ class LineEntry:
     state: Literal["waiting", "running"]
     since: float
     position: int = 0
-    estimate_s: float = 0.0
+    turn: Turn = Turn()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +157,8 @@ class Parked:
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
-    `active` counts its jobs, `busy` the broker's own calls to load or unload it.
+    `active` counts its jobs; `cold` says of the latest that it found the consumer not loaded.
+    `busy` counts the broker's own calls to load or unload it.
     `assumed` is since when `loaded` is only an assumption, None once a report, a measurement, or a
     job or load of the broker has confirmed it.
     `tells` is True if its probe says whether it is loaded.
@@ -161,6 +180,7 @@ class ConsumerState:
     healthy: bool | None = None
     resident_mib: int | None = None
     active: int = 0
+    cold: bool = False
     busy: int = 0
     report_outdated: bool = False
     total_requests: int = 0

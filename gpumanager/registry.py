@@ -140,6 +140,7 @@ class Registry:
             lambda state: replace(
                 state,
                 active=state.active + 1,
+                cold=not state.loaded,
                 total_requests=state.total_requests + 1,
                 last_used=now,
                 loaded=True,

@@ -45,8 +45,10 @@ def plan_text(answer: Mapping[str, Any]) -> str:
             for victim in answer["victims"]
         ]
     times = answer["estimate_ms"]
-    parts = [f"{what} {times[what] / 1000:.1f} s" for what in ("wait", "evict", "load")]
+    parts = [f"{what} {times[what] / 1000:.1f} s" for what in ("wait", "evict", "load", "run")]
     lines.append(f"estimated: {', '.join(parts)}")
+    if answer["overdue"]:
+        lines.append("the job that runs takes far longer than usual, so that this is a guess")
     return "\n".join(lines)
 
 

@@ -62,17 +62,25 @@ def line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     for name in ("ticket", "", "service", "kind", "client", "for", "turn in"):
         table.add_column(name, style="dim" if name in ("ticket", "client") else None)
     for entry in entries:
-        running = entry["state"] == "running"
+        running, overdue = entry["state"] == "running", entry.get("overdue", False)
         table.add_row(
             str(entry["ticket"]),
-            Text("runs", style="green") if running else f"{entry['position']}.",
+            _place(entry),
             entry["consumer"],
             entry["kind"],
             entry["client"],
             _duration(entry["age_ms"]),
-            "" if running else _duration(entry["estimate_ms"]),
+            "" if running else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
         )
     return table
+
+
+def _place(entry: Mapping[str, Any]) -> Text | str:
+    if entry["state"] == "waiting":
+        return f"{entry['position']}."
+    if entry.get("overdue"):
+        return Text("runs, overdue", style="yellow")
+    return Text("runs", style="green")
 
 
 def services(found: Mapping[str, Any]) -> RenderableType:

@@ -103,7 +103,7 @@ class Housekeeper:
 
     def _restore(self, name: str) -> None:
         self._restored_after[name] = self._quiet_since()
-        job = Job(name, "restore", max_wait=PATIENCE_S)
+        job = Job(name, "restore", max_wait=PATIENCE_S, runs=False)
         self._in_turn(job, lambda ticket: self._moves.load(name, ticket))
 
     def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 
 from gpumanager.config import Config, ConsumerConfig, Rung
-from gpumanager.learning import Figures, Learned
+from gpumanager.learning import Figures, Learned, Times
 from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
 from gpumanager.model import CONTEXT_MIB, ConsumerState, MemoryReading
+from gpumanager.scheduling.estimate import RUN, UNLOAD, Doing, Outlook, Profile, guess
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
 RELOAD_S = 5.0
@@ -174,6 +175,60 @@ class Census:
         desktop = max(DESKTOP_MIB, look.balance.total_mib // DESKTOP_SHARE)
         return all(mib <= CONTEXT_MIB for mib in left) and (
             reading is None or look.balance.used_mib - known <= desktop
+        )
+
+    def outlook(
+        self,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        doing: Doing | None = None,
+    ) -> Outlook:
+        """What estimates are made of; `doing` is what goes on for the holder of the GPU."""
+        balance = self.balance(states, reading)
+        figures = {name: self._learned.figures(name) for name in self._config.consumers}
+        runs = [each.run_s.mean for each in figures.values() if each.run_s is not None]
+        usual = guess(mean(runs)) if runs else RUN
+        return Outlook(
+            profiles={
+                resident.name: self._profile(
+                    resident,
+                    self.demand(resident.name, states[resident.name], reading, balance),
+                    states[resident.name],
+                    figures[resident.name],
+                    usual,
+                )
+                for resident in self.residents(states, reading)
+            },
+            available_mib=None
+            if balance.source == "unknown"
+            else balance.free_mib - self._config.gpu.reserved_mib,
+            order=self._config.eviction,
+            doing=doing,
+        )
+
+    def _profile(
+        self,
+        resident: Resident,
+        demand: Demand,
+        state: ConsumerState,
+        known: Figures,
+        usual: Times,
+    ) -> Profile:
+        load = guess(resident.reload_s) if known.load_s is None else known.load_s
+        run = usual if known.run_s is None else known.run_s
+        if known.run_s is None and known.cold_s is not None:
+            # Nobody can tell yet what of it was the load.
+            load = guess(min(load.mean, known.cold_s.mean / 2))
+            run = guess(known.cold_s.mean - load.mean)
+        return Profile(
+            resident,
+            demand,
+            run=run,
+            cold=guess(load.mean + run.mean) if known.cold_s is None else known.cold_s,
+            load=load,
+            unload=UNLOAD if known.unload_s is None else known.unload_s,
+            running_since=state.last_used if state.active else None,
+            runs_cold=state.cold,
         )
 
     def _declared(self) -> dict[str, int]:

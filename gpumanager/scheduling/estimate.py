@@ -1,53 +1,264 @@
-"""How long jobs take, learned as they end, and what that means for those in line."""
+"""What is expected of the queue: pure functions over plain data.
+
+The queue is played through, job by job, on a picture of the card: who is loaded, who would have to
+go for whom, and how long unloading, loading and running usually take each consumer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from gpumanager.learning import Times
+from gpumanager.model import Job, Turn
 from gpumanager.scheduling.policy import Running, Waiting
+from gpumanager.scheduling.victims import Demand, Order, Resident, candidates, plan_eviction
 
-WEIGHT = 0.2
-"""Of the latest job in the running mean."""
+PLAYED = 50
+"""So many jobs are played through. Those behind them are taken to need for unloading and loading
+what these needed on average."""
 
-FIRST_HOLD_S = 1.0
-"""Taken for a hold before any job has ended."""
+LOOK_AHEAD = 1
+"""Jobs of the queue that the choice of victims looks at here; the choice itself looks farther."""
 
+UPCOMING = 16
+"""Jobs of the queue that the choice of victims is told of here."""
 
-class HoldTimes:
-    """Running means of how long jobs hold the GPU, in seconds: by consumer, and over all for a
-    consumer that has not run yet. Not locked; its owner's lock guards it."""
+LEAST_S = 0.001
+"""Of a wait: who waits is never told that it takes no time."""
 
-    def __init__(self) -> None:
-        self._means: dict[str, float] = {}
-        self._overall: float | None = None
-
-    def learn(self, consumer: str, seconds: float) -> None:
-        """Take in a job that has ended."""
-        self._means[consumer] = _blend(self._means.get(consumer), seconds)
-        self._overall = _blend(self._overall, seconds)
-
-    def expected(self, consumer: str) -> float:
-        """Seconds the next job of `consumer` is expected to hold the GPU."""
-        if consumer in self._means:
-            return self._means[consumer]
-        return FIRST_HOLD_S if self._overall is None else self._overall
+OVERDUE = 1.25
+"""A job is overdue when it has run so many times longer than any that is remembered."""
 
 
-def until_granted(
-    waiting: Iterable[Waiting],
-    running: Iterable[Running],
-    now: float,
-    expected: Callable[[str], float],
-) -> list[float]:
-    """Seconds until each place in the line is expected to be granted, in its order, and at last
-    until the line as it stands is done. For one job at a time; an upper bound for several."""
-    ahead = sum(max(0.0, expected(r.job.consumer) - (now - r.since)) for r in running)
-    estimates = []
-    for place in waiting:
-        estimates.append(ahead)
-        ahead += expected(place.job.consumer)
-    return [*estimates, ahead]
+def guess(seconds: float) -> Times:
+    """In place of times that were never seen."""
+    return Times(p50=seconds, p95=seconds, count=0, mean=seconds)
 
 
-def _blend(mean: float | None, seconds: float) -> float:
-    return seconds if mean is None else mean + WEIGHT * (seconds - mean)
+RUN, LOAD, UNLOAD = guess(1.0), guess(5.0), guess(1.0)
+COLD = guess(RUN.mean + LOAD.mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A consumer as the estimates see it: as the choice of victims does, what its jobs need of the
+    card, and what things take it. `cold` is a job that loads it by itself, loading included.
+    `running_since` is when the job that runs began (monotonic), `runs_cold` says that it is such a
+    one."""
+
+    resident: Resident
+    demand: Demand
+    run: Times = RUN
+    cold: Times = COLD
+    load: Times = LOAD
+    unload: Times = UNLOAD
+    running_since: float | None = None
+    runs_cold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What goes on for the holder of the GPU before its job begins, and since when (monotonic)."""
+
+    what: Literal["unload", "load"]
+    name: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The picture of the card. `available_mib` is what is free less the reserve, None where nothing
+    is decided by memory."""
+
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    available_mib: int | None = None
+    order: Order = "lru"
+    doing: Doing | None = None
+
+    def profile(self, name: str) -> Profile:
+        """Of one consumer; guesses for one that is not in the picture."""
+        found = self.profiles.get(name)
+        if found is None:
+            found = Profile(Resident(name, loaded=True, held_mib=0), Demand(name, 0, 0))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """`turns` are those of the jobs that wait, in their order; `running` those that run, by ticket:
+    `run_s` is what is left of them. `done_s`: until the queue as it stands is done."""
+
+    running: Mapping[int, Turn]
+    turns: Sequence[Turn]
+    done_s: float
+
+
+def forecast(
+    waiting: Iterable[Waiting], running: Iterable[Running], outlook: Outlook, now: float
+) -> Forecast:
+    """Play the queue through. For one job at a time; an upper bound for several."""
+    queue = [place.job for place in waiting]
+    card = _Card(outlook, now)
+    names = [job.consumer for job in queue if job.makes_room]
+    begun = {each.ticket: _begun(each, card, names) for each in running}
+    ahead = sum(turn.left_s for turn in begun.values())
+    overdue = any(turn.overdue for turn in begun.values())
+    played: list[Turn] = []
+    position = 0
+    for job in queue[:PLAYED]:
+        position += job.makes_room
+        turn = card.take(job, names[position : position + UPCOMING], ahead)
+        played.append(replace(turn, wait_s=max(LEAST_S, ahead), overdue=overdue))
+        ahead += turn.left_s
+    switching = _switching(queue, played)
+    for job in queue[PLAYED:]:
+        run_s = _run_s(job, outlook.profile(job.consumer))
+        evict_s, load_s = switching.get(job.consumer, switching[""]) if job.makes_room else (0, 0)
+        played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue))
+        ahead += evict_s + load_s + run_s
+    return Forecast(begun, played, ahead)
+
+
+def left(times: Times, elapsed: float) -> float:
+    """Seconds until something is over that has taken `elapsed` so far: what those took that took
+    longer. Never 0: what has taken longer than any is taken to need as long again as it is over."""
+    longer = [value for value in times.values if value > elapsed]
+    if longer:
+        return sum(longer) / len(longer) - elapsed
+    if times.values:
+        return max(elapsed - times.values[-1], times.mean / 10, LEAST_S)
+    return max(times.mean - elapsed, elapsed, LEAST_S)
+
+
+def is_overdue(times: Times, elapsed: float) -> bool:
+    """Whether something has taken far longer than it ever did."""
+    return bool(times.values) and elapsed > OVERDUE * times.values[-1]
+
+
+class _Card:
+    """The picture, as it changes while the queue is played through."""
+
+    def __init__(self, outlook: Outlook, now: float) -> None:
+        self._outlook = outlook
+        self._now = now
+        self._free = outlook.available_mib
+        self._residents = {name: each.resident for name, each in outlook.profiles.items()}
+        self._demands = {name: each.demand for name, each in outlook.profiles.items()}
+
+    @property
+    def outlook(self) -> Outlook:
+        return self._outlook
+
+    @property
+    def now(self) -> float:
+        return self._now
+
+    def take(self, job: Job, behind: Sequence[str], after_s: float) -> Turn:
+        """What the turn of a job needs that comes `after_s` from now, and what is so after it."""
+        profile = self._outlook.profile(job.consumer)
+        run_s = _run_s(job, profile)
+        resident = self._residents.get(job.consumer, profile.resident)
+        if not job.makes_room:
+            self._unload(resident)
+            return Turn(run_s=run_s if resident.loaded else 0.0)
+        victims = self._victims(resident.name, behind, after_s)
+        for victim in victims:
+            self._unload(victim)
+        load_s = 0.0 if resident.loaded else profile.load.mean
+        evict_s = sum(self._outlook.profile(victim.name).unload.mean for victim in victims)
+        self._load(resident, self._now + after_s + evict_s + load_s + run_s)
+        return Turn(evict_s=evict_s, load_s=load_s, run_s=run_s)
+
+    def _victims(self, name: str, behind: Sequence[str], after_s: float) -> Sequence[Resident]:
+        demand = self._demands.get(name)
+        if self._free is None or demand is None or demand.missing_mib <= max(0, self._free):
+            return ()
+        plan = plan_eviction(
+            demand,
+            self._residents.values(),
+            self._free,
+            order=self._outlook.order,
+            now=self._now + after_s,
+            upcoming=[self._demands[each] for each in behind if each in self._demands],
+            look_ahead=LOOK_AHEAD,
+        )
+        if not plan.in_vain:
+            return plan.victims
+        spared = {name, *demand.coexists_with}
+        return [each for each in candidates(self._residents.values()) if each.name not in spared]
+
+    def _unload(self, resident: Resident) -> None:
+        name = resident.name
+        if self._free is None or name not in self._residents or not resident.yield_mib:
+            return
+        self._free += resident.yield_mib
+        floor = resident.floor_mib
+        self._residents[name] = replace(resident, loaded=False, held_mib=floor)
+        self._demands[name] = replace(self._demands[name], held_mib=floor)
+
+    def _load(self, resident: Resident, used: float) -> None:
+        name = resident.name
+        if name not in self._residents:
+            return
+        demand = self._demands[name]
+        if self._free is not None:
+            self._free -= demand.missing_mib
+        held = resident.held_mib + demand.missing_mib
+        self._residents[name] = replace(resident, loaded=True, held_mib=held, last_used=used)
+        self._demands[name] = replace(demand, held_mib=max(demand.held_mib, demand.needed_mib))
+
+
+def _begun(running: Running, card: _Card, behind: Sequence[str]) -> Turn:
+    """What is left of the turn of a job that has the GPU."""
+    job, outlook, now = running.job, card.outlook, card.now
+    profile, doing = outlook.profile(job.consumer), outlook.doing
+    turn = card.take(job, behind[:UPCOMING], 0.0)
+    since: float | None = running.since
+    times = profile.unload
+    if job.makes_room:
+        since = profile.running_since if outlook.profiles else running.since
+        times = profile.cold if profile.runs_cold else profile.run
+    if since is not None:
+        return Turn(run_s=left(times, now - since), overdue=is_overdue(times, now - since))
+    if doing is None:
+        return turn
+    elapsed = now - doing.since
+    if doing.what == "load":
+        return replace(
+            turn,
+            evict_s=0.0,
+            load_s=left(profile.load, elapsed),
+            overdue=is_overdue(profile.load, elapsed),
+        )
+    unload = outlook.profile(doing.name).unload
+    return replace(
+        turn,
+        evict_s=max(turn.evict_s - min(elapsed, unload.mean), left(unload, elapsed)),
+        overdue=is_overdue(unload, elapsed),
+    )
+
+
+def _run_s(job: Job, profile: Profile) -> float:
+    if not job.makes_room:
+        return profile.unload.mean
+    return profile.run.mean if job.runs else 0.0
+
+
+def _switching(queue: Collection[Job], played: Sequence[Turn]) -> dict[str, tuple[float, float]]:
+    """Mean seconds of unloading and loading of the jobs played through: by consumer, and over all
+    under an empty name."""
+    turns: dict[str, list[Turn]] = {}
+    for job, turn in zip(queue, played, strict=False):
+        if job.makes_room:
+            turns.setdefault(job.consumer, []).append(turn)
+            turns.setdefault("", []).append(turn)
+    means = {
+        name: (
+            sum(turn.evict_s for turn in each) / len(each),
+            sum(turn.load_s for turn in each) / len(each),
+        )
+        for name, each in turns.items()
+    }
+    return {"": (0.0, 0.0), **means}

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError
-from gpumanager.model import Job, LineEntry, Stats
+from gpumanager.model import Job, LineEntry, Stats, Turn
+from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
 
@@ -26,6 +27,9 @@ class MakesRoom(Protocol):
     def ready(self, consumer: str) -> bool:
         """Whether there is nothing to do for a consumer, by what is known already: makes no call
         and does not wait."""
+
+    def outlook(self) -> Outlook:
+        """What estimates are made of; makes no call."""
 
     def make_room(self, ticket: Ticket) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
@@ -61,8 +65,8 @@ class Evicting:
     def upcoming(self) -> tuple[str, ...]:
         return self._inner.upcoming()
 
-    def wait_estimate(self) -> float:
-        return self._inner.wait_estimate()
+    def estimate(self, job: Job) -> Turn:
+        return self._inner.estimate(job)
 
     def stats(self) -> Stats:
         return replace(self._inner.stats(), evictions=self._room.evictions)

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError
 from gpumanager.ledger import Balance
-from gpumanager.model import Job, LineEntry, Stats
+from gpumanager.model import Job, LineEntry, Stats, Turn
 
 
 class Ticket(Protocol):
@@ -89,8 +89,8 @@ class Scheduler(Protocol):
         """Whose jobs wait, in the order in which they will be granted as things stand: the first
         ones, and only those that take memory."""
 
-    def wait_estimate(self) -> float:
-        """Seconds until a job that came now is expected to be granted."""
+    def estimate(self, job: Job) -> Turn:
+        """What is expected of a job that came now."""
 
     def stats(self) -> Stats:
         """The counters, as of one instant."""
@@ -134,13 +134,15 @@ class Release:
 class PlannedVictim:
     """A consumer that would be unloaded, and the MiB that gives back. `last_used` is monotonic
     seconds, None if it had no job yet; `reload_s` how long it takes to load again; `wanted` the
-    place of its first job in the queue, counted from 1, None if none of its jobs waits."""
+    place of its first job in the queue, counted from 1, None if none of its jobs waits;
+    `unload_s` how long unloading it takes."""
 
     name: str
     mib: int
     last_used: float | None
     reload_s: float
     wanted: int | None = None
+    unload_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,23 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
-from gpumanager.model import Job, LineEntry, Stats
-from gpumanager.scheduling.estimate import HoldTimes, until_granted
+from gpumanager.model import Job, LineEntry, Stats, Turn
+from gpumanager.scheduling.estimate import Forecast, Outlook, forecast
 from gpumanager.scheduling.policy import Policy, Running, Waiting, overstayed
 
 log = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 300.0
+_RETRY_REUSED_S = 0.25
+"""For so long what was estimated for one refusal is told to the next, of a queue as long as it was:
+a full one is asked again and again."""
+
 _LONGEST_BEGIN_S = 5.0
 """Between two looks at whether a job was begun; it takes a fraction of a millisecond."""
 
@@ -33,11 +38,21 @@ class Line:
     """A Scheduler in one process.
 
     `max_queue` bounds how many may wait (those running not counted) and `max_wait`, in seconds,
-    how long.
+    how long. `outlook` draws the picture of the card that estimates are made of; it is asked, and
+    they are made, outside the lock.
     """
 
-    def __init__(self, policy: Policy, *, max_queue: int, max_wait: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_queue: int,
+        max_wait: float,
+        clock: Clock,
+        outlook: Callable[[], Outlook] = Outlook,
+    ) -> None:
         self._policy = policy
+        self._outlook = outlook
         self._max_queue = max_queue
         self._max_wait = max_wait
         self._clock = clock
@@ -53,17 +68,30 @@ class Line:
         self._longest_overtake = 0
         self._last_wait_s = 0.0
         self._last_run_s = 0.0
-        self._holds = HoldTimes()
         self._draining = False
+        self._retry: tuple[int, float, float] | None = None
 
     @property
     def exclusive(self) -> bool:
         return self._policy.exclusive
 
     def enqueue(self, job: Job) -> LineTicket:
+        entered = self._enter(job)
+        if isinstance(entered, LineTicket):
+            return entered
+        raise entered(
+            "the broker is shutting down"
+            if entered is ShuttingDown
+            else f"{self._max_queue} requests wait already",
+            consumer=job.consumer,
+            retry_after=self._retry_after(),
+        )
+
+    def _enter(self, job: Job) -> LineTicket | type[QueueFull | ShuttingDown]:
+        """A ticket, or why there is none."""
         with self._lock:
             if self._draining:
-                raise _shutting_down(job, self._retry_after_locked())
+                return ShuttingDown
             now = self._clock.monotonic()
             max_wait = self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
             self._last_number += 1
@@ -74,11 +102,7 @@ class Line:
             self._grant_locked()
             if place.ticket in self._waiting and len(self._waiting) > self._max_queue:
                 self._close_locked(place.ticket)
-                raise QueueFull(
-                    f"{len(self._waiting)} requests wait already",
-                    consumer=job.consumer,
-                    retry_after=self._retry_after_locked(),
-                )
+                return QueueFull
             return ticket
 
     def cancel(self, ticket: int, error: BrokerError) -> bool:
@@ -87,26 +111,33 @@ class Line:
         return found is not None and found.cancel(error)
 
     def line(self) -> tuple[LineEntry, ...]:
-        with self._lock:
-            running = [
-                LineEntry(r.ticket, r.job, "running", r.since) for r in self._running.values()
-            ]
-            waiting = [
-                LineEntry(w.ticket, w.job, "waiting", w.since, position, estimate)
-                for position, (w, estimate) in enumerate(
-                    zip(self._waiting.values(), self._estimates_locked(), strict=False), start=1
+        waiting, running, now = self._places()
+        expected = self._forecast(waiting, running, now)
+        return (
+            *(
+                LineEntry(r.ticket, r.job, "running", r.since, turn=expected.running[r.ticket])
+                for r in running
+            ),
+            *(
+                LineEntry(w.ticket, w.job, "waiting", w.since, position, turn)
+                for position, (w, turn) in enumerate(
+                    zip(waiting, expected.turns, strict=True), start=1
                 )
-            ]
-            return (*running, *waiting)
+            ),
+        )
 
     def upcoming(self) -> tuple[str, ...]:
         with self._lock:
             takes = (place.job for place in self._waiting.values() if place.job.makes_room)
             return tuple(job.consumer for job in islice(takes, _UPCOMING))
 
-    def wait_estimate(self) -> float:
-        with self._lock:
-            return self._estimates_locked()[-1]
+    def estimate(self, job: Job) -> Turn:
+        waiting, running, now = self._places()
+        place = Waiting(0, job, since=now, deadline=now)
+        turn = self._forecast([*waiting, place], running, now).turns[-1]
+        if self._policy.next_up([*waiting, place], running, now) is place:
+            return replace(turn, wait_s=0.0, overdue=False)
+        return turn
 
     def stats(self) -> Stats:
         with self._lock:
@@ -122,11 +153,15 @@ class Line:
             )
 
     def drain(self) -> None:
+        retry_after = self._retry_after()  # once: it looks at the whole queue
         with self._lock:
             self._draining = True
-            retry_after = self._retry_after_locked()  # once: it walks the whole line
             for place in list(self._waiting.values()):
-                error = _shutting_down(place.job, retry_after)
+                error = ShuttingDown(
+                    "the broker is shutting down",
+                    consumer=place.job.consumer,
+                    retry_after=retry_after,
+                )
                 self._cancel_locked(self._tickets[place.ticket], error)
 
     def wait_idle(self, timeout: float) -> bool:
@@ -179,29 +214,30 @@ class Line:
         else:
             held = now - self._running.pop(number).since
             self._last_run_s = held
-            if ticket.job.makes_room:
-                self._holds.learn(ticket.job.consumer, held)
             if not self._running:
                 self._idle.notify_all()
         self._grant_locked(to_begin)
 
-    def _estimates_locked(self) -> list[float]:
-        return until_granted(
-            self._waiting.values(),
-            self._running.values(),
-            self._clock.monotonic(),
-            self._holds.expected,
-        )
+    def _places(self) -> tuple[list[Waiting], list[Running], float]:
+        """Who waits, in the order of the queue, and who runs, as of one instant."""
+        with self._lock:
+            waiting, running = list(self._waiting.values()), list(self._running.values())
+            return waiting, running, self._clock.monotonic()
 
-    def _retry_after_locked(self) -> float:
-        """Seconds until the line as it stands is done, from how long jobs took lately."""
-        return min(_LONGEST_RETRY_S, self._estimates_locked()[-1])
+    def _forecast(
+        self, waiting: Iterable[Waiting], running: Iterable[Running], now: float
+    ) -> Forecast:
+        return forecast(waiting, running, self._outlook(), now)
 
-
-def _shutting_down(job: Job, retry_after: float) -> ShuttingDown:
-    return ShuttingDown(
-        "the broker is shutting down", consumer=job.consumer, retry_after=retry_after
-    )
+    def _retry_after(self) -> float:
+        """Seconds until the queue as it stands is done."""
+        waiting, running, now = self._places()
+        depth, last = len(waiting), self._retry
+        if last is not None and last[0] == depth and now - last[1] < _RETRY_REUSED_S:
+            return last[2]
+        seconds = min(_LONGEST_RETRY_S, self._forecast(waiting, running, now).done_s)
+        self._retry = depth, now, seconds
+        return seconds
 
 
 class LineTicket:
@@ -250,6 +286,16 @@ class LineTicket:
         return 0.0
 
     def wait(self) -> None:
+        waited = self._wait_for_turn()
+        if waited is not None:
+            raise QueueTimeout(
+                f"no turn within {waited:.0f} s",
+                consumer=self.job.consumer,
+                retry_after=self._line._retry_after(),
+            )
+
+    def _wait_for_turn(self) -> float | None:
+        """Wait; returns after how many seconds it was given up, None if it was not."""
         line, number = self._line, self.number
         with line._lock:
             while number in line._waiting or self._beginning:
@@ -259,16 +305,13 @@ class LineTicket:
                 now = line._clock.monotonic()
                 if overstayed(self._place, now):
                     line._close_locked(number)
-                    raise QueueTimeout(
-                        f"no turn within {now - self._place.since:.0f} s",
-                        consumer=self.job.consumer,
-                        retry_after=line._retry_after_locked(),
-                    )
+                    return now - self._place.since
                 self._turn.wait(self._place.deadline - now)
             if self._error is not None and not self._begun:
                 raise self._error
             if number not in line._running:
                 raise RuntimeError(f"ticket {number} was closed already")
+            return None
 
     def pause(self, seconds: float) -> None:
         with self._line._lock:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -28,6 +30,7 @@ from gpumanager.ledger import held
 from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import Census, Look
+from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.evictor import FIRST_POLL_S, LONGEST_POLL_S, Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.victims import Resident, candidates
@@ -76,6 +79,7 @@ class RoomMaker:
         self._lock = threading.Lock()
         self._evictions = 0
         self._changed_at = -math.inf
+        self._doing: Doing | None = None
 
     @property
     def evictions(self) -> int:
@@ -165,6 +169,7 @@ class RoomMaker:
     def preview(self, target: str) -> Preview:
         """What making room for `target` would do now. Acts on nothing."""
         now, state, queue = self._look(target), self._registry.get(target), self._upcoming()
+        outlook = self.outlook()
         lazy = self._config.consumers[target].load is None
         return Preview(
             consumer=target,
@@ -176,6 +181,7 @@ class RoomMaker:
                     each.last_used,
                     each.reload_s,
                     queue.index(each.name) + 1 if each.name in queue else None,
+                    outlook.profile(each.name).unload.mean,
                 )
                 for each in now.plan.victims
             ),
@@ -185,6 +191,11 @@ class RoomMaker:
             balance=now.balance,
             must_load=state.parked is not None or not (lazy or state.loaded),
         )
+
+    def outlook(self) -> Outlook:
+        """What estimates are made of, by what is known already: makes no call."""
+        census = self._census
+        return census.outlook(self._registry.snapshot(), self._registry.gpu.reading, self._doing)
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -280,7 +291,7 @@ class RoomMaker:
         elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
         try:
-            with self._registry.using(victim.name):
+            with self._does("unload", victim.name), self._registry.using(victim.name):
                 release = self._evictor.evict(
                     victim.name, victim.held_mib, victim.floor_mib, ticket, fits, elsewhere
                 )
@@ -293,13 +304,22 @@ class RoomMaker:
                 self._evictions += 1
         return release
 
+    @contextmanager
+    def _does(self, what: Literal["unload", "load"], name: str) -> Iterator[None]:
+        """Have the estimates know what goes on."""
+        self._doing = Doing(what, name, self._clock.monotonic())
+        try:
+            yield
+        finally:
+            self._doing = None
+
     def _bring_back(self, target: str, ticket: Ticket) -> None:
         """Start the target again, if the broker has stopped it, and wait until it is ready."""
         parked = self._registry.get(target).parked
         if parked is None:
             return
         began = self._clock.monotonic()
-        with self._registry.busy(target):
+        with self._does("load", target), self._registry.busy(target):
             if not self._parks.bring_back(target, parked):
                 self._await_ready(target, ticket)
         self._registry.unpark(target, resumed=parked.rung == "checkpoint")
@@ -328,7 +348,7 @@ class RoomMaker:
 
     def _timed_load(self, target: str, call: Callable[[str], None]) -> None:
         began = self._clock.monotonic()
-        with self._registry.busy(target):
+        with self._does("load", target), self._registry.busy(target):
             call(target)
         self._registry.set_loaded(target, True)
         self._note_load(target, "loaded", began)

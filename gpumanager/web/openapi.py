@@ -370,6 +370,10 @@ def _schemas() -> dict[str, Any]:
                 "age_ms": _COUNT,
                 "position": _COUNT,
                 "estimate_ms": _COUNT,
+                "evict_ms": _COUNT,
+                "load_ms": _COUNT,
+                "run_ms": _COUNT,
+                "overdue": flag,
             }
         ),
         "Status": _object(
@@ -426,7 +430,8 @@ def _schemas() -> dict[str, Any]:
                     ),
                 },
                 "must_load": flag,
-                "estimate_ms": _object(dict.fromkeys(("wait", "evict", "load"), _COUNT)),
+                "estimate_ms": _object(dict.fromkeys(("wait", "evict", "load", "run"), _COUNT)),
+                "overdue": flag,
             }
         ),
         "Unloaded": _object(

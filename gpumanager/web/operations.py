@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Kind
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
-from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
@@ -26,12 +25,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNLOAD_S = 1.0
-"""Taken for the time to unload a consumer that was never seen to be."""
-
-LOAD_S = 5.0
-"""Likewise to load."""
-
 
 class Operations:
     """The operator's requests. Each that changes something waits in line like a job."""
@@ -41,7 +34,6 @@ class Operations:
         config: Config,
         places: Places,
         registry: Registry,
-        learned: Learned,
         scheduler: Scheduler,
         moves: Moves,
         watcher: Watcher,
@@ -50,7 +42,6 @@ class Operations:
         self._config = config
         self._places = places
         self._registry = registry
-        self._learned = learned
         self._scheduler = scheduler
         self._moves = moves
         self._watcher = watcher
@@ -101,9 +92,7 @@ class Operations:
     def _plan(self, kind: Kind, name: str) -> dict[str, Any]:
         now = self._moves.preview(name)
         fits = now.fits or bool(now.victims)
-        unload_s = {victim.name: self._unload_s(victim.name) for victim in now.victims}
-        load_s = self._load_s(name) if now.must_load else 0.0
-        wait_s = self._wait_s()
+        turn = self._scheduler.estimate(Job(name, kind))
         return {
             "kind": kind,
             "consumer": name,
@@ -120,16 +109,18 @@ class Operations:
                     "consumer": victim.name,
                     "mib": victim.mib,
                     "why": self._why(victim),
-                    "estimate_ms": round(unload_s[victim.name] * 1000),
+                    "estimate_ms": round(victim.unload_s * 1000),
                 }
                 for victim in now.victims
             ],
             "must_load": now.must_load,
             "estimate_ms": {
-                "wait": round(wait_s * 1000),
-                "evict": round(sum(unload_s.values()) * 1000),
-                "load": round(load_s * 1000),
+                "wait": round(turn.wait_s * 1000),
+                "evict": round(turn.evict_s * 1000),
+                "load": round(turn.load_s * 1000),
+                "run": round(turn.run_s * 1000),
             },
+            "overdue": turn.overdue,
         }
 
     def _why(self, victim: PlannedVictim) -> str:
@@ -141,18 +132,6 @@ class Operations:
         if self._config.eviction == "cost":
             return f"costs least to reload: {victim.reload_s:.1f} s, {idle}"
         return f"least recently used: {idle}"
-
-    def _unload_s(self, name: str) -> float:
-        times = self._learned.figures(name).unload_s
-        return UNLOAD_S if times is None else times.p50
-
-    def _load_s(self, name: str) -> float:
-        times = self._learned.figures(name).load_s
-        return LOAD_S if times is None else times.p50
-
-    def _wait_s(self) -> float:
-        """Until a job that came now had its turn: when the last in line has had his."""
-        return self._scheduler.wait_estimate()
 
     def _can_be_loaded(self, place: Place) -> None:
         name, consumer = place.name, place.config
@@ -191,6 +170,7 @@ class Operations:
                 record.client,
                 record.request_id,
                 makes_room=kind != "unload",
+                runs=False,
                 key=record.key,
             )
             ticket = place.take_ticket(job)

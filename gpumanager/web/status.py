@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -188,7 +189,11 @@ class StatusView:
             "since": self._time(entry.since),
             "age_ms": round((self._clock.monotonic() - entry.since) * 1000),
             "position": entry.position,
-            "estimate_ms": round(entry.estimate_s * 1000),
+            "estimate_ms": math.ceil(entry.turn.wait_s * 1000),
+            "evict_ms": round(entry.turn.evict_s * 1000),
+            "load_ms": round(entry.turn.load_s * 1000),
+            "run_ms": round(entry.turn.run_s * 1000),
+            "overdue": entry.turn.overdue,
         }
 
     def _time(self, instant: float) -> str:

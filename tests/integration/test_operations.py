@@ -16,6 +16,7 @@ from gpumanager.keys import ApiKey
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, fake_server
+from tests.support.scene import BODIES
 from tests.support.sockets import ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
 
@@ -178,6 +179,47 @@ def test_the_load_of_a_consumer_that_loads_with_its_first_job_is_learned(
     )
     assert (known["load_ms"]["count"], known["run_ms"]["count"]) == (1, 3)
     assert known["run_ms"]["p50"] < 500 <= known["load_ms"]["p50"]
+
+
+def test_a_job_that_overstays_says_so_and_so_do_those_behind_it(
+    broker: LiveBroker, voice: Running
+) -> None:
+    for _ in range(4):
+        assert broker.post("/v1/tts", json={}).status_code == 200
+    voice.set(job_s=1.5)
+    jobs = []
+    for count in (1, 2):
+        jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
+        broker.await_line(count)
+    eventually(lambda: broker.get("/v1/queue").json()["line"][0]["overdue"])
+    running, waiting = broker.get("/v1/queue").json()["line"]
+    assert running["run_ms"] > 0
+    assert waiting["overdue"]
+    assert waiting["estimate_ms"] > 0
+    plan = run("plan", "tts", "--url", broker.url).stdout
+    assert "takes far longer than usual" in plan
+    assert "? " in run("queue", "--url", broker.url).stdout
+    assert [job.result() for job in jobs] == [200, 200]
+
+
+def test_after_a_restart_estimates_are_what_was_learned(
+    card: SimulatedCard, voice: Running, ollama: Running, tmp_path: Path
+) -> None:
+    text, state = config(card, voice, ollama), tmp_path / "state.json"
+    with live_broker(text, state_file=state) as broker:
+        voice.set(job_s=0.5)
+        for kind in ("tts", "tts", "tts", "llm", "llm"):
+            assert broker.post(f"/v1/{kind}", json=BODIES[kind]).status_code == 200
+    with live_broker(text, state_file=state) as broker:
+        eventually(lambda: loaded(broker) == {"voice": False, "ollama": True})
+        jobs = []
+        for count in (1, 2, 3):
+            jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
+            broker.await_line(count)
+        *_, last = broker.get("/v1/queue").json()["line"]
+        assert 500 <= last["run_ms"] < 800
+        assert 500 <= last["estimate_ms"] < 3000
+        assert [job.result() for job in jobs] == [200, 200, 200]
 
 
 def test_who_is_idle_is_unloaded_and_what_is_missed_is_restored(

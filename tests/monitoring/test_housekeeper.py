@@ -14,6 +14,7 @@ from gpumanager.ledger import Balance
 from gpumanager.model import Job
 from gpumanager.monitoring.housekeeper import Housekeeper
 from gpumanager.registry import Registry
+from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
@@ -24,6 +25,9 @@ class House:
     """A housekeeper over a real line; what it moves is only noted."""
 
     evictions = 0
+
+    def outlook(self) -> Outlook:
+        return Outlook()
 
     def __init__(self, consumers: dict[str, dict[str, Any]], **top: Any) -> None:
         self.clock = FakeClock()

@@ -11,11 +11,13 @@ import pytest
 from gpumanager.clock import SystemClock
 from gpumanager.config import SchedulerConfig
 from gpumanager.errors import BrokerError, ClientGone, QueueFull, QueueTimeout, ShuttingDown
-from gpumanager.model import Job, Stats
+from gpumanager.model import Job, Stats, Turn
+from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
 from gpumanager.scheduling.line import LineTicket
+from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
 from tests.support.threads import Outcome
 
@@ -24,6 +26,9 @@ Make = Callable[..., Scheduler]
 
 class NoRoomNeeded:
     evictions = 0
+
+    def outlook(self) -> Outlook:
+        return Outlook()
 
     def ready(self, consumer: str) -> bool:
         return True
@@ -449,31 +454,73 @@ def test_passthrough_is_never_exclusive_by_accident() -> None:
     ticket.close()
 
 
-def test_a_long_line_drains_in_time_that_grows_with_its_length_only() -> None:
-    walks = []
-    clock = FakeClock()
-    scheduler = build(locked, clock=clock, max_queue=2000)
+def test_a_long_queue_drains_in_time_that_grows_with_its_length_only() -> None:
+    looks = []
+
+    def outlook() -> Outlook:
+        looks.append(1)
+        return Outlook()
+
+    scheduler = build(locked, clock=FakeClock(), max_queue=2000, outlook=outlook)
     for _ in range(2000):
         scheduler.enqueue(job())
-    estimates = scheduler._estimates_locked  # type: ignore[attr-defined]
-    scheduler._estimates_locked = lambda: walks.append(1) or estimates()  # type: ignore[attr-defined, func-returns-value]
     scheduler.drain()
     assert scheduler.stats().queue_depth == 0
-    assert len(walks) == 1
+    assert len(looks) == 1
 
 
-def test_retry_after_follows_what_jobs_really_take() -> None:
+def test_a_full_queue_is_estimated_once_for_all_that_it_refuses_at_a_time() -> None:
+    looks = []
+
+    def outlook() -> Outlook:
+        looks.append(1)
+        return Outlook()
+
     clock = FakeClock()
-    scheduler = build(locked, clock=clock, max_queue=1)
-    for _ in range(50):
-        ticket = scheduler.enqueue(job())
-        clock.advance(8)
-        ticket.close()
-    scheduler.enqueue(job())
-    scheduler.enqueue(job())
+    scheduler = build(locked, clock=clock, max_queue=1, outlook=outlook)
+    for _ in range(2):
+        scheduler.enqueue(job())
+    for _ in range(5):
+        with pytest.raises(QueueFull):
+            scheduler.enqueue(job())
+    assert len(looks) == 1
+    clock.advance(0.3)
+    with pytest.raises(QueueFull):
+        scheduler.enqueue(job())
+    assert len(looks) == 2
+
+
+def takes(seconds: dict[str, float], began: float) -> Outlook:
+    """A picture of consumers that are loaded, the first of which began a job then."""
+    first = next(iter(seconds))
+    return Outlook(
+        {
+            name: Profile(
+                Resident(name, loaded=True, held_mib=0),
+                Demand(name, 0, 0),
+                run=guess(each),
+                running_since=began if name == first else None,
+            )
+            for name, each in seconds.items()
+        }
+    )
+
+
+def test_retry_after_is_when_the_queue_is_done() -> None:
+    clock = FakeClock()
+    outlook = takes({"mvoice": 8, "comfyui": 30}, clock.monotonic())
+    scheduler = build(locked, clock=clock, max_queue=3, outlook=lambda: outlook)
+    for name in ("mvoice", "comfyui", "mvoice"):
+        scheduler.enqueue(job(name))
+    clock.advance(3)
+    with pytest.raises(QueueTimeout) as late:
+        scheduler.enqueue(job(max_wait=0)).wait()
+    assert late.value.retry_after == 5 + 30 + 8
+    clock.advance(1)
+    scheduler.enqueue(job("comfyui"))
     with pytest.raises(QueueFull) as refused:
         scheduler.enqueue(job())
-    assert refused.value.retry_after == pytest.approx(16, rel=0.01)
+    assert refused.value.retry_after == 4 + 30 + 8 + 30
 
 
 @pytest.mark.parametrize("make", [locked, evicting])
@@ -491,25 +538,31 @@ def test_it_tells_whose_jobs_come_next(make: Make) -> None:
     assert scheduler.upcoming()[0] == "c"
 
 
-def test_the_line_tells_positions_and_when_each_turn_is_expected() -> None:
+def test_the_queue_tells_positions_and_when_each_turn_is_expected() -> None:
     clock = FakeClock()
-    scheduler = build(locked, clock=clock)
-    for name, seconds in (("mvoice", 2), ("comfyui", 30)):
-        ticket = scheduler.enqueue(job(name))
-        clock.advance(seconds)
-        ticket.close()
+    outlook = takes({"comfyui": 30, "mvoice": 2}, clock.monotonic())
+    scheduler = build(locked, clock=clock, outlook=lambda: outlook)
     for name in ("comfyui", "mvoice", "comfyui", "mvoice"):
         scheduler.enqueue(job(name))
     clock.advance(10)
     line = scheduler.line()
     assert [entry.position for entry in line] == [0, 1, 2, 3]
     # 20 s of the running job are left; then 2 s, then 30 s
-    assert [entry.estimate_s for entry in line] == [0, 20, 22, 52]
+    assert [entry.turn.wait_s for entry in line] == [0, 20, 22, 52]
+    assert [entry.turn.run_s for entry in line] == [20, 2, 30, 2]
+    assert scheduler.estimate(job("comfyui")) == Turn(wait_s=54, run_s=30)
 
 
-class Refuses:
-    evictions = 0
+@pytest.mark.parametrize("make", EVERY)
+def test_a_job_that_would_run_at_once_is_told_so(make: Make) -> None:
+    scheduler = build(make)
+    assert scheduler.estimate(job()).wait_s == 0
+    ticket = scheduler.enqueue(job())
+    assert (scheduler.estimate(job()).wait_s == 0) == (make is passthrough)
+    ticket.close()
 
+
+class Refuses(NoRoomNeeded):
     def ready(self, consumer: str) -> bool:
         return False
 

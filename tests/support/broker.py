@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -67,14 +68,19 @@ class LiveBroker:
 
 @contextmanager
 def live_broker(
-    config: str, *, card: Card | None = None, keys: Iterable[ApiKey] = (), threads: int = 24
+    config: str,
+    *,
+    card: Card | None = None,
+    keys: Iterable[ApiKey] = (),
+    state_file: Path | None = None,
+    threads: int = 24,
 ) -> Iterator[LiveBroker]:
     """Serve the broker that `config` (YAML) describes, with the defaults it sets for waitress."""
     parsed = parse_config(config)
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
     making: Any = waitress.server
     channel, dispatcher = BaseWSGIServer.channel_class, making.ThreadedTaskDispatcher
-    broker = Broker(parsed, card=card, keys=keys)
+    broker = Broker(parsed, card=card, keys=keys, state_file=state_file)
     try:
         server.set_defaults(parsed)
         sockets: dict[int, Any] = {}

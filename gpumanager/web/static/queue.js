@@ -6,22 +6,13 @@ import {about, count, lasting} from "/dashboard/words.js";
 const LABELS = ["Place", "Consumer", "Kind", "Client", "For", "Turn in", "Do"];
 /** The part of the picture before "now", for what runs already: not to scale. */
 const PAST = 12;
-/** Taken for a run of a consumer of which nothing is known. */
-const UNKNOWN_MS = 1000;
 
 /** The queue with a place on the time axis for each entry: it starts and ends at so many ms from
- *  now. One ends where the next one's turn begins, which counts loads and evictions in. */
+ *  now, unloading others and loading its consumer included. */
 function planned(status) {
-  const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms?.p50]));
-  const firstTurn = status.line.find((entry) => entry.state !== "running")?.estimate_ms;
-  return status.line.map((entry, i) => {
-    const next = status.line[i + 1], run = usual.get(entry.consumer) ?? UNKNOWN_MS;
-    if (entry.state === "running") {
-      const left = firstTurn ?? Math.max(0, run - entry.age_ms);
-      return {entry, start: 0, end: Math.max(left, 1)};
-    }
-    const end = next ? Math.max(next.estimate_ms, entry.estimate_ms) : entry.estimate_ms + run;
-    return {entry, start: entry.estimate_ms, end};
+  return status.line.map((entry) => {
+    const start = entry.state === "running" ? 0 : entry.estimate_ms;
+    return {entry, start, end: start + Math.max(1, entry.evict_ms + entry.load_ms + entry.run_ms)};
   });
 }
 
@@ -92,8 +83,9 @@ export function drawQueue(status, mayCancel) {
     tell(cells[2], entry.kind);
     tell(cells[3], entry.client || "–");
     tell(cells[4], lasting(entry.age_ms));
-    tell(cells[5], !running ? about(entry.estimate_ms) : took ? "usually " + lasting(took.p50) : "–");
-    classes(cells[5], running && took && took.count > 2 && entry.age_ms > 2 * took.p95 ? "warn" : "");
+    tell(cells[5], !running ? (entry.overdue ? "? " : "") + about(entry.estimate_ms)
+      : (entry.overdue ? "overdue, " : "") + (took ? "usually " + lasting(took.p50) : "–"));
+    classes(cells[5], entry.overdue ? "warn" : "");
     classes(tr, running ? "runs" : "");
     const button = cells[6].firstChild;
     button.dataset.running = running;
