@@ -140,6 +140,7 @@ class Broker:
             clock,
             self.events,
             shortages,
+            look=sampler.look,
             after_job=self._after_job,
         )
         self._state = (

@@ -16,7 +16,7 @@ SHARE = 0.9
 """Of the jobs have to fit into what is taken for needed. A larger one costs a second run, and then
 counts by itself for a while; with the maximum, one large job would cost evictions 50 jobs long."""
 
-ENOUGH = 5
+ENOUGH = 3
 """Measured jobs after which a declaration that is higher counts no more."""
 
 PATIENCE = 20
@@ -42,6 +42,16 @@ class Figure:
     mib: int
     source: Source
     at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the config says that a consumer needs: `mib`, and never more than `max_mib`. What an
+    `elastic` one is seen to hold is not what it needs."""
+
+    mib: int = 0
+    max_mib: int | None = None
+    elastic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +146,14 @@ class Footprint:
 
     # -- what follows ----------------------------------------------------------------------
 
-    def needed(self, declared_mib: int, max_mib: int | None, now: float) -> Figure:
-        """What it needs to be resident and work; never more than `max_mib`, if that is set."""
-        found = self._seen(declared_mib)
+    def needed(self, declared: Declared, now: float) -> Figure:
+        """What it needs to be resident and work."""
+        found = _declared(declared.mib) if declared.elastic else self._seen(declared.mib)
         raised = self.raised(now)
         if raised is not None and raised.mib > found.mib:
             found = Figure(raised.mib, "out-of-memory", raised.at)
-        if max_mib is not None and found.mib > max_mib:
-            return Figure(max_mib, "declared")
+        if declared.max_mib is not None and found.mib > declared.max_mib:
+            return Figure(declared.max_mib, "declared")
         return found
 
     def _seen(self, declared_mib: int) -> Figure:

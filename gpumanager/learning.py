@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpumanager.footprint import REMEMBERED, Figure, Footprint, Raised, Seen, count, seconds
+from gpumanager.footprint import (
+    ENOUGH,
+    REMEMBERED,
+    Declared,
+    Figure,
+    Footprint,
+    Raised,
+    Seen,
+    count,
+    seconds,
+)
 from gpumanager.model import Parked
 
 log = logging.getLogger(__name__)
@@ -100,11 +110,11 @@ class Learned:
                 **times,
             )
 
-    def needed(self, name: str, declared_mib: int, max_mib: int | None = None) -> Figure:
+    def needed(self, name: str, declared: Declared) -> Figure:
         """What it needs to be resident and work. It is a guess, unless it is declared: it may
-        cost others an eviction, but refuses nothing. Never more than `max_mib`."""
+        cost others an eviction, but refuses nothing."""
         with self._lock:
-            return self._records[name].footprint.needed(declared_mib, max_mib, self._now())
+            return self._records[name].footprint.needed(declared, self._now())
 
     def held(self, name: str, mib: int, source: Seen = "measured", *, working: bool = True) -> None:
         """It holds so much, loaded: by the card's figures for its processes, or by its own; during
@@ -123,6 +133,16 @@ class Learned:
             record.times["cold_s" if cold else "run_s"].append(seconds)
             record.footprint.job_done(self._now())
             self._changes += 1
+
+    def knows_enough(self, name: str) -> bool:
+        """Whether enough of its jobs were measured for a declaration to count no more."""
+        with self._lock:
+            return self._records[name].footprint.measured_jobs >= ENOUGH
+
+    def spilled(self, name: str) -> None:
+        """Part of it is on the CPU: what it held since it was loaded is not what it needs."""
+        with self._lock:
+            self._records[name].footprint.spilled()
 
     def failed(self, name: str) -> None:
         """A job of it has failed: what it held meanwhile says nothing."""

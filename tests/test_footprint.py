@@ -13,6 +13,7 @@ from gpumanager.footprint import (
     PATIENCE,
     RAISED_FOR_S,
     REMEMBERED,
+    Declared,
     Figure,
     Footprint,
 )
@@ -28,7 +29,7 @@ def after(*jobs: int, footprint: Footprint | None = None) -> Footprint:
 
 
 def test_a_declaration_is_all_there_is_at_first() -> None:
-    assert Footprint().needed(6000, None, 0) == Figure(6000, "declared")
+    assert Footprint().needed(Declared(6000), 0) == Figure(6000, "declared")
     assert Footprint().peak is None
 
 
@@ -36,25 +37,25 @@ def test_a_higher_peak_counts_from_the_moment_it_is_seen() -> None:
     footprint = Footprint()
     assert footprint.saw(3000, "measured", 1)
     assert not footprint.saw(2900, "measured", 2)
-    assert footprint.needed(2800, None, 3) == Figure(3000, "measured", 1)
-    assert footprint.needed(0, None, 3) == Figure(3000, "measured", 1)
-    assert footprint.needed(4000, None, 3) == Figure(4000, "declared")
+    assert footprint.needed(Declared(2800), 3) == Figure(3000, "measured", 1)
+    assert footprint.needed(Declared(0), 3) == Figure(3000, "measured", 1)
+    assert footprint.needed(Declared(4000), 3) == Figure(4000, "declared")
 
 
 @pytest.mark.parametrize("really", [2000, 0])
 def test_a_declaration_that_is_too_high_counts_only_until_enough_is_known(really: int) -> None:
     """0: it runs on another card, or on the CPU."""
     footprint = after(*[really] * (ENOUGH - 1))
-    assert footprint.needed(6000, None, 9).source == "declared"
+    assert footprint.needed(Declared(6000), 9).source == "declared"
     after(really, footprint=footprint)
-    assert footprint.needed(6000, None, 9) == Figure(really, "measured", 1)
+    assert footprint.needed(Declared(6000), 9) == Figure(really, "measured", 1)
 
 
 def test_one_large_job_is_forgotten_after_ten() -> None:
     footprint = after(9000, *[3000] * 8)
-    assert footprint.needed(0, None, 9).mib == 9000
+    assert footprint.needed(Declared(0), 9).mib == 9000
     after(3000, footprint=footprint)
-    assert footprint.needed(0, None, 9).mib == 3000
+    assert footprint.needed(Declared(0), 9).mib == 3000
     assert footprint.peak == Figure(9000, "measured", 1)
     after(*[3000] * REMEMBERED, footprint=footprint)
     assert footprint.peak is not None
@@ -65,17 +66,17 @@ def test_one_job_in_five_that_is_large_is_never_forgotten() -> None:
     footprint = Footprint()
     for _ in range(20):
         after(9000, 3000, 3000, 3000, 3000, footprint=footprint)
-        assert footprint.needed(0, None, 9).mib == 9000
+        assert footprint.needed(Declared(0), 9).mib == 9000
 
 
 def test_what_an_out_of_memory_raised_counts_until_enough_jobs_went_well() -> None:
     footprint = after(*[3000] * ENOUGH)
     footprint.raise_to(7000, 10)
-    assert footprint.needed(3000, None, 11) == Figure(7000, "out-of-memory", 10)
+    assert footprint.needed(Declared(3000), 11) == Figure(7000, "out-of-memory", 10)
     after(*[3000] * (PATIENCE - 1), footprint=footprint)
-    assert footprint.needed(3000, None, 11).mib == 7000
+    assert footprint.needed(Declared(3000), 11).mib == 7000
     after(3000, footprint=footprint)
-    assert footprint.needed(3000, None, 11) == Figure(3000, "measured", 1)
+    assert footprint.needed(Declared(3000), 11) == Figure(3000, "measured", 1)
     assert footprint.raised(11) is None
 
 
@@ -97,15 +98,25 @@ def test_it_is_kept_for_longer_each_time_that_forgetting_it_was_too_soon() -> No
 def test_it_does_not_outlive_a_week_without_a_job() -> None:
     footprint = Footprint()
     footprint.raise_to(7000, 100)
-    assert footprint.needed(3000, None, 99 + RAISED_FOR_S).mib == 7000
-    assert footprint.needed(3000, None, 101 + RAISED_FOR_S).mib == 3000
+    assert footprint.needed(Declared(3000), 99 + RAISED_FOR_S).mib == 7000
+    assert footprint.needed(Declared(3000), 101 + RAISED_FOR_S).mib == 3000
 
 
-def test_what_an_elastic_one_holds_is_not_what_it_needs() -> None:
+def test_room_is_never_made_for_more_than_is_declared_as_the_most() -> None:
     footprint = after(*[22_000] * 9)
     footprint.raise_to(23_000, 10)
-    assert footprint.needed(4000, 6000, 11) == Figure(6000, "declared")
-    assert footprint.needed(4000, None, 11).mib == 23_000
+    assert footprint.needed(Declared(4000, 6000), 11) == Figure(6000, "declared")
+    assert footprint.needed(Declared(4000), 11).mib == 23_000
+
+
+def test_what_an_elastic_one_holds_counts_not_at_all_but_an_out_of_memory_does() -> None:
+    footprint = after(*[22_000] * 9)
+    elastic = Declared(4000, elastic=True)
+    assert footprint.needed(elastic, 11) == Figure(4000, "declared")
+    footprint.raise_to(7000, 10)
+    assert footprint.needed(elastic, 11) == Figure(7000, "out-of-memory", 10)
+    capped = Declared(4000, 6000, elastic=True)
+    assert footprint.needed(capped, 11) == Figure(6000, "declared")
 
 
 def test_a_report_counts_where_it_is_more_and_nobody_measured() -> None:
@@ -113,10 +124,10 @@ def test_a_report_counts_where_it_is_more_and_nobody_measured() -> None:
     for _ in range(ENOUGH):
         footprint.saw(5000, "reported", 1)
         footprint.job_done(2)
-    assert footprint.needed(4000, None, 3) == Figure(5000, "reported", 1)
-    assert footprint.needed(6000, None, 3).source == "declared"
+    assert footprint.needed(Declared(4000), 3) == Figure(5000, "reported", 1)
+    assert footprint.needed(Declared(6000), 3).source == "declared"
     after(4500, footprint=footprint)
-    assert footprint.needed(4000, None, 3).source == "measured"
+    assert footprint.needed(Declared(4000), 3).source == "measured"
 
 
 def test_what_it_holds_at_rest_is_of_the_job_before() -> None:
@@ -143,16 +154,16 @@ def test_what_a_failed_job_held_says_nothing() -> None:
     footprint.saw(9000, "measured", 1)
     footprint.discard()
     footprint.job_done(2)
-    assert footprint.needed(3000, None, 3).mib == 3000
+    assert footprint.needed(Declared(3000), 3).mib == 3000
 
 
 def test_what_went_to_the_cpu_is_no_measure_of_what_is_needed() -> None:
     footprint = after(*[6000] * ENOUGH)
     footprint.unloaded()
     after(*[2000] * 45, footprint=footprint)
-    assert footprint.needed(6000, None, 9).mib == 2000
+    assert footprint.needed(Declared(6000), 9).mib == 2000
     footprint.spilled()
-    assert footprint.needed(6000, None, 9).mib == 6000
+    assert footprint.needed(Declared(6000), 9).mib == 6000
     footprint.spilled()  # the rest is from before
     assert footprint.measured_jobs == ENOUGH
 
@@ -167,5 +178,5 @@ def test_all_of_it_outlives_a_restart() -> None:
     again = Footprint.from_data(data, 7)
     assert again.as_data() == footprint.as_data()
     assert again.raised(7) == footprint.raised(7)
-    assert again.needed(0, None, 7) == footprint.needed(0, None, 7)
+    assert again.needed(Declared(0), 7) == footprint.needed(Declared(0), 7)
     assert Footprint.from_data(data, KEPT_S + 10).peak is None

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from gpumanager.footprint import Figure
+from gpumanager.footprint import Declared, Figure
 from gpumanager.learning import Learned, StateFile, Times, state_path
 from gpumanager.model import Parked
 
 
 def needed(learned: Learned, declared: int = 2800) -> int:
-    return learned.needed("tts", declared).mib
+    return learned.needed("tts", Declared(declared)).mib
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -33,10 +33,10 @@ def test_what_jobs_that_went_well_held_is_learned() -> None:
     learned.failed("tts")
     learned.held("tts", 8000)
     learned.unloaded("tts", 1, None)
-    assert learned.needed("tts", 2800) == Figure(3000, "measured", 17.0)
+    assert learned.needed("tts", Declared(2800)) == Figure(3000, "measured", 17.0)
     learned.ran_out("tts", 5000)
-    assert learned.needed("tts", 2800) == Figure(5000, "out-of-memory", 17.0)
-    assert learned.needed("tts", 2800, 4000) == Figure(4000, "declared")
+    assert learned.needed("tts", Declared(2800)) == Figure(5000, "out-of-memory", 17.0)
+    assert learned.needed("tts", Declared(2800, 4000)) == Figure(4000, "declared")
 
 
 def test_times_by_the_nearest_rank() -> None:

@@ -150,6 +150,9 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
             message = "needs a probe with 'items' to tell what to unload"
             yield (*here, "unload", "for_each"), message, ""
         yield from _eviction_faults(here, filled)
+        most, needed = filled.get("max_mib"), filled.get("vram_resident_mib")
+        if _is_mib(most) and _is_mib(needed) and most < needed:
+            yield (*here, "max_mib"), f"is less than 'vram_resident_mib', {needed}", shown(most)
         if filled.get("model") is None:
             for key in filter(lambda key: presets.names_model(filled[key]), filled):
                 yield (*here, key), "holds {model}, but the consumer has no 'model'", ""

@@ -47,6 +47,7 @@ from gpumanager.config.calls import (
     UnloadCall,
     Url,
 )
+from gpumanager.footprint import Declared
 
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -105,6 +106,11 @@ class ConsumerConfig(Model):
     """The path of each kind of job that it serves."""
     vram_resident_mib: Mib = 0
     """The memory it needs to be loaded and to work."""
+    max_mib: Mib | None = None
+    """The most that room is ever made for, whatever its jobs were seen to hold; none: the card."""
+    elastic: StrictBool = False
+    """It fills the card by design, so what it is seen to hold is not what it needs: only an
+    out-of-memory raises that."""
     floor_mib: Mib | None = None
     """The memory it keeps after an unload; none: learned."""
     container: ContainerName | None = None
@@ -142,6 +148,11 @@ class ConsumerConfig(Model):
     on_disconnect: _OnDisconnect = "native"
     """What becomes of a job whose client leaves: `native`, it aborts when the connection closes;
     `none`, it works on, and the GPU stays held; or a call that stops it."""
+
+    @property
+    def declared(self) -> Declared:
+        """What is declared of the memory it needs."""
+        return Declared(self.vram_resident_mib, self.max_mib, self.elastic)
 
     @property
     def rungs(self) -> tuple[Rung, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gpumanager.clock import Clock
 from gpumanager.learning import Learned
-from gpumanager.model import CONTEXT_MIB, GpuState, MemoryReading
+from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, MemoryReading
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.registry import Registry
 
@@ -47,7 +47,7 @@ class Sampler:
             after = replace(before, reading=None, err=str(error))
         else:
             after = GpuState(reading, self._clock.monotonic(), reading.fault or "")
-            self._learn(reading)
+        self._learn(after.reading)
         self._registry.set_gpu(after)
         if after.err != before.err:
             if after.err:
@@ -63,19 +63,38 @@ class Sampler:
             return min(self._interval, BUSY_INTERVAL_S)
         return self._interval
 
-    def _learn(self, reading: MemoryReading) -> None:
+    def _learn(self, reading: MemoryReading | None) -> None:
         """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
         an upper bound of what they keep; and one that did not release its memory in time, but
         most of it since, may be asked again."""
         for name, state in self._registry.snapshot().items():
-            mib = reading.measured_mib(name)
+            mib = None if reading is None else reading.measured_mib(name)
+            if state.on_cpu:
+                self._learned.spilled(name)
+            else:
+                self._learn_held(name, state, reading)
             if mib is None:
                 continue
-            if state.loaded and mib:
-                self._learned.held(name, mib, working=state.active > 0)
             if state.assumed is not None and mib > CONTEXT_MIB:
                 self._registry.confirm(name)
             if not state.loaded and not state.active and not state.busy and state.parked is None:
                 self._learned.kept(name, mib, self._clock.monotonic())
             if state.quarantine and mib <= state.quarantine_mib:
                 self._registry.release(name)
+
+    def _learn_held(self, name: str, state: ConsumerState, reading: MemoryReading | None) -> None:
+        if not state.loaded:
+            return
+        mib, working = None if reading is None else reading.measured_mib(name), state.active > 0
+        if mib is None:
+            if state.resident_mib and not state.report_outdated and not working:
+                self._learned.held(name, state.resident_mib, "reported", working=False)
+        elif mib or (working and not _hides_a_model(reading)):
+            # At work and holding nothing here: it is on another card, or on the CPU.
+            self._learned.held(name, mib, working=working)
+
+
+def _hides_a_model(reading: MemoryReading | None) -> bool:
+    """Whether a process that is nobody's holds enough to be one of a consumer that shows none."""
+    foreign = () if reading is None or reading.holdings is None else reading.holdings.foreign
+    return any(process.mib > CONTEXT_MIB for process in foreign)

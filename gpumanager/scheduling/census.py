@@ -47,10 +47,11 @@ class Census:
     def needed(self, name: str, now: Balance) -> int:
         """MiB that a consumer needs to be resident and work; what was only learned is no more
         than the card has."""
-        declared = self._config.consumers[name].vram_resident_mib
+        declared = self._config.consumers[name].declared
         needed = self._learned.needed(name, declared).mib
-        most = now.total_mib - self._config.gpu.reserved_mib
-        return max(declared, min(needed, most)) if now.total_mib and needed > declared else needed
+        if needed <= declared.mib or not now.total_mib:
+            return needed
+        return max(declared.mib, min(needed, now.total_mib - self._config.gpu.reserved_mib))
 
     def balance(
         self,

@@ -235,9 +235,9 @@ class RoomMaker:
             known = gpu.sampled_at is not None and gpu.sampled_at > since
         if not known or not state.loaded:
             return False
-        declared = self._config.consumers[target].vram_resident_mib
+        declared = self._config.consumers[target].declared
         needed = self._learned.needed(target, declared).mib
-        return needed <= held(target, state, declared, gpu.reading).surely_mib
+        return needed <= held(target, state, declared.mib, gpu.reading).surely_mib
 
     def _drop_the_impossible(self, target: str) -> None:
         gpu = self._registry.gpu

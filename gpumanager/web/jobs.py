@@ -178,6 +178,7 @@ class JobRunner:
         events: EventLog,
         shortages: Shortages,
         *,
+        look: Callable[[], object],
         after_job: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
         self._events = events
@@ -191,6 +192,7 @@ class JobRunner:
         self._watcher = watcher
         self._clock = clock
         self._shortages = shortages
+        self._look = look
         self._after_job = after_job
 
     def run(
@@ -283,6 +285,8 @@ class JobRunner:
                     second = self._shortages.in_answer(name, consumer, exchange)
                     if second is None and exchange.status < 500:
                         self._shortages.healed(shortage)
+            if exchange.status < 400 and not followed:
+                self._see_what_it_holds(name, hold)
             job = self._taken(consumer, exchange) if followed else None
         except BaseException as error:
             hold.loaded_nothing = not exchange.reached
@@ -350,6 +354,7 @@ class JobRunner:
 
         def ended(said: bytes | None, process_gone: bool) -> None:
             try:
+                self._see_what_it_holds(name, hold)
                 if said is not None:
                     shortage = self._shortages.in_result(name, consumer, said, request)
                     if shortage is not None:
@@ -361,6 +366,15 @@ class JobRunner:
                 self._after_job(name)
 
         self._completions.follow(name, consumer, job, ticket, ended)
+
+    def _see_what_it_holds(self, name: str, hold: _Hold) -> None:
+        """Short jobs slip through between two samples of the card: where little is known of the
+        consumer yet, or it was loaded just now, look while it surely holds its model."""
+        reading = self._registry.gpu.reading
+        if reading is None or reading.measured_mib(name) is None:
+            return
+        if not hold.before.loaded or not self._learned.knows_enough(name):
+            self._look()
 
     def _judge(self, name: str, error: BaseException) -> None:
         """Tell the breaker what the failure of a call that has begun says of its consumer."""

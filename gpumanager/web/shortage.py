@@ -170,10 +170,11 @@ class Shortages:
         own = holds.pop(name)
         others = [each.mib for each in holds.values()]
         now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib])
-        needed = self._learned.needed(name, consumer.vram_resident_mib)
+        needed = self._learned.needed(name, consumer.declared)
         room = own.surely_mib + now.free_mib
         known = max(needed.mib, own.mib)
-        elsewhere = needed.source == "measured" and known == 0
+        nothing = needed.source == "measured" and known == 0
+        elsewhere = nothing and room >= consumer.vram_resident_mib
         plenty = known > 0 and room >= PLENTY * known
         alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.

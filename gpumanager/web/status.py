@@ -130,7 +130,7 @@ class StatusView:
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(
                 self._learned.figures(name),
-                self._learned.needed(name, consumer.vram_resident_mib),
+                self._learned.needed(name, consumer.declared),
             ),
         }
         if state.assumed is not None:

@@ -20,6 +20,7 @@ from gpumanager.config import (
     load_config,
     parse_config,
 )
+from gpumanager.footprint import Declared
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -254,6 +255,7 @@ def test_what_is_not_allowed(where: str, value: Any, words: str) -> None:
         ("consumers.mvoice.health", {"method": "GET"}, "either a path or tcp"),
         ("consumers.mvoice.health", {"path": "/", "tcp": "h:1"}, "either a path or tcp"),
         ("consumers.mvoice.floor_mib", -1, "at least 0"),
+        ("consumers.mvoice.max_mib", -1, "at least 0"),
         ("consumers.mvoice.pinned", "yes", "true or false"),
         ("consumers.mvoice.idle_unload", "15", "such as 90s or 15m"),
         ("consumers.mvoice.idle_unload", "1y", "such as 90s or 15m"),
@@ -389,6 +391,13 @@ def test_the_words_for_out_of_memory(text: str) -> None:
 )
 def test_other_words(text: str) -> None:
     assert not consumer().out_of_memory.said_in(text.encode())
+
+
+def test_the_most_is_no_less_than_what_is_needed() -> None:
+    assert consumer(vram_resident_mib=2800, max_mib=2800).declared == Declared(2800, 2800)
+    assert consumer(max_mib=100).declared == Declared(0, 100)
+    with pytest.raises(ConfigError, match="is less than 'vram_resident_mib', 2800"):
+        consumer(vram_resident_mib=2800, max_mib=2799)
 
 
 def test_a_bad_request_is_no_lack_of_memory() -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from gpumanager.footprint import ENOUGH
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, command, fake_server
@@ -493,6 +494,79 @@ def test_where_the_card_has_plenty_of_room_a_lack_of_memory_is_not_believed(
         assert status_of(broker, "small")["loaded"]
         assert status_of(broker, "voice")["learned"]["needed"]["source"] == "declared"
         assert "out of memory not believed" in caplog.text
+
+
+# -- declarations that are wrong, or not for this card -------------------------------------------
+
+
+def test_a_declaration_three_times_too_high_is_learned_down(card: SimulatedCard) -> None:
+    consumers: dict[str, dict[str, Any]] = {
+        "voice": {"fake": "plain", "mib": 2000, "vram_resident_mib": 6000},
+        "small": {"fake": "plain", "mib": 3500, "kind": "stt"},
+        "other": {"fake": "plain", "mib": 3500, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, _):
+        for _ in range(10):
+            for kind in ("tts", "stt", "llm"):
+                assert job(broker, kind).status_code == 200
+        assert broker.stats.evictions <= ENOUGH
+        needed = status_of(broker, "voice")["learned"]["needed"]
+        assert (needed["mib"], needed["source"]) == (2000, "measured")
+        assert failures_of(broker) == {"seen": 0, "healed": 0}
+
+
+def test_one_that_runs_on_the_cpu_evicts_nobody_for_long(card: SimulatedCard) -> None:
+    consumers: dict[str, dict[str, Any]] = {
+        "voice": {"fake": "plain", "mib": 6000},
+        "small": {"fake": "plain", "mib": 5000, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["voice"].set(needs=0)
+        for _ in range(10):
+            for kind in ("tts", "stt"):
+                assert job(broker, kind).status_code == 200
+        assert broker.stats.evictions <= ENOUGH
+        assert status_of(broker, "voice")["learned"]["needed"]["mib"] == 0
+        fakes["voice"].set(needs=6000)  # it moves to this card
+        for _ in range(3):
+            for kind in ("tts", "stt"):
+                assert job(broker, kind).status_code == 200
+        assert failures_of(broker) == {"seen": 1, "healed": 1}
+
+
+def test_what_fits_only_with_the_cpus_help_is_not_learned_as_enough(card: SimulatedCard) -> None:
+    with box(card, {"ollama": {"fake": "ollama", "mib": 8000}}) as (broker, fakes):
+        fakes["ollama"].set(needs=14_000)  # the half of it fits
+        for _ in range(2 * ENOUGH):
+            assert job(broker, "llm", {"model": "llama3:70b"}).status_code == 200
+        eventually(lambda: "on_cpu" in status_of(broker, "ollama"))
+        eventually(
+            lambda: (
+                status_of(broker, "ollama")["learned"]["needed"]
+                == {"mib": 8000, "source": "declared"}
+            )
+        )
+
+
+def test_what_an_elastic_one_fills_is_not_made_room_for(card: SimulatedCard) -> None:
+    consumers: dict[str, dict[str, Any]] = {
+        "comfyui": {"fake": "comfyui", "mib": 4000},
+        "voice": {"fake": "plain", "mib": 3000, "max_mib": 3500},
+        "small": {"fake": "plain", "mib": 3000, "kind": "stt"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["comfyui"].set(needs=9000)
+        fakes["voice"].set(needs=9000)
+        for kind, body in (("image", PROMPT), ("tts", None)):
+            for _ in range(ENOUGH):
+                job(broker, kind, body)
+                broker.await_idle()
+        assert status_of(broker, "comfyui")["learned"]["peak_mib"] == 9000
+        assert status_of(broker, "comfyui")["learned"]["needed"]["mib"] == 4000
+        assert status_of(broker, "voice")["learned"]["needed"] == {
+            "mib": 3500,
+            "source": "declared",
+        }
 
 
 # -- leaks, thefts, foreigners -------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
+from gpumanager.footprint import Declared, Figure
 from gpumanager.learning import Learned
-from gpumanager.model import Holdings, MemoryReading
+from gpumanager.model import GpuProcess, Holdings, MemoryReading, ProbeReport
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.registry import Registry
@@ -84,7 +86,7 @@ def test_what_loaded_consumers_hold_is_learned() -> None:
     learned = Learned(["tts", "llm"])
     memory = GpuMemory(ScriptedCard(attributed(tts=3000, llm=500)), clock, Told())
     Sampler(memory, registry, learned, clock, interval=2.0).look()
-    assert learned.needed("tts", 0).mib == 3000
+    assert learned.needed("tts", Declared()).mib == 3000
     assert learned.figures("llm").peak is None  # a residue is no footprint
 
 
@@ -122,6 +124,51 @@ def test_while_a_job_runs_samples_come_more_often() -> None:
     assert sampler.sample() == 0.5
     registry.job_finished("tts")
     assert sampler.sample() == 2.0
+
+
+def learn(
+    *readings: MemoryReading | str, active: bool = False, report: ProbeReport | None = None
+) -> Learned:
+    """What is learned from these looks at the card, of a loaded consumer."""
+    clock, learned = FakeClock(), Learned(["tts"])
+    registry = Registry({"tts": True}, clock)
+    if report is not None:
+        registry.probe_succeeded("tts", report, seen_version=0)
+    if active:
+        registry.job_started("tts")
+    sampler = Sampler(
+        GpuMemory(ScriptedCard(*readings), clock, Told()), registry, learned, clock, interval=2.0
+    )
+    for _ in readings:
+        sampler.look()
+    learned.ran("tts", 1)
+    return learned
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_nothing_held_at_work_is_a_measurement_nothing_at_rest_is_none(active: bool) -> None:
+    learned = learn(attributed(tts=0), active=active)
+    assert learned.figures("tts").peak == (
+        Figure(0, "measured", learned.figures("tts").peak.at) if active else None  # type: ignore[union-attr]
+    )
+
+
+def test_a_process_that_is_nobodys_may_be_the_one_that_holds_it() -> None:
+    game = GpuProcess(9, 3000, "python")
+    hidden = replace(attributed(tts=0), holdings=Holdings({"tts": 0}, foreign=(game,)))
+    assert learn(hidden, active=True).figures("tts").peak is None
+
+
+def test_what_is_partly_on_the_cpu_is_no_footprint() -> None:
+    report = ProbeReport(loaded=True, on_cpu=("llama3:70b",))
+    assert learn(attributed(tts=3000), report=report).figures("tts").peak is None
+
+
+@pytest.mark.parametrize("reading", [attributed(), "no driver"])
+def test_where_nobody_measures_it_its_own_figure_counts(reading: MemoryReading | str) -> None:
+    peak = learn(reading, report=ProbeReport(loaded=True, resident_mib=3000)).figures("tts").peak
+    assert peak is not None
+    assert (peak.mib, peak.source) == (3000, "reported")
 
 
 class Told:
