@@ -110,12 +110,13 @@ class Broker:
         sampler = Sampler(
             self.memory, self.registry, self.learned, clock, interval=config.gpu.sample_interval
         )
+        self._ladder = Ladder(config, listening=consumer_processes.of, on_card=self._pids_on_card)
         room = RoomMaker(
             config,
             self.registry,
             self.learned,
             calls,
-            Ladder(config, listening=consumer_processes.of, on_card=self._pids_on_card),
+            self._ladder,
             sampler.look,
             admission.check,
             clock,
@@ -296,7 +297,13 @@ class Broker:
         for name, consumer in config.consumers.items():
             if name in self._probers or (consumer.health is None and consumer.probe is None):
                 continue  # who is never probed is never refused
-            prober = Prober(name, self._calls, self.registry, interval=config.health_interval)
+            prober = Prober(
+                name,
+                self._calls,
+                self.registry,
+                self._ladder.returned,
+                interval=config.health_interval,
+            )
             self._probers[name] = PeriodicWorker(
                 f"probe-{name}", prober.probe, retry_s=config.health_interval
             )

@@ -245,13 +245,16 @@ class Registry:
             ),
         )
 
-    def unpark(self, name: str, *, resumed: bool) -> None:
-        """The broker started it again; `resumed`: it goes on where it was, with its model."""
+    def unpark(self, name: str, *, resumed: bool, seen_version: int | None = None) -> None:
+        """It was started again; `resumed`: it goes on where it was, with its model. Does nothing
+        if `seen_version` is given, and is not its `residency_version` any more."""
         loaded = resumed or self._assumed_loaded[name]
         assumed = None if resumed else self._since(loaded)
-        self._change(
-            name,
-            lambda state: replace(
+
+        def change(state: ConsumerState) -> ConsumerState:
+            if seen_version not in (None, state.residency_version):
+                return state
+            return replace(
                 state,
                 healthy=True,
                 loaded=loaded,
@@ -259,8 +262,9 @@ class Registry:
                 resident_mib=None,
                 parked=None,
                 residency_version=state.residency_version + 1,
-            ),
-        )
+            )
+
+        self._change(name, change)
 
     def parked(self) -> Mapping[str, Parked]:
         """The consumers that the broker has stopped."""
@@ -317,7 +321,8 @@ class Registry:
     # -- probes ----------------------------------------------------------------------------
 
     def probe_succeeded(self, name: str, report: ProbeReport, *, seen_version: int) -> bool:
-        """Take in a probe's answer; True if it changed `healthy`.
+        """Take in a probe's answer; True if it is healthy from now on. Of a process that was
+        stopped by a checkpoint it says nothing: that ends with a restore (`unpark`).
 
         `seen_version` is the `residency_version` from before the probe was sent. Where it
         changed meanwhile, or a job runs, the answer's word on the residency may be out of date:
@@ -326,8 +331,11 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
-            if state.parked is not None and seen_version != state.residency_version:
-                return replace(state, last_probe=now)  # from just before it was stopped
+            if state.parked is not None and (
+                seen_version != state.residency_version or state.parked.rung == "checkpoint"
+            ):
+                # From just before it was stopped; or only its CUDA calls were.
+                return replace(state, last_probe=now)
             if state.parked is not None:  # somebody else has started it
                 state = self._as_assumed(name, state)
             state = replace(state, healthy=True, last_error="", last_probe=now, parked=None)
@@ -348,7 +356,8 @@ class Registry:
                 state, loaded=loaded, resident_mib=report.resident_mib, report_outdated=False
             )
 
-        return self._change(name, change).healthy is not True
+        before = self._change(name, change)
+        return before.healthy is not True and self._consumers[name].healthy is True
 
     def probe_failed(self, name: str, error: str, *, process_gone: bool = False) -> bool:
         """Take in a failed probe; True if it changed `healthy`.
@@ -359,9 +368,11 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
-            if state.parked is not None:
+            if state.parked is not None and not (
+                process_gone and state.parked.rung == "checkpoint"  # that one had to go on
+            ):
                 return replace(state, last_probe=now)
-            state = replace(state, healthy=False, last_error=error, last_probe=now)
+            state = replace(state, healthy=False, last_error=error, last_probe=now, parked=None)
             if not process_gone or state.active:
                 return state
             version = state.residency_version + 1
@@ -377,7 +388,7 @@ class Registry:
             )
 
         before = self._change(name, change)
-        return before.healthy is not False and before.parked is None
+        return before.healthy is not False and self._consumers[name].healthy is False
 
     def process_returned(self, name: str, *, seen_version: int) -> None:
         """A consumer that was gone answers again: a fresh process, so back to the assumption,

@@ -4,10 +4,11 @@ slow one delays nobody."""
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ConsumerState, ProbeReport
+from gpumanager.model import ConsumerState, Parked, ProbeReport
 from gpumanager.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,22 @@ class Probes(Protocol):
 
 
 class Prober:
-    """`probe` is the body of a periodic worker; `interval` in seconds."""
+    """`probe` is the body of a periodic worker; `interval` in seconds. `returned` says whether a
+    consumer that was stopped by a checkpoint is back by somebody else's doing."""
 
-    def __init__(self, name: str, probes: Probes, registry: Registry, *, interval: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        probes: Probes,
+        registry: Registry,
+        returned: Callable[[str, Parked], Literal["resumed", "replaced"] | None],
+        *,
+        interval: float,
+    ) -> None:
         self._name = name
         self._probes = probes
         self._registry = registry
+        self._returned = returned
         self._interval = interval
         self._gone = False
 
@@ -38,6 +49,7 @@ class Prober:
         except BrokerError as error:
             self._failed(error, was_busy=_is_busy(before))
         else:
+            self._look_at_a_checkpoint(before)
             if self._gone:
                 self._gone = False
                 self._registry.process_returned(self._name, seen_version=before.residency_version)
@@ -50,6 +62,15 @@ class Prober:
                 models = ", ".join(report.on_cpu)
                 log.warning("partly on the CPU", extra={"consumer": self._name, "models": models})
         return self._interval
+
+    def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
+        parked = before.parked
+        if parked is None or parked.rung != "checkpoint" or before.busy:
+            return
+        if (how := self._returned(self._name, parked)) is not None:
+            version = before.residency_version
+            self._registry.unpark(self._name, resumed=how == "resumed", seen_version=version)
+            log.info("back by itself", extra={"consumer": self._name, "how": how})
 
     def _failed(self, error: BrokerError, *, was_busy: bool) -> None:
         busy = was_busy or _is_busy(self._registry.get(self._name))

@@ -22,38 +22,44 @@ HELPER = (sys.executable, "-m", "gpumanager.reclaim.checkpoint")
 START_S = 15.0
 """What the helper may take beside the driver's own work: Python, and CUDA's start."""
 
+RUNNING = "running"
+
 INSTALL = "pip install 'mgpumanager[checkpoint]'"
 STEPS = 2
 """Lock and checkpoint; restore and unlock."""
 
 
-def suspend(pids: Sequence[int], step_s: float, helper: Sequence[str] = HELPER) -> None:
+def suspend(pids: Sequence[int], step_s: float) -> None:
     """Take the memory of every one of the processes, or of none: where one fails, those that
     were suspended already are resumed. `step_s` is the longest a step may take, in seconds.
     Raises ReclaimFailed."""
     done: list[int] = []
     for pid in pids:
         try:
-            _run(helper, "suspend", pid, step_s)
+            _run("suspend", pid, step_s)
         except ReclaimFailed:
             for each in reversed(done):
                 with contextlib.suppress(ReclaimFailed):  # the first failure is the one to tell
-                    _run(helper, "resume", each, step_s)
+                    _run("resume", each, step_s)
             raise
         done.append(pid)
 
 
-def resume(pids: Sequence[int], step_s: float, helper: Sequence[str] = HELPER) -> None:
+def resume(pids: Sequence[int], step_s: float) -> None:
     """Give the processes their memory back. Raises ReclaimFailed."""
     for pid in pids:
-        _run(helper, "resume", pid, step_s)
+        _run("resume", pid, step_s)
 
 
-def _run(helper: Sequence[str], what: str, pid: int, step_s: float) -> None:
+def run_on(pids: Sequence[int], step_s: float) -> bool:
+    """Whether the driver says of all the processes that they run. Raises ReclaimFailed."""
+    return all(_run("state", pid, step_s).strip() == RUNNING for pid in pids)
+
+
+def _run(what: str, pid: int, step_s: float) -> str:
     limit = START_S + STEPS * step_s
-    commands.run(
-        f"checkpoint: {what} of {pid}", [*helper, what, str(pid), str(round(step_s * 1000))], limit
-    )
+    command = [*HELPER, what, str(pid), str(round(step_s * 1000))]
+    return commands.run(f"checkpoint: {what} of {pid}", command, limit)
 
 
 # -- in the helper -------------------------------------------------------------------------------
@@ -77,12 +83,22 @@ def suspend_process(cuda: Any, pid: int, lock_ms: int) -> None:
 
 def resume_process(cuda: Any, pid: int) -> None:
     """Restore the process and let it run; from whatever state a suspension was left in."""
-    state = _checked(cuda, "state", cuda.cuCheckpointProcessGetState(pid))
+    state = _state(cuda, pid)
     if state == cuda.CUprocessState.CU_PROCESS_STATE_CHECKPOINTED:
         _checked(cuda, "restore", cuda.cuCheckpointProcessRestore(pid, None))
         state = cuda.CUprocessState.CU_PROCESS_STATE_LOCKED
     if state == cuda.CUprocessState.CU_PROCESS_STATE_LOCKED:
         _checked(cuda, "unlock", cuda.cuCheckpointProcessUnlock(pid, None))
+
+
+def is_running(cuda: Any, pid: int) -> bool:
+    """Whether it is neither locked nor checkpointed."""
+    running: bool = _state(cuda, pid) == cuda.CUprocessState.CU_PROCESS_STATE_RUNNING
+    return running
+
+
+def _state(cuda: Any, pid: int) -> Any:
+    return _checked(cuda, "state", cuda.cuCheckpointProcessGetState(pid))
 
 
 def _checked(cuda: Any, what: str, result: Any) -> Any:
@@ -94,7 +110,8 @@ def _checked(cuda: Any, what: str, result: Any) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`suspend PID MS` or `resume PID MS`; the reason of a failure goes to stderr."""
+    """`suspend PID MS`, `resume PID MS`, or `state PID MS`, which says on stdout whether it runs;
+    the reason of a failure goes to stderr."""
     what, pid, milliseconds = arguments[0], int(arguments[1]), int(arguments[2])
     try:
         cuda: Any = import_module("cuda.bindings.driver")
@@ -105,6 +122,8 @@ def main(arguments: Sequence[str]) -> int:
         _checked(cuda, "cuInit", cuda.cuInit(0))  # a restore needs it
         if what == "suspend":
             suspend_process(cuda, pid, milliseconds)
+        elif what == "state":
+            sys.stdout.write(RUNNING if is_running(cuda, pid) else "stopped")
         else:
             resume_process(cuda, pid)
     except Exception as error:  # noqa: BLE001  # a driver too old lacks the functions

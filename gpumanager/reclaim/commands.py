@@ -10,10 +10,10 @@ from gpumanager.reclaim.errors import ReclaimFailed
 _LONGEST_REASON = 200
 
 
-def run(what: str, command: Sequence[str], timeout_s: float) -> None:
-    """Run the command, without a shell and without input. Raises ReclaimFailed, with the last
-    line it said on stderr, if it fails, cannot be run, or takes longer than `timeout_s` seconds;
-    it is killed then. `what` names it in the message."""
+def run(what: str, command: Sequence[str], timeout_s: float) -> str:
+    """Run the command, without a shell and without input; returns what it said on stdout. Raises
+    ReclaimFailed, with the last line it said on stderr, if it fails, cannot be run, or takes longer
+    than `timeout_s` seconds; it is killed then. `what` names it in the message."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
@@ -26,3 +26,4 @@ def run(what: str, command: Sequence[str], timeout_s: float) -> None:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         reason = " ".join(said.split())[:_LONGEST_REASON] or f"exit code {done.returncode}"
         raise ReclaimFailed(f"{what}: {reason}")
+    return done.stdout.decode(errors="replace")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import psutil
 
@@ -12,6 +14,11 @@ from gpumanager.errors import ConsumerUnreachable
 from gpumanager.model import Parked
 from gpumanager.reclaim import checkpoint, containers, signals, units
 from gpumanager.reclaim.errors import ReclaimFailed
+
+log = logging.getLogger(__name__)
+
+STATE_S = 1.0
+"""The longest that a question to the driver may take, beside its start."""
 
 Find = Callable[[str], Sequence[int]]
 
@@ -40,6 +47,21 @@ class Ladder:
         ready. Raises ConsumerUnreachable."""
         with _explained(name):
             return self._bring_back(name, parked)
+
+    def returned(self, name: str, parked: Parked) -> Literal["resumed", "replaced"] | None:
+        """Whether a consumer that was stopped by `checkpoint` is back by somebody else's doing: its
+        processes run again, or others have taken their place; None if it is not, or nobody can
+        tell. That it answers shows nothing: only its CUDA calls are stopped."""
+        same = _still_there(parked)
+        if not same:
+            return "replaced"
+        if not set(same) & set(self._on_card(name)):
+            return None  # with its memory on the host it does not show on the card
+        try:
+            return "resumed" if checkpoint.run_on(same, STATE_S) else None
+        except ReclaimFailed as error:
+            log.warning("state unknown", extra={"consumer": name, "reason": str(error)})
+            return None
 
     def _park(self, name: str, rung: Rung) -> Parked:
         processes: tuple[tuple[int, float], ...] = ()
@@ -71,10 +93,9 @@ class Ladder:
             if rung.start:
                 signals.start(rung.start)
         else:
-            alive = dict(_with_birth([pid for pid, _ in parked.processes]))
-            same = [pid for pid, born in parked.processes if alive.get(pid) == born]
-            checkpoint.resume(same, rung.grace)  # one that died needs nothing
-            return True
+            same = _still_there(parked)  # one that died needs nothing
+            checkpoint.resume(same, rung.grace)
+            return bool(same)
         return False
 
 
@@ -84,6 +105,12 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except ReclaimFailed as error:
         raise ConsumerUnreachable(f"{name}: {error}", consumer=name) from error
+
+
+def _still_there(parked: Parked) -> list[int]:
+    """The processes that were stopped, less those that have ended since."""
+    alive = dict(_with_birth([pid for pid, _ in parked.processes]))
+    return [pid for pid, born in parked.processes if alive.get(pid) == born]
 
 
 def _with_birth(pids: Sequence[int]) -> list[tuple[int, float]]:

@@ -320,9 +320,10 @@ class RoomMaker:
             return
         began = self._clock.monotonic()
         with self._does("load", target), self._registry.busy(target):
-            if not self._parks.bring_back(target, parked):
+            resumed = self._parks.bring_back(target, parked)
+            if not resumed:
                 self._await_ready(target, ticket)
-        self._registry.unpark(target, resumed=parked.rung == "checkpoint")
+        self._registry.unpark(target, resumed=resumed)
         self._note_load(target, "brought back", began)
 
     def _await_ready(self, target: str, ticket: Ticket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from gpumanager.footprint import ENOUGH
+from gpumanager.reclaim import checkpoint
 from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, command, fake_server
@@ -310,6 +312,70 @@ def test_a_release_in_two_steps_is_believed_when_it_is_over(card: SimulatedCard)
             assert job(broker, "tts").status_code == 200
             assert job(broker, "llm").status_code == 200
         assert status_of(broker, "slow")["learned"].get("residue_mib") in (None, 0)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+DRIVER = """
+import json, sys, urllib.request
+what = sys.argv[2]
+body = {} if what == "state" else {"suspended": what == "suspend"}
+request = urllib.request.Request(sys.argv[1] + "/_fake", json.dumps(body).encode())
+running = json.load(urllib.request.urlopen(request))["running"]
+print("running" if running else "stopped")
+"""
+
+
+@pytest.fixture
+def suspendable(
+    card: SimulatedCard, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[LiveBroker, dict[str, Running]]]:
+    """A consumer whose process is suspended to evict it, and another one; in place of the
+    driver, the process itself is told."""
+    consumers: dict[str, dict[str, Any]] = {
+        "still": {"fake": "plain", "mib": 6000, "evict": [{"checkpoint": True}]},
+        "other": {"fake": "plain", "mib": 6000, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        helper = [sys.executable, "-c", DRIVER, fakes["still"].url]
+        monkeypatch.setattr(checkpoint, "HELPER", helper)
+        yield broker, fakes
+
+
+def probes_of(broker: LiveBroker, name: str, count: int) -> None:
+    """Return after so many more probes."""
+    seen = {status_of(broker, name)["last_probe"]}
+
+    def enough() -> bool:
+        seen.add(status_of(broker, name)["last_probe"])
+        return len(seen) > count
+
+    eventually(enough)
+
+
+def test_a_suspended_process_that_answers_its_health_is_restored_before_its_job(
+    suspendable: tuple[LiveBroker, dict[str, Running]],
+) -> None:
+    broker, _ = suspendable
+    assert job(broker, "tts").status_code == 200
+    assert job(broker, "llm").status_code == 200
+    probes_of(broker, "still", 3)
+    still = status_of(broker, "still")
+    assert (still["parked"], still["loaded"]) == ("checkpoint", False)
+    assert job(broker, "tts").status_code == 200
+    assert "parked" not in status_of(broker, "still")
+
+
+def test_a_suspended_process_that_somebody_else_resumed_is_back(
+    suspendable: tuple[LiveBroker, dict[str, Running]],
+) -> None:
+    broker, fakes = suspendable
+    assert job(broker, "tts").status_code == 200
+    assert job(broker, "llm").status_code == 200
+    broker.post("/v1/consumers/other/unload")
+    fakes["still"].set(suspended=False)
+    eventually(lambda: "parked" not in status_of(broker, "still"))
+    assert status_of(broker, "still")["loaded"]
 
 
 # -- out of memory -------------------------------------------------------------------------------

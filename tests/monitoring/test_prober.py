@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.ledger import held
-from gpumanager.model import ConsumerState, ProbeReport
+from gpumanager.model import ConsumerState, Parked, ProbeReport
 from gpumanager.monitoring.prober import Prober
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
@@ -48,7 +49,7 @@ def registry() -> Registry:
 
 @pytest.fixture
 def prober(probes: ScriptedProbes, registry: Registry) -> Prober:
-    return Prober("mvoice", probes, registry, interval=5.0)
+    return Prober("mvoice", probes, registry, lambda name, parked: None, interval=5.0)
 
 
 def test_a_good_answer_makes_it_healthy(
@@ -150,3 +151,49 @@ def test_a_time_out_while_the_broker_has_it_load_says_nothing(
     assert registry.get("mvoice").healthy is True
     prober.probe()
     assert registry.get("mvoice").healthy is False
+
+
+# -- stopped by a checkpoint ---------------------------------------------------------------------
+
+SUSPENDED = Parked("checkpoint", ((11, 1.0),))
+
+
+@pytest.mark.parametrize(("how", "loaded"), [(None, False), ("resumed", True), ("replaced", False)])
+def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
+    probes: ScriptedProbes, how: Any, loaded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only its CUDA calls are stopped: /health goes on answering."""
+    registry = Registry({"mvoice": False}, FakeClock())
+    registry.park("mvoice", SUSPENDED)
+    prober = Prober("mvoice", probes, registry, lambda name, parked: how, interval=5.0)
+    with caplog.at_level(logging.INFO):
+        prober.probe()
+    state = registry.get("mvoice")
+    assert (state.parked, state.loaded) == (SUSPENDED if how is None else None, loaded)
+    assert ("consumer healthy" in caplog.text) is False
+
+
+def test_a_stopped_process_that_ends_is_one_that_is_gone(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    registry.park("mvoice", SUSPENDED)
+    probes.answer = TIMEOUT
+    prober.probe()
+    assert registry.get("mvoice").parked == SUSPENDED
+    probes.answer = REFUSED
+    prober.probe()
+    state = registry.get("mvoice")
+    assert (state.parked, state.healthy, state.loaded) == (None, False, False)
+
+
+def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) -> None:
+    registry = Registry({"mvoice": False}, FakeClock())
+    registry.park("mvoice", SUSPENDED)
+
+    def returned(name: str, parked: Parked) -> Any:
+        registry.unpark(name, resumed=True)
+        registry.park(name, SUSPENDED)
+        return "resumed"
+
+    Prober("mvoice", probes, registry, returned, interval=5.0).probe()
+    assert registry.get("mvoice").parked == SUSPENDED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,18 @@ from gpumanager.reclaim.errors import ReclaimFailed
 # -- the broker's side ---------------------------------------------------------------------------
 
 
-def helper(folder: Path, script: str = "") -> list[str]:
-    """A helper that notes what it is asked, and then does as `script` says."""
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has a helper note what it is asked, and then do as a script says."""
+
+    def install(script: str = "") -> None:
+        monkeypatch.setattr(checkpoint, "HELPER", scripted(tmp_path, script))
+
+    install()
+    return install
+
+
+def scripted(folder: Path, script: str) -> list[str]:
     file = folder / "helper.py"
     note = (
         f"import sys\nopen({str(folder / 'calls')!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
@@ -30,9 +41,12 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
-def test_every_process_is_suspended_and_resumed(tmp_path: Path) -> None:
-    checkpoint.suspend([11, 12], 2.5, helper(tmp_path))
-    checkpoint.resume([11, 12], 2.5, helper(tmp_path))
+Helper = Callable[[str], None]
+
+
+def test_every_process_is_suspended_and_resumed(tmp_path: Path, helper: Helper) -> None:
+    checkpoint.suspend([11, 12], 2.5)
+    checkpoint.resume([11, 12], 2.5)
     assert calls(tmp_path) == [
         "suspend 11 2500",
         "suspend 12 2500",
@@ -41,24 +55,35 @@ def test_every_process_is_suspended_and_resumed(tmp_path: Path) -> None:
     ]
 
 
-def test_all_or_none(tmp_path: Path) -> None:
+def test_all_or_none(tmp_path: Path, helper: Helper) -> None:
     fails = "if sys.argv[1:3] == ['suspend', '12']:\n    sys.exit('no\\nlock: NOT_SUPPORTED')\n"
+    helper(fails)
     with pytest.raises(ReclaimFailed, match="suspend of 12: lock: NOT_SUPPORTED"):
-        checkpoint.suspend([11, 12, 13], 1, helper(tmp_path, fails))
+        checkpoint.suspend([11, 12, 13], 1)
     assert calls(tmp_path) == ["suspend 11 1000", "suspend 12 1000", "resume 11 1000"]
 
 
 def test_a_helper_that_hangs_in_the_driver_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    helper: Helper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "START_S", 0.5)
+    helper("import time\ntime.sleep(60)\n")
     with pytest.raises(ReclaimFailed, match="resume of 11 took more than"):
-        checkpoint.resume([11], 0.1, helper(tmp_path, "import time\ntime.sleep(60)\n"))
+        checkpoint.resume([11], 0.1)
 
 
-def test_a_helper_that_cannot_be_run() -> None:
+def test_a_helper_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "HELPER", ["/nowhere/at/all"])
     with pytest.raises(ReclaimFailed, match="No such file"):
-        checkpoint.resume([11], 1, ["/nowhere/at/all"])
+        checkpoint.resume([11], 1)
+
+
+@pytest.mark.parametrize(("stopped", "run_on"), [("", True), ("12", False)])
+def test_a_consumer_runs_if_all_its_processes_do(
+    helper: Helper, stopped: str, run_on: bool
+) -> None:
+    helper(f"print('stopped' if sys.argv[2] == {stopped!r} else 'running')")
+    assert checkpoint.run_on([11, 12], 1) is run_on
 
 
 # -- the helper's side ---------------------------------------------------------------------------
@@ -163,6 +188,22 @@ def test_the_helper_tells_by_its_exit_code(
     assert words in capsys.readouterr().err
     if not code:
         assert checkpoint.main(["resume", "11", "700"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (State.CU_PROCESS_STATE_RUNNING, "running"),
+        (State.CU_PROCESS_STATE_LOCKED, "stopped"),
+        (State.CU_PROCESS_STATE_CHECKPOINTED, "stopped"),
+    ],
+)
+def test_the_helper_says_whether_a_process_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: State, said: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "import_module", lambda name: FakeCuda(state))
+    assert checkpoint.main(["state", "11", "700"]) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_without_the_extra_the_helper_says_what_to_install(

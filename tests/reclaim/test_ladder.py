@@ -87,8 +87,36 @@ def test_a_checkpoint_remembers_whom_it_holds(done: list[tuple[Any, ...]]) -> No
 
 def test_a_pid_that_is_another_process_by_now_is_left_alone(done: list[tuple[Any, ...]]) -> None:
     one = ladder({"checkpoint": True})
-    one.bring_back("it", Parked("checkpoint", ((ME, 12345.0), (2**22 + 7, 1.0))))
+    assert not one.bring_back("it", Parked("checkpoint", ((ME, 12345.0), (2**22 + 7, 1.0))))
     assert done == [("resume", [], 10)]
+
+
+@pytest.mark.parametrize(
+    ("on_card", "driver", "how"),
+    [
+        ((), True, None),
+        ((ME,), True, "resumed"),
+        ((ME,), False, None),
+        ((ME,), ReclaimFailed("no driver"), None),
+    ],
+)
+def test_a_consumer_is_back_by_itself_when_the_driver_says_so(
+    monkeypatch: pytest.MonkeyPatch, on_card: tuple[int, ...], driver: Any, how: str | None
+) -> None:
+    def run_on(pids: list[int], step_s: float) -> bool:
+        assert pids == [ME]
+        if isinstance(driver, ReclaimFailed):
+            raise driver
+        return bool(driver)
+
+    monkeypatch.setattr(checkpoint, "run_on", run_on)
+    parked = Parked("checkpoint", ((ME, psutil.Process(ME).create_time()),))
+    assert ladder({"checkpoint": True}, on_card=on_card).returned("it", parked) == how
+
+
+def test_a_consumer_whose_processes_ended_was_replaced() -> None:
+    one = ladder({"checkpoint": True})
+    assert one.returned("it", Parked("checkpoint", ((ME, 12345.0),))) == "replaced"
 
 
 def if_parked(one: Ladder, parked: Parked | None) -> None:

@@ -69,18 +69,38 @@ class Fake:
 class Plain(Fake):
     """A server of the contract: health with figures, a job that loads, an unload. With `steps:
     [share, seconds]` it gives that share back at once, and the rest so much later; with `answer:
-    [status, body]` it answers every job so, and does nothing."""
+    [status, body]` it answers every job so, and does nothing. `suspended` is what a checkpoint of
+    the driver does to it: its memory is elsewhere, its jobs stand still, and /health goes on
+    answering."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
         self.lock = threading.Lock()
         self.held = 0
+        self.running = threading.Event()
+        self.running.set()
+
+    def configure(self, settings: dict[str, Any]) -> Answer:
+        if (suspended := settings.pop("suspended", None)) is not None:
+            self.suspend() if suspended else self.resume()
+        super().configure(settings)
+        return 200, {"running": self.running.is_set()}
+
+    def suspend(self) -> None:
+        self.running.clear()
+        self.card.free(self.name)
+
+    def resume(self) -> None:
+        if not self.running.is_set():
+            self.card.allocate(self.name, self.held)
+            self.running.set()
 
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
         if path == "/quiet":
             return 200, {"status": "ok"}
         if path == "/health":
             return 200, {"loaded": self.held > 0, "gpu_resident_mib": self.held}
+        self.running.wait()
         if path == "/job" and "answer" in self.settings:
             status, said = self.settings["answer"]
             return status, said
