@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from gpumanager import __version__
 from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
-from gpumanager.setup.discovery import known_services
+from gpumanager.setup.services import known_services
 from gpumanager.web.openapi import describe
 
 HERE = Path(__file__).parent
@@ -36,6 +36,7 @@ TITLES = {
     "AuthConfig": "`auth`",
     "LogConfig": "`log`",
     "EventsConfig": "`events`",
+    "SetupConfig": "`setup`",
     "ConsumerConfig": "`consumers.NAME`",
     "Route": "`consumers.NAME.paths.KIND`",
     "Timeouts": "`consumers.NAME.timeouts`",

@@ -238,6 +238,11 @@ class ConsumerProcesses:
                     break
 
 
+def own_addresses() -> Set[str]:
+    """The IP addresses of this machine."""
+    return {each.address for rows in psutil.net_if_addrs().values() for each in rows}
+
+
 def _local_address(base_url: str) -> Address | None:
     """The IP and port a consumer of this machine is reached at; None for another machine's."""
     parts = urlsplit(base_url)
@@ -249,5 +254,4 @@ def _local_address(base_url: str) -> Address | None:
     except OSError:
         return None  # a name: that of another machine, as far as can be told without asking
     address = str(found[0][4][0])
-    own = {each.address for rows in psutil.net_if_addrs().values() for each in rows}
-    return (address, port) if address in own or address.startswith("127.") else None
+    return (address, port) if address in own_addresses() or address.startswith("127.") else None

@@ -15,7 +15,8 @@ from gpumanager.config import parse_config, presets
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from gpumanager.setup import diagnosis
 from gpumanager.setup.configfile import propose
-from gpumanager.setup.discovery import Found, Manager, _manager, _mib, known_services
+from gpumanager.setup.discovery import Found, Manager, _manager, _mib
+from gpumanager.setup.services import known_services
 from gpumanager.setup.userservice import UserService, _quoted
 from tests.monitoring.test_attribution import FakeProcesses
 
@@ -132,12 +133,6 @@ def test_consumers_are_added_to_whatever_is_there(before: str) -> None:
         proposal.after, [Found(SERVICES["ollama"], 11434)], listen="x:1", total_mib=None
     )
     assert not again.changed
-
-
-def test_a_mapping_on_one_line_is_left_to_its_owner() -> None:
-    before = "consumers: {it: {url: 'http://127.0.0.1:1'}}\n"
-    with pytest.raises(ValueError, match="on one line"):
-        propose(before, [Found(SERVICES["ollama"], 11434)], listen="x:1", total_mib=None)
 
 
 def test_a_words_quotes_for_systemd() -> None:

@@ -23,7 +23,11 @@ from gpumanager.config import (
 )
 
 if TYPE_CHECKING:
+    from gpumanager.setup.configfile import Figures, Proposal
     from gpumanager.setup.discovery import Found
+
+MOST_UNKNOWN = 12
+"""Listeners that are named."""
 
 START_S = 15.0
 PROBES_S = 8.0
@@ -45,6 +49,19 @@ def _port_list(
     return ports
 
 
+def _needs(
+    _context: click.Context, _option: click.Parameter, values: Sequence[str]
+) -> Mapping[str, int]:
+    found = {}
+    for value in values:
+        name, _, mib = value.partition("=")
+        if not name or not mib.isascii() or not mib.isdigit():
+            message = f"takes NAME=MIB, such as ollama=9000 (found {value!r})"
+            raise click.BadParameter(message)
+        found[name] = int(mib)
+    return found
+
+
 @main.command()
 @click.option(
     "--config",
@@ -64,6 +81,19 @@ def _port_list(
 @click.option("--service/--no-service", default=True, help="Start the broker, now and at login.")
 @click.option("--ports", callback=_port_list, help="Ask these ports only, separated by commas.")
 @click.option("--job", "kind", help="Then run a small job of this kind: tts, …")
+@click.option(
+    "--total-mib",
+    type=click.IntRange(min=1),
+    help="The card's memory, for a new config where no driver tells it; else you are asked.",
+)
+@click.option(
+    "--vram",
+    "needs_mib",
+    metavar="NAME=MIB",
+    multiple=True,
+    callback=_needs,
+    help="What a new consumer's largest model takes, where no driver tells it; else you are asked.",
+)
 def setup(
     path: Path | None,
     listen: str,
@@ -72,28 +102,44 @@ def setup(
     service: bool,
     ports: Sequence[int] | None,
     kind: str | None,
+    total_mib: int | None,
+    needs_mib: Mapping[str, int],
 ) -> None:
     """Find the AI servers on this machine, write a config, and start the broker.
 
     Shows everything before it does anything, and asks once. Run again, it adds what is new, and
     changes nothing that you have changed.
     """
-    from gpumanager.setup.configfile import propose
+    from gpumanager.setup.configfile import CannotAdd, Figures, propose
 
     path = users_config_path(os.environ) if path is None else path.absolute()
     before, old = _there(path)
-    total_mib, found = _find(ports, old or Config(listen=listen))
-    try:
-        proposal = propose(before, found, listen=listen, total_mib=total_mib)
-    except (ConfigError, ValueError) as error:
-        fail(f"{path}: {error}")
-    config = parse_config(proposal.after)
+    measured_mib, found = _find(ports, old or Config(listen=listen))
+    figures = Figures(total_mib or 0, needs_mib)
+
+    def proposed() -> Proposal:
+        try:
+            return propose(before, found, listen=listen, total_mib=measured_mib, figures=figures)
+        except CannotAdd as error:
+            click.echo(error.by_hand)
+            fail(f"{path}: {error}; add by hand what stands above, then: gpumanager reload")
+        except ConfigError as error:
+            fail(f"{path}: {error}")
+
+    proposal = proposed()
+    if unknown := set(needs_mib) - set(proposal.added):
+        fail(f"--vram: no new consumer is called {', '.join(sorted(unknown))}")
+    if measured_mib is None and not (yes or dry_run) and sys.stdin.isatty():
+        figures = _asked_figures(proposal, figures)
+        proposal = proposed()
+    config = proposal.config
     start = starting.plan(path, config) if service else None
     for line in proposal.diff(str(path)):
         colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[0]) if line else None
         click.secho(line, fg=colour)
     if not proposal.changed:
         click.echo(f"{path}: nothing to add")
+    _tell(proposal, path, measured=measured_mib is not None)
     if start is not None:
         click.echo(start.told)
     if dry_run:
@@ -111,6 +157,47 @@ def setup(
         _check(config, kind, start)
     if start.then:
         click.echo(f"to go on: {start.then}")
+
+
+def _asked_figures(proposal: Proposal, given: Figures) -> Figures:
+    """What cannot be measured, as the user says it, for all that is new."""
+    from gpumanager.setup.configfile import Figures
+
+    said = dict(given.needs_mib)
+    wanted = [name for name in proposal.added if name not in said and not proposal.new[name].mib]
+    total_mib = proposal.config.gpu.total_mib or given.total_mib
+    if wanted or not total_mib:
+        click.echo("Without a driver what fits is decided by what you say here; 0: not known.")
+    if not total_mib and not proposal.before:
+        total_mib = click.prompt("The card's memory in MiB", default=0, type=click.IntRange(min=0))
+    most = total_mib - proposal.config.gpu.reserved_mib if total_mib else None
+    for name in wanted:
+        said[name] = click.prompt(
+            f"MiB that the largest model of {name} takes",
+            default=0,
+            type=click.IntRange(min=0, max=most),
+        )
+    return Figures(total_mib, said)
+
+
+def _tell(proposal: Proposal, path: Path, *, measured: bool) -> None:
+    """What is to know about a proposal beside its text."""
+    for name, where in proposal.routes().items():
+        click.echo(f"{name}: {where}")
+    for each in proposal.ignored:
+        click.echo(
+            f"left out: {each.service.service} on port {each.port}, which stands in a comment of "
+            f"{path}, or in its setup.ignore"
+        )
+    config = proposal.config
+    missing = [name for name, each in config.consumers.items() if not each.vram_resident_mib]
+    parts = ["gpu.total_mib"] if not config.gpu.total_mib else []
+    parts += [f"vram_resident_mib of {', '.join(missing)}"] if missing else []
+    if config.consumers and parts and not measured:
+        click.echo(
+            f"without a driver {path} has to say: {' and '.join(parts)}; until then jobs take "
+            "turns, but nobody makes room (for what is new: --total-mib, --vram NAME=MIB)"
+        )
 
 
 def _ask_once() -> None:
@@ -157,7 +244,8 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         click.echo(f"card: none to be measured ({error})")
     finally:
         card.close()
-    seen = discover(skip=[config.port], only=only, held_mib=held)
+    skip = [config.port, *config.setup.ignore]
+    seen = discover(skip=skip, only=only, held_mib=held)
     found = seen.servers
     for each in found:
         runs = f", {each.manager.kind} {each.manager.name}" if each.manager else ""
@@ -165,6 +253,10 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         click.echo(f"found: {each.service.service} on port {each.port}{runs}{holds}")
     if not found:
         click.echo("found: no AI server; start them, and run this again")
+    for unknown in seen.unknown[:MOST_UNKNOWN]:
+        click.echo(f"not known: {unknown}; if that is an AI server, add it by hand: docs/config.md")
+    if len(seen.unknown) > MOST_UNKNOWN:
+        click.echo(f"not known: {len(seen.unknown) - MOST_UNKNOWN} more that speak HTTP")
     for port in seen.demos:
         click.echo(f"left alone: the speech service of gpumanager's demo, on port {port}")
     for broker in seen.brokers:
@@ -217,7 +309,7 @@ def _probed(config: Config) -> int:
 
 
 def _try_job(config: Config, kind: str) -> None:
-    from gpumanager.setup.discovery import known_services
+    from gpumanager.setup.services import known_services
 
     name = {str(each): name for each, name in config.routing.items()}.get(kind)
     if name is None:

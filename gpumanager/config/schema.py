@@ -239,6 +239,13 @@ class EventsConfig(Model):
     """So many rotated ones are kept."""
 
 
+class SetupConfig(Model):
+    """What `gpumanager setup` does not do here."""
+
+    ignore: tuple[Annotated[StrictInt, Field(ge=1, le=65535)], ...] = ()
+    """Ports of servers that it neither asks nor adds."""
+
+
 class Config(Model):
     """The broker."""
 
@@ -281,6 +288,8 @@ class Config(Model):
     """Logs."""
     events: EventsConfig = EventsConfig()
     """Events."""
+    setup: SetupConfig = SetupConfig()
+    """For `gpumanager setup`."""
 
     @property
     def host(self) -> str:

@@ -17,14 +17,20 @@ LARGEST_ANSWER = 1024 * 1024
 
 
 class NoAnswer(Exception):
-    """Nobody is there, or nobody who speaks HTTP, or not in time."""
+    """Nobody is there, or nobody who speaks HTTP, or, with `in_time` False, not yet."""
+
+    def __init__(self, message: str, *, in_time: bool) -> None:
+        super().__init__(message)
+        self.in_time = in_time
 
 
 class Asker:
-    """Asks one server. To be used in a `with`."""
+    """Asks one server. `server` is what its last answer's Server header says. To be used in a
+    `with`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.server = ""
         self._session = requests.Session()
         self._session.trust_env = False
 
@@ -39,9 +45,10 @@ class Asker:
                     body += piece
                     if len(body) >= LARGEST_ANSWER or time.monotonic() > deadline:
                         break
+                self.server = answer.headers.get("Server", "")
                 return answer.status_code, bytes(body[:LARGEST_ANSWER])
         except requests.RequestException as error:
-            raise NoAnswer(str(error)) from None
+            raise NoAnswer(str(error), in_time=not isinstance(error, requests.Timeout)) from None
 
     def __enter__(self) -> Self:
         return self

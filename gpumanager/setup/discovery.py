@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
-from http import HTTPStatus
-from importlib.resources import files
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import jmespath
-import yaml
-from jmespath.exceptions import JMESPathError
-
-from gpumanager.config import Kind
 from gpumanager.processes import ProcessTable, SystemProcesses
-from gpumanager.setup import DEMO_ROOT
-from gpumanager.setup.asking import Asker, NoAnswer
-from gpumanager.setup.brokers import RunningBroker, identified
+from gpumanager.setup.brokers import RunningBroker
+from gpumanager.setup.services import Identity, Service, identify, known_services
 
 ASKERS = 16
 MOST_PORTS = 400
@@ -28,44 +18,6 @@ _PRIVILEGED = 1024
 """Below it are ssh, printers and the like, but for the web's own ports."""
 
 _WEB = frozenset({80, 443})
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A kind of server that setup knows; see services.yaml."""
-
-    service: str
-    kind: Kind
-    port: int
-    ask: str
-    text: str | None = None
-    expr: str | None = None
-    resident_mib: str | None = None
-    preset: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    job: Mapping[str, Any] | None = None
-
-    def is_it(self, answer: bytes) -> bool:
-        """Whether what was answered to `ask` is one's of this kind."""
-        text = answer.decode(errors="replace")
-        if self.text is not None:
-            return re.search(self.text, text) is not None
-        return bool(_search(self.expr or "", text))
-
-    def reported_mib(self, answer: bytes) -> int | None:
-        """What it says in its answer that it holds, where `resident_mib` tells how to see it."""
-        if self.resident_mib is None:
-            return None
-        found = _search(self.resident_mib, answer.decode(errors="replace"))
-        return int(found) if isinstance(found, int | float) else None
-
-
-def _search(expression: str, text: str) -> Any:
-    """A JMESPath expression's value for JSON; None if it has none, or the text is no JSON."""
-    try:
-        return jmespath.search(expression, json.loads(text))
-    except (JMESPathError, ValueError, RecursionError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +45,30 @@ class Found:
         return _url(self.port)
 
 
-@cache
-def known_services() -> tuple[Service, ...]:
-    """All of services.yaml, in its order."""
-    rows = yaml.safe_load(files("gpumanager.setup").joinpath("services.yaml").read_text("utf-8"))
-    return tuple(Service(**row) for row in rows)
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A server that is not known. `program` is the name of its process, as far as it may be seen;
+    `hint` is what it says of itself: its page's title, or its Server header."""
+
+    port: int
+    program: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        about = ", ".join(part for part in (self.program, self.hint) if part)
+        return f"port {self.port}" + (f" ({about})" if about else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Discovered:
-    """What answers on this machine: servers, in services.yaml's order, then by port; and our own,
-    which are no consumers: brokers, and the ports of demos' speech services."""
+    """What answers on this machine: servers, in services.yaml's order, then by port; our own,
+    which are no consumers: brokers, and the ports of demos' speech services; and those who speak
+    HTTP and are not known."""
 
     servers: tuple[Found, ...] = ()
     brokers: tuple[RunningBroker, ...] = ()
     demos: tuple[int, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
 
 
 def discover(
@@ -124,65 +85,39 @@ def discover(
     """
     table = SystemProcesses() if table is None else table
     listeners = table.listeners()
-    ports = sorted(set(only) if only is not None else _candidates(table) - set(skip))
+    ports = sorted((set(only) if only is not None else _candidates(table)) - set(skip))
     with ThreadPoolExecutor(ASKERS, "setup-ask") as askers:
-        answers = list(zip(ports, askers.map(_identify, ports), strict=True))
-    found = []
-    for port, answer in answers:
-        if answer.service is None:
-            continue
-        service, reported_mib = answer.service, answer.reported_mib
+        answers = dict(zip(ports, askers.map(_identify, ports), strict=True))
+    found, unknown = [], []
+    for port, answer in answers.items():
         pids = tuple(
             sorted({pid for (_, at), own in listeners.items() if at == port for pid in own})
         )
-        mib = _mib(pids, held_mib, table)
-        mib = reported_mib if mib is None else mib
-        found.append(Found(service, port, pids, _manager(pids, table), mib))
+        if answer.service is not None:
+            mib = _mib(pids, held_mib, table)
+            mib = answer.reported_mib if mib is None else mib
+            found.append(Found(answer.service, port, pids, _manager(pids, table), mib))
+        elif answer.speaks_http:
+            unknown.append(Unknown(port, table.name(pids[0]) if pids else "", answer.hint))
     # The first of a kind gets its route: which that is, services.yaml says, not the port.
-    found.sort(key=lambda each: (known_services().index(each.service), each.port))
+    order = {service.service: number for number, service in enumerate(known_services())}
+    found.sort(key=lambda each: (order[each.service.service], each.port))
     return Discovered(
         servers=tuple(found),
-        brokers=tuple(answer.broker for _, answer in answers if answer.broker is not None),
-        demos=tuple(port for port, answer in answers if answer.is_demo),
+        brokers=tuple(answer.broker for answer in answers.values() if answer.broker is not None),
+        demos=tuple(port for port, answer in answers.items() if answer.is_demo),
+        unknown=tuple(unknown),
     )
+
+
+def _identify(port: int) -> Identity:
+    return identify(_url(port), port)
 
 
 def _candidates(table: ProcessTable) -> set[int]:
     """Ports that are listened on here, and the usual ones, for where that cannot be listed."""
     worth = {port for port in table.ports() if port >= _PRIVILEGED or port in _WEB}
     return {service.port for service in known_services()} | set(sorted(worth)[:MOST_PORTS])
-
-
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """Who answers at a port: at most one of a known server, a broker, a demo's speech service.
-    `reported_mib`: what a server says it holds, if it does."""
-
-    service: Service | None = None
-    reported_mib: int | None = None
-    broker: RunningBroker | None = None
-    is_demo: bool = False
-
-
-def _identify(port: int) -> _Identity:
-    """Who listens on a port; every path is asked once."""
-    answers: dict[str, tuple[int, bytes]] = {}
-    with Asker(_url(port)) as asker:
-        try:
-            status, root = answers["/"] = asker.get("/")
-            if (broker := identified(_url(port), port, status, root, None)) is not None:
-                return _Identity(broker=broker)
-            if root.startswith(DEMO_ROOT.encode()):
-                return _Identity(is_demo=True)
-            for service in known_services():
-                if service.ask not in answers:
-                    answers[service.ask] = asker.get(service.ask)
-                status, answer = answers[service.ask]
-                if status == HTTPStatus.OK and service.is_it(answer):
-                    return _Identity(service, service.reported_mib(answer))
-        except NoAnswer:
-            pass
-    return _Identity()
 
 
 def _url(port: int) -> str:

