@@ -1,4 +1,5 @@
-"""Does anybody run out of memory? 2,000 mixed jobs over five consumers that never all fit.
+"""Does anybody run out of memory, or is refused what would have fitted? Mixed jobs over five
+consumers that never all fit.
 
     python -m benchmarks.vram [--jobs 2000] [--seed N] [--modes clean,laggy,...]
 
@@ -8,13 +9,22 @@ whose models take memory of a simulated card; the broker is `waitress-serve wsgi
 - clean: declarations are right, a release is immediate.
 - laggy: freed memory shows as free 0.3 s later.
 - totals: as laggy, and the card gives no figures per process.
-- leaking: one consumer gives nothing back when it unloads; its next rung restarts it.
+- leaking: one consumer gives nothing back when it unloads; its next eviction method restarts it.
 - foreign: a process of nobody's takes and frees up to a fifth of the card, all the time.
-- wrong: as totals, without the lag, and every declaration is 40 % too low; once with healing, once
-  with `retry: false`.
+- two-steps: a fifth of what is freed comes back at once, the rest 1.2 s later.
+- late: freed memory shows as free 12 s later (a fiftieth of the jobs).
+- beside: somebody uses ComfyUI and the speech server directly, now for a second, now for three.
+- desktop: a desktop holds 600 MiB, all the time.
+- oversize: one in forty jobs of the speech server needs 9,000 MiB, which fits when nobody else is
+  there, and one in forty 14,000 MiB, which never does.
+- blind: every few seconds the card does not answer for half a second.
+- high: one consumer declares three times what it needs.
+- wrong, wrong-not-healed: as totals, without the lag, and every declaration is 40 % too low; with
+  healing, and with `retry: false`.
 
-Prints its figures as JSON, and exits with 1 if anybody ran out of memory through the broker where
-nobody should. Loops are bounded in count and time.
+Prints its figures as JSON, and exits with 1 if any job failed or was refused, for want of memory or
+else, that would have fitted (in the last two modes that is expected; one that asks for more than
+the card has may be told so). Loops are bounded in count and time.
 """
 
 from __future__ import annotations
@@ -29,10 +39,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +64,48 @@ BODIES: dict[str, Any] = {
     "comfyui": {"prompt": {"1": {"class_type": "KSampler"}}},
 }
 CLIENTS = 8
+DESKTOP_MIB = 600
 LONGEST_S = 1200.0
-MODES = ("clean", "laggy", "totals", "leaking", "foreign", "wrong", "wrong, not healed")
 DECLARED_SHARE = 0.6
 """Of what it really needs, in the modes that are wrong."""
+
+OVERSIZE = {39: 9_000, 19: 14_000}
+"""MiB of one in forty jobs, by the rest of its number."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is wrong: how the card behaves (as `SimulatedCard.misbehave` has it), by how much each
+    consumer's declaration is off, and what goes on beside the broker."""
+
+    card: dict[str, Any] = field(default_factory=dict)
+    declared: dict[str, float] = field(default_factory=dict)
+    retry: bool = True
+    jobs_share: float = 1.0
+    release_timeout: float = 10.0
+    expected: bool = False
+    """Whether jobs may run out of memory, or be refused."""
+
+
+_WRONG = dict.fromkeys(NEEDS, DECLARED_SHARE)
+MODES = {
+    "clean": Mode(release_timeout=3),
+    "laggy": Mode({"release_lag_s": 0.3}, release_timeout=3),
+    "totals": Mode({"release_lag_s": 0.3, "per_process": False}, release_timeout=3),
+    "leaking": Mode(release_timeout=3),
+    "foreign": Mode(release_timeout=3),
+    "two-steps": Mode({"release_lag_s": 1.2, "prompt_share": 0.2}, jobs_share=0.2),
+    "late": Mode({"release_lag_s": 12.0}, jobs_share=0.02),
+    "beside": Mode(),
+    "desktop": Mode(),
+    "oversize": Mode(),
+    "blind": Mode(),
+    "high": Mode(declared={"whisper": 3.0}),
+    "wrong": Mode({"per_process": False}, _WRONG, release_timeout=3, expected=True),
+    "wrong-not-healed": Mode(
+        {"per_process": False}, _WRONG, retry=False, release_timeout=3, expected=True
+    ),
+}
 
 
 @dataclass
@@ -67,43 +116,46 @@ class Tally:
     out_of_memory: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, answer: requests.Response) -> None:
-        word = str(answer.status_code)
+    def count(self, answer: requests.Response, label: str = "") -> None:
+        """Take in an answer; with a label, of a job that is expected to fail."""
+        word = label + str(answer.status_code)
         body = answer.text
         if answer.status_code == 503:
             word += " " + str(answer.json().get("error"))
         with self.lock:
             self.statuses[word] += 1
-            if answer.status_code >= 500 and "out of memory" in body.lower():
+            if not label and answer.status_code >= 500 and "out of memory" in body.lower():
                 self.out_of_memory += 1
 
 
-def run(mode: str, jobs: int, seed: int) -> dict[str, Any]:
+def run(name: str, jobs: int, seed: int) -> dict[str, Any]:
     """One mode; its figures."""
+    mode = MODES[name]
+    jobs = max(1, round(jobs * mode.jobs_share))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         card = SimulatedCard.create(folder / "card.json", CARD_MIB)
-        config = _config(stack, card, mode)
-        if mode in ("laggy", "totals"):
-            card.misbehave(release_lag_s=0.3)
-        if mode == "totals" or mode.startswith("wrong"):
-            card.misbehave(per_process=False)
+        if name == "desktop":
+            card.allocate("desktop", DESKTOP_MIB)
+        config = _config(stack, card, name)
+        card.misbehave(**mode.card)
         broker = stack.enter_context(serving(config))
         tally = Tally()
         began = time.monotonic()
-        if mode == "leaking":
+        if name == "leaking":
             card.misbehave(leaks={"voice": 1.0})
-        if mode == "foreign":
-            stack.enter_context(_foreigner(card, seed))
-        _send_all(broker, _mixed(jobs, seed), tally, began)
+        beside = _BESIDE.get(name)
+        if beside is not None:
+            stack.enter_context(
+                _going_on(partial(beside, World(card, config, random.Random(seed))))
+            )
+        _send_all(broker, _mixed(jobs, seed), tally, began, oversize=name == "oversize")
         broker.await_idle()
         took = time.monotonic() - began
-        return _figures(mode, jobs, broker, tally, took)
+        return _figures(name, jobs, broker, tally, took)
 
 
 def _config(stack: ExitStack, card: SimulatedCard, mode: str) -> dict[str, Any]:
-    share = DECLARED_SHARE if mode.startswith("wrong") else 1.0
-    oom = {"retry": mode != "wrong, not healed"}
     consumers: dict[str, Any] = {}
     for name, kind in FAKES.items():
         if name == "voice" and mode == "leaking":
@@ -126,10 +178,13 @@ def _config(stack: ExitStack, card: SimulatedCard, mode: str) -> dict[str, Any]:
     fake = stack.enter_context(fake_server("vllm", card.path, "vllm", NEEDS["vllm"]))
     consumers["vllm"] = {"preset": "vllm", "url": fake.url}
     for name, consumer in consumers.items():
-        consumer["vram_resident_mib"] = round(NEEDS[name] * share)
-        consumer["oom"] = oom
+        consumer["vram_resident_mib"] = round(NEEDS[name] * MODES[mode].declared.get(name, 1.0))
+        consumer["oom"] = {"retry": MODES[mode].retry}
     return {
-        "gpu": {"device": f"simulated:{card.path}", "release_timeout": 3},
+        "gpu": {
+            "device": f"simulated:{card.path}",
+            "release_timeout": MODES[mode].release_timeout,
+        },
         "health_interval": 1,
         "routing": {kind: name for name, kind in KINDS.items()},
         "log": {"format": "json"},
@@ -138,15 +193,15 @@ def _config(stack: ExitStack, card: SimulatedCard, mode: str) -> dict[str, Any]:
 
 
 def _restartable(stack: ExitStack, card: SimulatedCard, name: str) -> dict[str, Any]:
-    """A consumer whose next rung ends it, and starts it again."""
+    """A consumer whose next eviction method ends it, and starts it again."""
     port = free_port()
     start = [*command("plain", card.path, name, NEEDS[name], port), "detached"]
     first = subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True)
     stack.callback(_end_all, start)
     stack.callback(first.wait, 10)
     stack.callback(first.kill)
-    rung = {"signal": "TERM", "grace": 3, "start": start}
-    return {"url": f"http://127.0.0.1:{port}", "evict": ["http", rung]}
+    restart = {"signal": "TERM", "grace": 3, "start": start}
+    return {"url": f"http://127.0.0.1:{port}", "evict": ["http", restart]}
 
 
 def _end_all(start: list[str]) -> None:
@@ -159,43 +214,92 @@ def _mixed(jobs: int, seed: int) -> list[str]:
     return random.Random(seed).choices([*FAKES, "vllm"], weights=[4, 4, 4, 4, 1], k=jobs)
 
 
-def _send_all(broker: Broker, names: list[str], tally: Tally, began: float) -> None:
-    def send(name: str) -> None:
+def _send_all(
+    broker: Broker, names: list[str], tally: Tally, began: float, *, oversize: bool
+) -> None:
+    def send(job: tuple[int, str]) -> None:
+        number, name = job
         if time.monotonic() - began > LONGEST_S:
             return
         path = f"/v1/{KINDS[name]}" if name in KINDS else f"/v1/consumers/{name}/load"
+        body, label = BODIES.get(name, {}), ""
+        mib = OVERSIZE.get(number % 40) if oversize and name == "voice" else None
+        if mib is not None:
+            body, label = {"needs": mib}, f"{mib} MiB: " if mib > CARD_MIB else ""
         with requests.Session() as session:
             session.trust_env = False
             url = f"http://127.0.0.1:{broker.port}{path}"
-            tally.count(session.post(url, json=BODIES.get(name, {}), timeout=300))
+            tally.count(session.post(url, json=body, timeout=300), label)
 
     with ThreadPoolExecutor(CLIENTS) as clients:
-        list(clients.map(send, names))
+        list(clients.map(send, enumerate(names)))
+
+
+# -- what goes on beside the broker ---------------------------------------------------------------
+
+Stop = threading.Event
+"""Set when the clients are done; its `wait` is how those beside the broker pass the time."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What those beside the broker have to do with."""
+
+    card: SimulatedCard
+    config: dict[str, Any]
+    chance: random.Random
+
+
+def _game(world: World, stop: Stop) -> None:
+    """A process of nobody's takes memory, and frees it again."""
+    while not stop.wait(world.chance.uniform(0.05, 0.5)):
+        try:
+            world.card.allocate("game", world.chance.randint(100, CARD_MIB // 5))
+        except OutOfMemory:
+            continue
+        stop.wait(world.chance.uniform(0.05, 0.5))
+        world.card.free("game")
+
+
+def _another_user(world: World, stop: Stop) -> None:
+    """Somebody asks a server directly, as from its own page."""
+    with requests.Session() as session:
+        session.trust_env = False
+        while not stop.wait(world.chance.uniform(0.5, 3.0)):
+            seconds = world.chance.choice([1.0, 3.0])
+            name, path, body = world.chance.choice(
+                [
+                    ("comfyui", "/prompt", {"prompt": {"1": {"seconds": seconds}}}),
+                    ("voice", "/job", {}),
+                ]
+            )
+            session.post(world.config["consumers"][name]["url"] + path, json=body, timeout=60)
+
+
+def _blinking(world: World, stop: Stop) -> None:
+    """The card does not answer for a while, now and then."""
+    while not stop.wait(world.chance.uniform(1.0, 4.0)):
+        world.card.misbehave(blind_s=0.5)
+
+
+_BESIDE: dict[str, Callable[[World, Stop], None]] = {
+    "foreign": _game,
+    "beside": _another_user,
+    "blind": _blinking,
+}
 
 
 @contextmanager
-def _foreigner(card: SimulatedCard, seed: int) -> Iterator[None]:
-    """This process takes memory and frees it again, until the block is left."""
-    stop = threading.Event()
-    chance = random.Random(seed)
-
-    def come_and_go() -> None:
-        while not stop.wait(chance.uniform(0.05, 0.5)):
-            try:
-                card.allocate("game", chance.randint(100, CARD_MIB // 5))
-            except OutOfMemory:
-                continue
-            stop.wait(chance.uniform(0.05, 0.5))
-            card.free("game")
-        card.free("game")
-
-    thread = threading.Thread(target=come_and_go, name="foreigner", daemon=True)
+def _going_on(act: Callable[[Stop], None]) -> Iterator[None]:
+    """Have it go on until the block is left."""
+    stop = Stop()
+    thread = threading.Thread(target=act, args=(stop,), name="beside", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join(5)
+        thread.join(30)
 
 
 def _figures(mode: str, jobs: int, broker: Broker, tally: Tally, took: float) -> dict[str, Any]:
@@ -207,6 +311,12 @@ def _figures(mode: str, jobs: int, broker: Broker, tally: Tally, took: float) ->
         "jobs": jobs,
         "answers": dict(tally.statuses),
         "out_of_memory_seen_by_clients": tally.out_of_memory,
+        "refused": tally.statuses["503 insufficient_vram"],
+        "failed_otherwise": sum(
+            count
+            for word, count in tally.statuses.items()
+            if word not in ("200", "503 insufficient_vram") and "MiB" not in word
+        ),
         # ComfyUI's come after its answer; they are in here, and cannot be healed.
         "out_of_memory_seen_by_the_broker": failures["seen"],
         "healed": failures["healed"],
@@ -218,18 +328,32 @@ def _figures(mode: str, jobs: int, broker: Broker, tally: Tally, took: float) ->
     }
 
 
+def modes(text: str) -> list[str]:
+    """The modes named in `text`, separated by commas. Raises argparse.ArgumentTypeError."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODES:
+            known = ", ".join(MODES)
+            raise argparse.ArgumentTypeError(f"there is no mode {name!r}; known: {known}")
+    return names
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--modes", default=";".join(MODES), help="separated by ;")
+    parser.add_argument(
+        "--modes", type=modes, default=list(MODES), metavar="A,B", help="default: all of them"
+    )
     options = parser.parse_args()
     broken = False
-    for mode in options.modes.split(";"):
-        figures = run(mode, options.jobs, options.seed)
+    for name in options.modes:
+        figures = run(name, options.jobs, options.seed)
         print(json.dumps(figures), flush=True)
-        if not mode.startswith("wrong"):
-            broken |= figures["out_of_memory_seen_by_clients"] > 0
+        if not MODES[name].expected:
+            broken |= figures["refused"] > 0 or figures["failed_otherwise"] > 0
     return int(broken)
 
 

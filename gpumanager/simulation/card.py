@@ -74,6 +74,8 @@ class _State:
     release_lag_s: float
     per_process: bool = True
     leaks: dict[str, float] = field(default_factory=dict)
+    prompt_share: float = 0.0
+    blind_until: float = 0.0
     blocks: tuple[_Block, ...] = ()
     releasing: tuple[_Releasing, ...] = ()
 
@@ -120,9 +122,14 @@ class SimulatedCard:
         release_lag_s: float | None = None,
         leaks: Mapping[str, float] | None = None,
         per_process: bool | None = None,
+        prompt_share: float | None = None,
+        blind_s: float | None = None,
     ) -> None:
         """Change how the card behaves from now on; what is None stays.
 
+        `prompt_share` (0 to 1) of what is freed comes back at once, and only the rest after
+        `release_lag_s`. For `blind_s` seconds the card does not tell who is on it (`view` raises
+        CardLost), as when a driver's call fails; all else goes on.
         `leaks` gives, by owner, the share (0 to 1) of what it frees that stays taken until its
         process ends; with `per_process` False nobody can tell which process holds what, as on
         WSL2 or in a container without the host's processes.
@@ -135,6 +142,10 @@ class SimulatedCard:
                 state = replace(state, leaks=dict(leaks))
             if per_process is not None:
                 state = replace(state, per_process=per_process)
+            if prompt_share is not None:
+                state = replace(state, prompt_share=prompt_share)
+            if blind_s is not None:
+                state = replace(state, blind_until=self._monotonic() + blind_s)
             self._write(state)
 
     def allocate(self, owner: str, mib: int) -> None:
@@ -175,9 +186,10 @@ class SimulatedCard:
             if lost:
                 blocks.append(_Block(owner, pid, born, lost, leaked=True))
             releasing = list(state.releasing)
-            if state.release_lag_s and back > lost:
+            late = round((back - lost) * (1 - state.prompt_share))
+            if state.release_lag_s and late > 0:
                 until = self._monotonic() + state.release_lag_s
-                releasing.append(_Releasing(pid, born, back - lost, until))
+                releasing.append(_Releasing(pid, born, late, until))
             self._write(replace(state, blocks=tuple(blocks), releasing=tuple(releasing)))
         return back - lost
 
@@ -193,8 +205,10 @@ class SimulatedCard:
 
     def view(self) -> tuple[CardMemory, dict[int, int] | None]:
         """The memory, and the MiB of each process by pid, as of one moment; None for the latter
-        where the card does not tell."""
+        where the card does not tell. Raises CardLost while the card is blind."""
         state = self._read()
+        if self._monotonic() < state.blind_until:
+            raise CardLost("the simulated card does not answer")
         if not state.per_process:
             return state.memory(), None
         held: dict[int, int] = {}
@@ -226,7 +240,12 @@ class SimulatedCard:
             ]
             leaks = {str(owner): float(share) for owner, share in raw["leaks"].items()}
             state = _State(
-                int(raw["total_mib"]), float(raw["release_lag_s"]), bool(raw["per_process"]), leaks
+                int(raw["total_mib"]),
+                float(raw["release_lag_s"]),
+                bool(raw["per_process"]),
+                leaks,
+                float(raw["prompt_share"]),
+                float(raw["blind_until"]),
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise CardLost(f"no simulated card in {self.path}: {error}") from error

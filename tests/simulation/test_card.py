@@ -325,3 +325,28 @@ def test_a_card_may_keep_its_processes_to_itself(card: SimulatedCard) -> None:
     assert card.view() == (CardMemory(8192, 1000, 7192), None)
     card.misbehave(per_process=True, release_lag_s=0.0)
     assert card.view()[1] == {os.getpid(): 1000}
+
+
+def test_a_release_in_two_steps(path: Path) -> None:
+    now = 50.0
+    card = SimulatedCard(path, monotonic=lambda: now)
+    SimulatedCard.create(path, 8192, release_lag_s=1.2)
+    card.misbehave(prompt_share=0.2)
+    card.allocate("tts", 1000)
+    assert card.free("tts") == 1000
+    assert card.view() == (CardMemory(8192, 800, 7392), {os.getpid(): 800})
+    now += 1.3
+    assert card.memory().used_mib == 0
+
+
+def test_a_blind_card_goes_on_but_does_not_tell(path: Path) -> None:
+    now = 50.0
+    SimulatedCard.create(path, 8192)
+    card = SimulatedCard(path, monotonic=lambda: now)
+    card.misbehave(blind_s=0.5)
+    card.allocate("tts", 1000)
+    with pytest.raises(CardLost, match="does not answer"):
+        card.view()
+    assert card.memory().used_mib == 1000
+    now += 0.6
+    assert card.view()[1] == {os.getpid(): 1000}

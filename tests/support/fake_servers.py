@@ -71,7 +71,8 @@ class Plain(Fake):
     [share, seconds]` it gives that share back at once, and the rest so much later; with `answer:
     [status, body]` it answers every job so, and does nothing. `suspended` is what a checkpoint of
     the driver does to it: its memory is elsewhere, its jobs stand still, and /health goes on
-    answering."""
+    answering. A job with `needs` takes so many MiB for itself, and gives back what is more than
+    usual."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -112,14 +113,19 @@ class Plain(Fake):
                     threading.Timer(seconds, self.card.free, (self.name,)).start()
                 self.held = 0
                 return 200, {"loaded": False}
+            more = (body or {}).get("needs", 0) - self.needs
             try:
                 if self.needs > self.held:
                     self.card.allocate(self.name, self.needs - self.held)
                     self.held = self.needs
                     self.pause.wait(self.settings.get("load_s", 0.0))
+                if more > 0:
+                    self.card.allocate(self.name, more)
             except OutOfMemory as error:
                 return 500, {"error": f"CUDA out of memory. {error}"}
             self.work()
+            if more > 0:
+                self.card.free(self.name, keep_mib=self.held)
             return 200, {"done_by": self.name}
 
 
@@ -189,8 +195,9 @@ class Ollama(Fake):
 
 
 class ComfyUI(Fake):
-    """/prompt answers at once; one that was deleted while it was pending never enters the history;
-    /free answers an empty 200 and only sets a flag."""
+    """/prompt answers at once, and a node may say how many `seconds` it takes; one that was deleted
+    while it was pending never enters the history; /free answers an empty 200 and only sets a
+    flag."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -267,7 +274,9 @@ class ComfyUI(Fake):
         except OutOfMemory as error:
             messages = [["execution_error", {"exception_message": f"Allocation on device {error}"}]]
             return {"outputs": {}, "status": {"status_str": "error", "messages": messages}}
-        word = "error" if self.interrupted.wait(self.job_s) else "success"
+        nodes = self.running[2] if self.running else {}
+        node: dict[str, Any] = next(iter(nodes.values()), {})
+        word = "error" if self.interrupted.wait(node.get("seconds", self.job_s)) else "success"
         images = [{"filename": "it_00001_.png", "subfolder": "", "type": "output"}]
         outputs = {"9": {"images": images}} if word == "success" else {}
         return {"outputs": outputs, "status": {"status_str": word, "completed": word == "success"}}
