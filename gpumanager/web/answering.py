@@ -4,13 +4,14 @@ calls, and never on a thread that waits for a slow reader."""
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
-from gpumanager.web.record import REFUSED, request_id
+from gpumanager.web.record import LOCAL_ADDRESS, REFUSED, request_id
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -70,12 +71,28 @@ class OneSendTask(WSGITask):
         request: Any = self.request
         if request.is_last:
             self.set_close_on_finish()
-        super().execute()
+        channel: Any = self.channel
+        try:
+            super().execute()
+        except OSError as error:
+            # What is to be sent is kept in files, too.
+            reason = f"it cannot be kept for its client: {error.strerror}"
+            log.error("answer truncated", extra={"reason": reason})  # says it all
+            channel.abandon()
+            raise
+        except BaseException:
+            # HTTP/1.0 has no chunks: there the end of the connection is the end of the answer,
+            # unless it is a reset.
+            if self.wrote_header and self.version == "1.0":
+                channel.end_with_reset()
+            raise
 
     def get_environment(self) -> WSGIEnvironment:
-        """As waitress's, and why the request was refused, if it was."""
+        """As waitress's, with what a WSGI server need not tell."""
         request: Any = self.request
         environ = super().get_environment()
+        channel: Any = self.channel
+        environ[LOCAL_ADDRESS] = channel.local_address
         if request.refused is not None:
             environ[REFUSED] = request.refused
         return environ
@@ -106,6 +123,14 @@ class OneSendTask(WSGITask):
         super().finish()
 
     def _hand_over(self, rest: Remainder) -> None:
+        try:
+            self._leave_to_main_loop(rest)
+        except BaseException:
+            with suppress(OSError):
+                rest.file.close()
+            raise
+
+    def _leave_to_main_loop(self, rest: Remainder) -> None:
         if not self.wrote_header:
             super().write(b"")
         size, end = len(rest), b""

@@ -15,6 +15,7 @@ from waitress.channel import HTTPChannel
 from gpumanager.errors import BrokerError
 from gpumanager.web.answering import JsonErrorTask, OneSendTask
 from gpumanager.web.parsing import StrictRequestParser
+from gpumanager.web.record import LOCAL_ADDRESS
 
 LEAST_RATE = 1024
 """Bytes a second that a client has to take of an answer that is ready, and to give of a body, on
@@ -40,12 +41,6 @@ ADMIT = "gpumanager.admit"
 called with a WSGI environ of the head alone; raises BrokerError."""
 
 _WITH_RESET = struct.pack("ii", 1, 0)
-
-
-def close_with_reset(sock: Any) -> None:
-    """Have `sock` end with a reset, so that nobody takes its end for the end of an answer."""
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _WITH_RESET)
 
 
 class Connection(HTTPChannel):
@@ -74,8 +69,10 @@ class Connection(HTTPChannel):
         self._unchanged_since = now
         self._head_since: float | None = now
         self._parser: StrictRequestParser | None = None
+        self._abandoned = False
         self._deaf = False
         self._linger_until: float | None = None
+        self.local_address = _address(self.socket)
         self._make_way()
 
     def parser_class(self, adj: Adjustments) -> StrictRequestParser:  # type: ignore[override]
@@ -148,8 +145,8 @@ class Connection(HTTPChannel):
 
     def handle_close(self) -> None:
         """Close it; with a reset, if not all of an answer was sent."""
-        if self.total_outbufs_len and self.socket is not None:
-            close_with_reset(self.socket)
+        if self.total_outbufs_len:
+            self.end_with_reset()
         super().handle_close()
 
     def _look(self, now: float) -> None:
@@ -192,6 +189,7 @@ class Connection(HTTPChannel):
             ask(
                 {
                     "REMOTE_ADDR": self.addr[0],
+                    LOCAL_ADDRESS: self.local_address,
                     "REQUEST_METHOD": head.command,
                     "PATH_INFO": head.path,
                     **{f"HTTP_{name}": value for name, value in head.headers.items()},
@@ -217,6 +215,17 @@ class Connection(HTTPChannel):
         return self._in_body or bool(self.total_outbufs_len), self._unchanged_since
 
     # -- any thread ------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """Send nothing more, and have it end with a reset: what was to be sent is not whole."""
+        self._abandoned = True
+        self.end_with_reset()
+
+    def end_with_reset(self) -> None:
+        """Have it end with a reset, so that nobody takes its end for the end of an answer."""
+        sock: Any = self.socket
+        with suppress(OSError, AttributeError):  # it is closed already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _WITH_RESET)
 
     def check_client_disconnected(self) -> bool:  # type: ignore[override]  # its stub says None
         """Whether the client left. The main loop sees that when it reads, which it does not while
@@ -246,6 +255,8 @@ class Connection(HTTPChannel):
         return sent
 
     def _flush_some(self, do_close: bool = True) -> bool:
+        if self._abandoned:
+            raise ConnectionAbortedError("its answer is not whole")  # waitress closes it
         self._flushing = True
         try:
             return bool(super()._flush_some(do_close))  # type: ignore[misc]  # not in its stubs
@@ -253,6 +264,14 @@ class Connection(HTTPChannel):
             self._flushing = False
             if not self.total_outbufs_len:
                 self._taking.rest()
+
+
+def _address(sock: Any) -> str:
+    try:
+        name = sock.getsockname()
+    except OSError:
+        return ""  # it is gone already
+    return str(name[0]) if isinstance(name, tuple) else ""  # a Unix socket has none
 
 
 class _Pace:

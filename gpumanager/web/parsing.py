@@ -16,6 +16,8 @@ from waitress.utilities import BadRequest, Error
 
 from gpumanager.errors import BrokerError
 
+_FOLDED = re.compile(rb"\n[ \t]")
+_CODINGS = re.compile(rb"\ntransfer-encoding:([^\n]*)", re.IGNORECASE)
 _HOST_LINE = re.compile(rb"\nhost:", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?")
 """A host, maybe with a port (RFC 3986 without its comma, which is what joins two headers)."""
@@ -51,7 +53,8 @@ class TookTooLong(Error):
 
 class StrictRequestParser(HTTPRequestParser):
     """Waitress's parser, which also refuses a length beside a transfer coding, a transfer coding
-    in HTTP/1.0, and a request that does not say plainly which host it is for (RFC 9112, 3.2).
+    in HTTP/1.0 or one that is not just `chunked`, headers on several lines, and a request that
+    does not say plainly which host it is for (RFC 9112, 3.2).
 
     The authority of an absolute target takes the place of `Host`. Before any of a body is taken,
     `admit` is asked. It returns why not, if not; then the request ends here, without a body, and
@@ -91,11 +94,18 @@ class StrictRequestParser(HTTPRequestParser):
         self.completed = True
 
     def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
-        # Of a Transfer-Encoding that it honours waitress keeps `chunked` only.
-        if "TRANSFER_ENCODING" in self.headers:
+        if _FOLDED.search(header_plus):
+            raise ParsingError("a header on several lines")
+        try:
+            super().parse_header(header_plus)
+        except ValueError:  # half an IPv6 address; more digits than Python makes a number of
+            raise ParsingError("the target or Content-Length is malformed") from None
+        if "TRANSFER_ENCODING" in self.headers:  # in HTTP/1.1 waitress takes it out
             raise ParsingError("Transfer-Encoding in HTTP/1.0")
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
+        codings = _CODINGS.findall(header_plus)
+        if codings and [coding.strip(b" \t\r").lower() for coding in codings] != [b"chunked"]:
+            raise ParsingError("Transfer-Encoding must be chunked, once")
+        if codings and "CONTENT_LENGTH" in self.headers:
             raise ParsingError("Content-Length beside Transfer-Encoding")
         if self.chunked:
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))

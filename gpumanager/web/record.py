@@ -14,6 +14,9 @@ from gpumanager.keys import Role
 RECORD_KEY = "gpumanager.record"
 """Where the guard leaves the record in the WSGI environ."""
 
+LOCAL_ADDRESS = "gpumanager.local_address"
+"""Where the server leaves its own end's address: the client's, where that is on this machine."""
+
 REFUSED = "gpumanager.refused"
 """Where the server leaves the BrokerError for which it did not take a request's body."""
 

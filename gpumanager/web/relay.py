@@ -14,7 +14,7 @@ from gpumanager.errors import BrokerError, ClientGone
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
-from gpumanager.web.server import pending_output, reset_when_closed
+from gpumanager.web.server import pending_output
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -96,7 +96,6 @@ class RelayedBody:
         self._exchange = exchange
         self._on_end = on_end
         self._on_break = on_break
-        self._environ = environ
         self._finish_answer = finish_answer
         self._pending = pending_output(environ)
         self._chunks = self._relay()
@@ -153,7 +152,6 @@ class RelayedBody:
                     extra={"consumer": error.consumer, "reason": error.message},
                 )
             self._on_break(error)
-            reset_when_closed(self._environ)
             raise TruncatedAnswer(error) from error
         finally:
             if self._exchange.ended:

@@ -359,7 +359,8 @@ def _raw_path(prefix: str) -> str:
             raise errors.BadRequest("the path is percent-encoded too often")
     except UnicodeDecodeError:
         raise errors.BadRequest("the path is not UTF-8") from None
-    segments = decoded.replace("\\", "/").split("/")
+    # Some servers cut parameters off a segment first, as in `..;x`.
+    segments = {part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")}
     if not path.startswith(prefix) or not {".", ".."}.isdisjoint(segments):
         raise errors.BadRequest("the path leads out of the audio directory")
     if not decoded.isprintable():

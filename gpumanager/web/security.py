@@ -12,8 +12,10 @@ import hmac
 import ipaddress
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -22,7 +24,7 @@ from flask import Flask, Response, request
 from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
-from gpumanager.web.record import REFUSED, record_of
+from gpumanager.web.record import LOCAL_ADDRESS, REFUSED, record_of
 from gpumanager.web.roles import check_role
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ CREDENTIAL_HEADERS = frozenset({"HTTP_AUTHORIZATION", "HTTP_X_API_KEY"})
 @dataclass(frozen=True, slots=True)
 class _Known:
     name: str
-    digest: bytes
+    digests: tuple[bytes, ...]
     max_queued: int | None
     role: Role
 
@@ -50,7 +52,7 @@ class Keyring:
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._keys = tuple(
-            _Known(k.name, _digest(k.secret), k.max_queued, k.role or "admin") for k in keys
+            _Known(k.name, _digests(k.secret), k.max_queued, k.role or "admin") for k in keys
         )
         self._lock = threading.Lock()
         self._queued: dict[str, int] = {}
@@ -67,8 +69,8 @@ class Keyring:
         shown = _credentials(environ)
         found: _Known | None = None
         for key in self._keys:
-            for secret in shown:
-                if hmac.compare_digest(key.digest, _digest(secret)):
+            for digest, secret in product(key.digests, shown):
+                if hmac.compare_digest(digest, secret):
                     found = key
         if found is None:
             message = "the key is not known" if shown else "a key is required"
@@ -141,18 +143,25 @@ def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
 
 
 def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:
-    """Refuse a client on this machine whose `Host` is neither a loopback name nor `allowed`
-    (host names without ports, lower case). Raises Forbidden."""
-    if not _is_loopback(environ.get("REMOTE_ADDR", "")):
+    """Refuse a client on this machine whose `Host` is neither a name or address of the machine
+    itself nor `allowed` (host names without ports, lower case). Raises Forbidden.
+
+    A client is on this machine if it comes from loopback, or from the very address that it came
+    to: a page can have its name resolve to the machine's address in the network, too.
+    """
+    client, own = environ.get("REMOTE_ADDR", ""), environ.get(LOCAL_ADDRESS)
+    loopback = _is_loopback(client)
+    if not loopback and client != own:
         return
     host = environ.get("HTTP_HOST")
     if host is None:
         return  # HTTP/1.0; a browser always sends one
     name = _host_name(host)
-    if name not in _LOCAL_NAMES and name not in allowed and not _is_loopback(name):
-        raise Forbidden(
-            "this Host is not served on loopback; add it to allowed_hosts if it should be"
-        )
+    if name in _LOCAL_NAMES or name in allowed or _is_loopback(name):
+        return
+    if not loopback and _same_address(name, client):
+        return
+    raise Forbidden("this Host is not served to clients on this machine; allowed_hosts can name it")
 
 
 def check_origin(environ: WSGIEnvironment) -> None:
@@ -167,18 +176,35 @@ def check_origin(environ: WSGIEnvironment) -> None:
         raise Forbidden("requests from pages of other origins are refused")
 
 
-def _credentials(environ: Mapping[str, str]) -> list[str]:
+def _credentials(environ: Mapping[str, str]) -> list[bytes]:
+    """Digests of the keys that are shown. The headers hold bytes, read as latin-1; what is blank
+    in them is a space or a tab, not all that Unicode takes for it."""
     shown = []
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        shown.append(token.strip())
-    if key := environ.get("HTTP_X_API_KEY", "").strip():
-        shown.append(key)
-    return shown
+    if scheme.lower() == "bearer":
+        shown.append(token.strip(" \t"))
+    shown.append(environ.get("HTTP_X_API_KEY", "").strip(" \t"))
+    return [_digest(key.encode("latin-1", "replace")) for key in shown if key]
 
 
-def _digest(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+def _same_address(name: str, address: str) -> bool:
+    try:
+        return ipaddress.ip_address(name) == ipaddress.ip_address(address)
+    except ValueError:
+        return False
+
+
+def _digests(secret: str) -> tuple[bytes, ...]:
+    """Of a key as clients send it: in UTF-8, or, as browsers and `requests` do where they can, in
+    latin-1. The same for most keys."""
+    forms = {secret.encode("utf-8", "surrogatepass")}
+    with suppress(UnicodeEncodeError):
+        forms.add(secret.encode("latin-1"))
+    return tuple(_digest(form) for form in forms)
+
+
+def _digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
 
 
 def _same_origin(origin: str, host: str) -> bool:

@@ -19,7 +19,7 @@ from waitress.server import BaseWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
 from gpumanager.config import Config
-from gpumanager.web.connection import Connection, close_with_reset
+from gpumanager.web.connection import Connection
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -94,14 +94,6 @@ def pending_output(environ: WSGIEnvironment) -> Callable[[], int]:
     if channel is None:
         return lambda: 0
     return lambda: int(channel.total_outbufs_len)
-
-
-def reset_when_closed(environ: WSGIEnvironment) -> None:
-    """Have the connection end with a reset where its end would otherwise pass for the end of
-    the answer: HTTP/1.0, which has no chunks."""
-    channel = _channel(environ)
-    if channel is not None and environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
-        close_with_reset(channel.socket)
 
 
 def _channel(environ: WSGIEnvironment) -> Any:

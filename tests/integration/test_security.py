@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
+from gpumanager.client import BrokerClient
+from gpumanager.errors import Forbidden
 from gpumanager.keys import ApiKey
+from gpumanager.web.record import LOCAL_ADDRESS
+from gpumanager.web.security import check_host
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome
@@ -106,6 +111,26 @@ def test_without_keys_the_clients_own_authorization_goes_through(
     assert consumer.requests[0].header("authorization") == "Bearer for-the-consumer"
 
 
+@pytest.mark.parametrize("key", ["clé-of-some-length", "ключ-of-some-length", "of-some-length-à"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("header", ["Authorization: Bearer ", "X-Api-Key:"])
+def test_a_key_may_have_any_letters(
+    consumer: ScriptedConsumer, key: str, encoding: str, header: str
+) -> None:
+    try:
+        sent = key.encode(encoding)
+    except UnicodeEncodeError:
+        return  # then no client sends it so
+    with (
+        live_broker(config_for(consumer.url), keys=[ApiKey("alice", key)]) as broker,
+        broker.raw() as client,
+    ):
+        line = header.encode() + sent
+        client.send(b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n")
+        assert client.answer().status == 200
+        assert BrokerClient(broker.url, key).get("/v1/queue") == {"line": []}
+
+
 def test_a_keys_limit_is_its_own(guarded: LiveBroker, consumer: ScriptedConsumer) -> None:
     release = threading.Event()
 
@@ -155,6 +180,53 @@ def test_a_name_that_was_made_to_resolve_to_loopback_is_refused(
     assert got.status == 403
     assert b'"forbidden"' in got.body
     assert consumer.requests == []
+
+
+LAN = "192.168.1.5"
+
+
+@pytest.mark.parametrize(
+    ("client", "own", "host", "served"),
+    [
+        # From the machine itself, over its address in the network.
+        (LAN, LAN, "evil.example", False),
+        (LAN, LAN, "evil.example:8770", False),
+        (LAN, LAN, "192.168.1.6", False),
+        (LAN, LAN, LAN, True),
+        (LAN, LAN, f"{LAN}:8770", True),
+        (LAN, LAN, "localhost", True),
+        (LAN, LAN, "gpu.example.org", True),
+        ("fd00::5", "fd00::5", "[fd00:0:0::5]:8770", True),
+        ("fd00::5", "fd00::5", "evil.example", False),
+        # From another one.
+        ("192.168.1.9", LAN, "box.lan", True),
+        # From loopback.
+        ("127.0.0.1", "127.0.0.1", LAN, False),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1", True),
+        # A server that does not tell its own address.
+        (LAN, None, "box.lan", True),
+    ],
+)
+def test_the_address_in_the_network_is_no_way_around_the_check_of_hosts(
+    client: str, own: str | None, host: str, served: bool
+) -> None:
+    environ = {"REMOTE_ADDR": client, LOCAL_ADDRESS: own, "HTTP_HOST": host}
+    refused = nullcontext() if served else pytest.raises(Forbidden, match="allowed_hosts")
+    with refused:
+        check_host(environ, frozenset({"gpu.example.org"}))
+
+
+def test_the_server_tells_its_own_address(
+    open_broker: LiveBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def note(environ: dict[str, str], _: object) -> None:
+        told.append(environ[LOCAL_ADDRESS])
+
+    monkeypatch.setattr("gpumanager.web.security.check_host", note)
+    assert open_broker.post("/v1/tts", data=b"{}").status_code == 200
+    assert told == ["127.0.0.1"] * 2  # before the body, and with it
 
 
 @pytest.mark.parametrize(
