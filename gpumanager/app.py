@@ -183,6 +183,7 @@ class Broker:
                     config,
                     places,
                     self.registry,
+                    self.learned,
                     self.scheduler,
                     room,
                     self.watcher,

@@ -65,6 +65,7 @@ class Figures:
     peak: Figure | None = None
     raised: Raised | None = None
     residue_mib: int | None = None
+    residue_at: float | None = None
     kept_mib: int | None = None
     load_s: Times | None = None
     unload_s: Times | None = None
@@ -76,6 +77,7 @@ class _Record:
     def __init__(self) -> None:
         self.footprint = Footprint()
         self.residue_mib: int | None = None
+        self.residue_at: float | None = None
         self.releasing: tuple[float, int] | None = None
         self.times = {name: deque[float](maxlen=REMEMBERED) for name in _TIMES}
 
@@ -94,6 +96,12 @@ class Learned:
         with self._lock:
             self._records.setdefault(name, _Record())
 
+    def forget(self, name: str) -> None:
+        """Forget all of one consumer: what is declared of it is all there is again."""
+        with self._lock:
+            self._records[name] = _Record()
+            self._changes += 1
+
     def figures(self, name: str) -> Figures:
         """What is known of one consumer."""
         with self._lock:
@@ -106,6 +114,7 @@ class Learned:
                 peak=record.footprint.peak,
                 raised=record.footprint.raised(self._now()),
                 residue_mib=record.residue_mib,
+                residue_at=record.residue_at,
                 kept_mib=record.residue_mib if record.releasing is None else record.releasing[1],
                 **times,
             )
@@ -167,7 +176,7 @@ class Learned:
             if until:
                 record.releasing = (until, kept_mib)
             if not until or kept_mib < (record.residue_mib or 0):
-                record.residue_mib = kept_mib
+                record.residue_mib, record.residue_at = kept_mib, self._now()
 
     def kept(self, name: str, mib: int, now: float) -> None:
         """Unloaded and at rest, it was seen to hold so much at `now`: what it keeps is at most
@@ -175,14 +184,15 @@ class Learned:
         with self._lock:
             record = self._records[name]
             if record.residue_mib is not None and mib < record.residue_mib:
-                record.residue_mib = mib
+                record.residue_mib, record.residue_at = mib, self._now()
                 self._changes += 1
             if record.releasing is not None:
                 until, at_most = record.releasing
                 if mib > at_most:  # somebody else has it load
                     record.releasing = None
                 elif now >= until:
-                    record.releasing, record.residue_mib = None, mib
+                    record.releasing = None
+                    record.residue_mib, record.residue_at = mib, self._now()
                     self._changes += 1
                 else:
                     record.releasing = (until, mib)
@@ -212,6 +222,7 @@ class Learned:
                 name: {
                     "footprint": record.footprint.as_data(),
                     "residue_mib": record.residue_mib,
+                    "residue_at": record.residue_at,
                     **{
                         each: [round(seconds, 4) for seconds in record.times[each]]
                         for each in _TIMES
@@ -231,6 +242,8 @@ class Learned:
                 record.footprint = Footprint.from_data(entry["footprint"], self._now())
             residue = entry["residue_mib"]
             record.residue_mib = None if residue is None else count(residue)
+            at = entry.get("residue_at")  # a newer key
+            record.residue_at = None if at is None else seconds(at)
             for each in _TIMES:
                 values = entry.get(each, ()) if each == "cold_s" else entry[each]  # a newer key
                 record.times[each].extend(seconds(value) for value in values)

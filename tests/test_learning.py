@@ -39,6 +39,16 @@ def test_what_jobs_that_went_well_held_is_learned() -> None:
     assert learned.needed("tts", Declared(2800, 4000)) == Figure(4000, "declared")
 
 
+def test_all_of_it_can_be_forgotten() -> None:
+    learned = filled()
+    learned.ran_out("tts", 9000)
+    changes = learned.changes
+    learned.forget("tts")
+    assert learned.changes > changes  # so that it is saved
+    assert learned.figures("tts") == Learned(["tts"]).figures("tts")
+    assert learned.figures("llm").residue_mib == 400
+
+
 def test_times_by_the_nearest_rank() -> None:
     learned = Learned(["tts"])
     for seconds in range(1, 21):

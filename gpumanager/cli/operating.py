@@ -82,6 +82,15 @@ def unload(broker: BrokerClient, consumer: str) -> None:
 
 
 @main.command()
+@click.argument("consumer")
+@asks_broker
+def forget(broker: BrokerClient, consumer: str) -> None:
+    """Forget what was learned of a CONSUMER: memory and times. They are learned anew."""
+    answer = broker.delete(f"/v1/consumers/{quote(consumer, safe='')}/learned")
+    click.echo(f"{consumer}: forgotten; room is made for {answer['needed']['mib']} MiB from now on")
+
+
+@main.command()
 @asks_broker
 def drain(broker: BrokerClient) -> None:
     """Have the broker refuse new jobs, finish the running one, and end."""

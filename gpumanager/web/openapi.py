@@ -71,6 +71,7 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
         "post": _move("Unload a consumer", "Unloaded", consumer)
     }
     paths["/v1/consumers/{consumer}/load"] = {"post": _move("Load a consumer", "Loaded", consumer)}
+    paths["/v1/consumers/{consumer}/learned"] = {"delete": _forget(consumer)}
     paths["/v1/consumers/{consumer}/pin"] = {
         "post": _pin("Never evict a consumer, nor unload it for being idle", consumer),
         "delete": _pin("Let a consumer be evicted again", consumer),
@@ -238,6 +239,17 @@ def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]
             "200": _json("It was done", _ref(schema)),
             **_errors([errors.NotFound, errors.ConsumerTimeout, *_JOB], forwarding=False),
         },
+    }
+
+
+def _forget(consumer: dict[str, Any]) -> dict[str, Any]:
+    needed = _object({"consumer": {"type": "string"}, "needed": _ref("Figure")})
+    return {
+        "summary": "Forget what was learned of a consumer",
+        "description": "What it needs, what it keeps after an unload and how long things take are "
+        f"learned anew. {_FOR_ADMINS}",
+        "parameters": [consumer],
+        "responses": {"200": _json("It was done", needed), **_errors([errors.NotFound])},
     }
 
 
@@ -485,6 +497,7 @@ def _schemas() -> dict[str, Any]:
                 "peak": _ref("Figure"),
                 "raised": _object({"mib": _COUNT, "at": _TIME, "jobs_left": _COUNT}),
                 "residue_mib": _COUNT,
+                "residue": _ref("Figure"),
                 **dict.fromkeys(("load_ms", "unload_ms", "run_ms"), times),
             },
         ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Kind
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
+from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
@@ -34,6 +35,7 @@ class Operations:
         config: Config,
         places: Places,
         registry: Registry,
+        learned: Learned,
         scheduler: Scheduler,
         moves: Moves,
         watcher: Watcher,
@@ -42,6 +44,7 @@ class Operations:
         self._config = config
         self._places = places
         self._registry = registry
+        self._learned = learned
         self._scheduler = scheduler
         self._moves = moves
         self._watcher = watcher
@@ -80,6 +83,15 @@ class Operations:
         place.give_up()
         log.info("pinned" if pinned else "unpinned", extra={"consumer": name})
         return {"consumer": name, "pinned": pinned}
+
+    def forget(self, name: str) -> dict[str, Any]:
+        """Forget what was learned of a consumer. Raises NotFound."""
+        place = self._place(name)
+        self._learned.forget(name)
+        needed = self._learned.needed(name, place.config.declared)
+        place.give_up()
+        log.info("forgotten", extra={"consumer": name})
+        return {"consumer": name, "needed": {"mib": needed.mib, "source": needed.source}}
 
     def plan(self, kind: Kind) -> dict[str, Any]:
         """What would happen to a job of `kind` that came now. Acts on nothing."""

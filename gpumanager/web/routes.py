@@ -261,6 +261,10 @@ def _operator_routes(app: Flask, services: Services) -> None:
     def load(name: str) -> Response:
         return json_response(operations.load(request.environ, name))
 
+    @app.delete("/v1/consumers/<name>/learned", provide_automatic_options=False)
+    def forget(name: str) -> Response:
+        return json_response(operations.forget(name))
+
     @app.post("/v1/consumers/<name>/pin", provide_automatic_options=False)
     def pin(name: str) -> Response:
         return json_response(operations.pin(name, True))

@@ -117,7 +117,7 @@ class Shortages:
                 "out of memory not believed",
                 extra={
                     "consumer": name,
-                    "room_mib": shortage.room_mib,
+                    "room_was_mib": shortage.room_mib,
                     "needed_mib": shortage.needed_mib,
                 },
             )
@@ -128,7 +128,7 @@ class Shortages:
             "out of memory",
             extra={
                 "consumer": name,
-                "room_mib": shortage.room_mib,
+                "room_was_mib": shortage.room_mib,
                 "needed_mib": shortage.needed_mib,
             },
         )

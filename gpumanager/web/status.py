@@ -245,6 +245,7 @@ def _learned(figures: Figures, needed: Figure) -> dict[str, Any]:
         }
     if figures.residue_mib is not None:
         view["residue_mib"] = figures.residue_mib
+        view["residue"] = _figure(Figure(figures.residue_mib, "measured", figures.residue_at))
     times = {"load_ms": figures.load_s, "unload_ms": figures.unload_s, "run_ms": figures.run_s}
     for name, took in times.items():
         if took is not None:

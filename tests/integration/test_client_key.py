@@ -29,6 +29,7 @@ ASKING = [
     ["cancel", "99"],
     ["load", "nobody"],
     ["unload", "nobody"],
+    ["forget", "nobody"],
     ["reload"],
 ]
 

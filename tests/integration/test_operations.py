@@ -142,6 +142,33 @@ def test_who_is_pinned_is_never_evicted_until_unpinned(broker: LiveBroker) -> No
     assert broker.post("/v1/consumers/nobody/pin").status_code == 404
 
 
+def test_what_was_learned_can_be_forgotten(broker: LiveBroker) -> None:
+    def learned() -> Any:
+        consumers = broker.get("/v1/status").json()["consumers"]
+        return next(each["learned"] for each in consumers if each["name"] == "voice")
+
+    declared = learned()["needed"]
+    assert declared["source"] == "declared"
+    broker.broker.learned.ran_out("voice", 7000)
+    broker.broker.learned.unloaded("voice", 1.0, 300)
+    now = learned()
+    assert (now["needed"]["mib"], now["needed"]["source"]) == (7000, "out-of-memory")
+    assert now["raised"]["at"] == now["needed"]["at"]
+    assert (now["residue"]["mib"], now["residue"]["source"]) == (300, "measured")
+    assert now["residue"]["at"] <= broker.get("/v1/status").json()["time"]
+    route = "/v1/consumers/voice/learned"
+    assert broker.delete(route).json() == {"consumer": "voice", "needed": declared}
+    assert learned() == {"needed": declared}
+    broker.broker.learned.ran_out("voice", 7000)
+    done = CliRunner().invoke(main, ["forget", "voice", "--url", broker.url])
+    assert done.exit_code == 0
+    assert done.output == f"voice: forgotten; room is made for {declared['mib']} MiB from now on\n"
+    assert learned() == {"needed": declared}
+    happened = [each["event"] for each in broker.get("/v1/events").json()["events"]]
+    assert happened.count("forgotten") == 2
+    assert broker.delete("/v1/consumers/nobody/learned").status_code == 404
+
+
 def test_an_unload_waits_for_the_running_job(broker: LiveBroker, voice: Running) -> None:
     voice.set(job_s=0.5)
     job = Outcome(lambda: broker.post("/v1/tts", json={}).status_code)

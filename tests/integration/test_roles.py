@@ -162,6 +162,7 @@ def test_the_description_says_what_wants_an_admin(broker: LiveBroker) -> None:
         path for path, item in paths.items() for op in item.values() if op.get("security") == admin
     }
     assert wants == {
+        "/v1/consumers/{consumer}/learned",
         "/v1/consumers/{consumer}/load",
         "/v1/consumers/{consumer}/pin",
         "/v1/consumers/{consumer}/unload",
