@@ -17,7 +17,7 @@ from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.errors import BadRequest
-from gpumanager.events import EventHandler, EventLog
+from gpumanager.events import Event, EventHandler, EventLog
 from gpumanager.keys import ApiKey, KeysError, load_keys
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
@@ -37,6 +37,7 @@ from gpumanager.reclaim.ladder import Ladder
 from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.factory import build_scheduler
 from gpumanager.scheduling.room import RoomMaker
+from gpumanager.stopped import Stopped
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
@@ -127,6 +128,7 @@ class Broker:
         places = Places(config, self.registry, self.scheduler)
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
+        self._saving: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
         shortages = Shortages(config, self.registry, self.learned, sampler.look)
         jobs = JobRunner(
@@ -144,10 +146,9 @@ class Broker:
             look=sampler.look,
             after_job=self._after_job,
         )
+        self._stopped = Stopped(config, self.registry, consumer_processes.of)
         self._state = (
-            None
-            if state_file is None
-            else StateFile(state_file, self.learned, self.registry.parked)
+            None if state_file is None else StateFile(state_file, self.learned, self._stopped.now)
         )
         self._history = MemoryHistory(config, self.registry, clock)
         draining = threading.Event()
@@ -227,9 +228,7 @@ class Broker:
         with self._lock:
             if self._state is not None and not self._restored:
                 self._restored = True
-                for name, parked in self._state.load().items():
-                    if name in self.config.consumers:
-                        self.registry.park(name, parked)
+                self._stopped.restore(self._state.load())
             logs.root().addHandler(self._logged_events)
             self.events.note("started", {"version": __version__})
             self._adjust_workers()
@@ -273,6 +272,11 @@ class Broker:
         if consumer.probe is not None and consumer.probe.on_cpu is not None:
             prober.wake()
 
+    def _save_soon(self, event: Event) -> None:
+        """A broker that is killed now must not forget whom it has just stopped."""
+        if self._saving is not None and self._stopped.concerned(event):
+            self._saving.wake()
+
     def _save_state(self) -> float:
         if self._state is not None:
             self._state.save()
@@ -286,7 +290,9 @@ class Broker:
             PeriodicWorker("history", self._history.take, retry_s=EVERY_S),
         ]
         if self._state is not None:
-            workers.append(PeriodicWorker("state", self._save_state, retry_s=STATE_INTERVAL_S))
+            self._saving = PeriodicWorker("state", self._save_state, retry_s=STATE_INTERVAL_S)
+            self.events.listen(self._save_soon)
+            workers.append(self._saving)
         if self._file_events is not None:
             workers.append(PeriodicWorker("events", self._file_events.write, retry_s=1.0))
         return workers

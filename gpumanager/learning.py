@@ -31,6 +31,7 @@ from gpumanager.model import Parked
 
 log = logging.getLogger(__name__)
 
+_UNLOADED = "http"
 _VERSION = 2
 _READ_VERSIONS = (1, 2)
 """In version 1 guesses and measurements were mixed, so its peaks are not taken over."""
@@ -252,7 +253,8 @@ class Learned:
 
 
 class StateFile:
-    """What outlives the broker: what was learned, and which consumers it has stopped."""
+    """What outlives the broker: what was learned, and which consumers it has stopped, or, by the
+    rung `http`, unloaded."""
 
     def __init__(
         self,
@@ -283,12 +285,11 @@ class StateFile:
                 raise ValueError(f"version {data['version']!r}")
             self._learned.restore(data["consumers"])
             parked = {
-                name: Parked(
-                    str(entry["rung"]),
-                    tuple((int(pid), float(born)) for pid, born in entry["processes"]),
-                )
+                name: Parked(str(entry["rung"]), _processes(entry["processes"]))
                 for name, entry in data["parked"].items()
             }
+            for name, processes in data.get("unloaded", {}).items():  # a newer key
+                parked[name] = Parked(_UNLOADED, _processes(processes))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             aside = self._path.with_name(self._path.name + ".bad")
             with contextlib.suppress(OSError):
@@ -322,6 +323,10 @@ class StateFile:
             "parked": {
                 name: {"rung": each.rung, "processes": each.processes}
                 for name, each in parked.items()
+                if each.rung != _UNLOADED
+            },
+            "unloaded": {
+                name: each.processes for name, each in parked.items() if each.rung == _UNLOADED
             },
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -353,3 +358,7 @@ def _times(values: Iterable[float]) -> Times | None:
         return None
     p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
     return Times(p50, p95, len(ordered), sum(ordered) / len(ordered), tuple(ordered))
+
+
+def _processes(listed: Any) -> tuple[tuple[int, float], ...]:
+    return tuple((int(pid), float(born)) for pid, born in listed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -135,6 +136,23 @@ def host_memory() -> tuple[int, int]:
     """The machine's memory in bytes: in all, and what it can still give."""
     memory = psutil.virtual_memory()
     return memory.total, memory.available
+
+
+def with_birth(pids: Iterable[int]) -> list[tuple[int, float]]:
+    """Each pid with the time its process was started, in seconds since the epoch: a pid alone may
+    be another process by now. Those that have ended are left out."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found.append((pid, psutil.Process(pid).create_time()))
+    return found
+
+
+def still_there(processes: Iterable[tuple[int, float]]) -> list[int]:
+    """The pids of the processes, given with the time of their start, that have not ended since."""
+    before = list(processes)
+    alive = dict(with_birth(pid for pid, _ in before))
+    return [pid for pid, born in before if alive.get(pid) == born]
 
 
 def _lines(file: Path) -> list[str]:

@@ -93,7 +93,10 @@ def filled() -> Learned:
 
 def test_all_of_it_is_there_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "state.json"
-    parked = {"llm": Parked("checkpoint", ((17, 1763.25),))}
+    parked = {
+        "llm": Parked("checkpoint", ((17, 1763.25),)),
+        "tts": Parked("http", ((18, 1764.5),)),  # not stopped, but unloaded
+    }
     before = filled()
     StateFile(path, before, lambda: parked).save()
     after = Learned(["tts", "llm", "new"])
@@ -102,6 +105,16 @@ def test_all_of_it_is_there_again(tmp_path: Path) -> None:
         assert after.figures(name) == before.figures(name)
     assert after.figures("new").peak is None
     assert [each.name for each in path.parent.iterdir()] == ["state.json"]
+
+
+def test_a_file_that_does_not_speak_of_the_unloaded_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    stopped = {"llm": Parked("unit")}
+    StateFile(path, filled(), lambda: stopped).save()
+    data = json.loads(path.read_text())
+    assert data.pop("unloaded") == {}
+    path.write_text(json.dumps(data))
+    assert StateFile(path, Learned(["tts", "llm"]), dict).load() == stopped
 
 
 def test_a_peak_that_no_job_has_ended_with_yet_is_kept_too(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import psutil
-
 from gpumanager.config import Config, Rung
 from gpumanager.errors import ConsumerUnreachable
 from gpumanager.model import Parked
+from gpumanager.processes import still_there, with_birth
 from gpumanager.reclaim import checkpoint, containers, signals, units
 from gpumanager.reclaim.errors import ReclaimFailed
 
@@ -52,7 +51,7 @@ class Ladder:
         """Whether a consumer that was stopped by `checkpoint` is back by somebody else's doing: its
         processes run again, or others have taken their place; None if it is not, or nobody can
         tell. That it answers shows nothing: only its CUDA calls are stopped."""
-        same = _still_there(parked)
+        same = still_there(parked.processes)
         if not same:
             return "replaced"
         if not set(same) & set(self._on_card(name)):
@@ -72,7 +71,7 @@ class Ladder:
         elif rung.signal is not None:
             signals.end(self._listening(name), rung.signal, rung.grace)
         elif rung.checkpoint:
-            processes = tuple(_with_birth(self._on_card(name)))
+            processes = tuple(with_birth(self._on_card(name)))
             if not processes:
                 raise ReclaimFailed("its processes on the card cannot be seen")
             checkpoint.suspend([pid for pid, _ in processes], rung.grace)
@@ -93,7 +92,7 @@ class Ladder:
             if rung.start:
                 signals.start(rung.start)
         else:
-            same = _still_there(parked)  # one that died needs nothing
+            same = still_there(parked.processes)  # one that died needs nothing
             checkpoint.resume(same, rung.grace)
             return bool(same)
         return False
@@ -105,18 +104,3 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except ReclaimFailed as error:
         raise ConsumerUnreachable(f"{name}: {error}", consumer=name) from error
-
-
-def _still_there(parked: Parked) -> list[int]:
-    """The processes that were stopped, less those that have ended since."""
-    alive = dict(_with_birth([pid for pid, _ in parked.processes]))
-    return [pid for pid, born in parked.processes if alive.get(pid) == born]
-
-
-def _with_birth(pids: Sequence[int]) -> list[tuple[int, float]]:
-    """Each pid with the time its process was started; those that ended are left out."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            found.append((pid, psutil.Process(pid).create_time()))
-    return found

@@ -3,6 +3,7 @@ reload, with the traps of each."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import yaml
 
 from gpumanager.footprint import ENOUGH
@@ -46,7 +48,9 @@ def box(
                 settings["url"] = fakes[name].url
             route = settings.pop("kind", KINDS[kind or "plain"])
             defaults: dict[str, Any] = {"preset": kind}
-            if kind in ("plain", None):
+            if "preset" in settings:
+                defaults = {}
+            elif kind in ("plain", None):
                 paths = {route: "/job"}
                 defaults = {"health": "/health", "unload": "/unload", "paths": paths}
             configured[name] = {"vram_resident_mib": mib, **defaults, **settings}
@@ -64,7 +68,8 @@ def box(
                 **top,
             }
         )
-        broker = stack.enter_context(live_broker(text))
+        state_file = Path(top["state_file"]) if "state_file" in top else None
+        broker = stack.enter_context(live_broker(text, state_file=state_file))
         eventually(lambda: all(c["probed"] for c in broker.get("/v1/status").json()["consumers"]))
         yield broker, fakes
 
@@ -295,6 +300,55 @@ def test_vllm_is_put_to_sleep_and_woken_before_its_job(card: SimulatedCard) -> N
         eventually(lambda: status_of(broker, "vllm")["learned"].get("residue_mib") == 1200)
         assert job(broker, "llm").status_code == 200
         eventually(lambda: broker.get("/v1/plan/tts").json()["victims"][0]["mib"] == 5800)
+
+
+# -- SGLang --------------------------------------------------------------------------------------
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def killed(folder: Path) -> Path:
+    """What a broker that is killed now leaves behind."""
+    state = folder / "state.json"
+    eventually(lambda: state.exists() and "sglang" in json.loads(state.read_text())["unloaded"])
+    left = folder / "left.json"
+    left.write_bytes(state.read_bytes())
+    return left
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_sglang_is_woken_after_a_restart_of_the_broker(
+    card: SimulatedCard, tmp_path: Path, replaced: bool
+) -> None:
+    """Only if it still sleeps: neither way it says so, and either way it would end."""
+    with ExitStack() as stack:
+        port = free_port()
+        start = [*command("sglang", card.path, "sglang", 6000, port), "detached"]
+        server = stack.enter_context(detached(start))
+        url = f"http://127.0.0.1:{port}"
+        eventually(lambda: answers(url + "/get_model_info"))
+        sglang = {"fake": None, "mib": 6000, "url": url, "kind": "llm", "preset": "sglang"}
+
+        def consumers() -> dict[str, dict[str, Any]]:
+            return {"sglang": dict(sglang), "voice": {"fake": "plain", "mib": 6000}}
+
+        with box(card, consumers(), state_file=str(tmp_path / "state.json")) as (broker, _):
+            assert job(broker, "llm").status_code == 200
+            assert job(broker, "tts").status_code == 200
+            left = killed(tmp_path)
+        if replaced:
+            server.kill()
+            server.wait(5)
+            stack.enter_context(detached(start))
+            eventually(lambda: answers(url + "/get_model_info"))
+        with box(card, consumers(), state_file=str(left)) as (broker, _):
+            assert status_of(broker, "sglang")["loaded"] is replaced
+            assert job(broker, "llm").status_code == 200
 
 
 # -- releases in two steps ------------------------------------------------------------------------

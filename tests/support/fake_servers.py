@@ -8,6 +8,7 @@ standard input ends. `POST /_fake` with JSON sets how it behaves.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -325,8 +326,39 @@ class Vllm(Fake):
         return 404, {"error": "not found"}
 
 
+class Sglang(Fake):
+    """To use it asleep ends it, to wake it awake does, too; and it does not tell which it is."""
+
+    RESIDUE = 1000
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.awake = True
+        card.allocate(name, mib)
+
+    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        wakes, works = path == "/resume_memory_occupation", path == "/v1/chat/completions"
+        if path == "/get_model_info":
+            return 200, {"model_path": "it", "is_generation": True}
+        if path == "/release_memory_occupation":
+            self.awake = False
+            self.card.free(self.name, keep_mib=self.RESIDUE)
+            return 200, None
+        if (wakes and self.awake) or (works and not self.awake):
+            os._exit(1)
+        if wakes:
+            self.card.allocate(self.name, self.needs - self.RESIDUE)
+            self.awake = True
+            return 200, None
+        if works:
+            self.work()
+            return 200, {"choices": [{"message": {"content": "hello"}}]}
+        return 404, {"error": "not found"}
+
+
 FAKES: dict[str, Callable[[SimulatedCard, str, int], Fake]] = {
     "plain": Plain,
+    "sglang": Sglang,
     "ollama": Ollama,
     "comfyui": ComfyUI,
     "vllm": Vllm,

@@ -1,0 +1,69 @@
+"""Which consumers the broker has stopped or unloaded, as data that outlives it: after a restart one
+that cannot tell whether it is loaded must not be sent a job without being loaded first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.events import Event
+from gpumanager.model import ConsumerState, Parked
+from gpumanager.processes import still_there, with_birth
+from gpumanager.registry import Registry
+
+UNLOADED = "http"
+"""The eviction method that leaves a consumer running."""
+
+_MOVES = frozenset({"evicted", "loaded", "brought_back"})
+
+
+class Stopped:
+    """Safe from any thread. `find` gives the processes that listen for a consumer."""
+
+    def __init__(
+        self, config: Config, registry: Registry, find: Callable[[str], Sequence[int]]
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._find = find
+
+    def now(self) -> Mapping[str, Parked]:
+        """The consumers that are stopped; and those, by `UNLOADED`, that were unloaded, have to be
+        loaded before a job, and cannot tell."""
+        found = dict(self._registry.parked())
+        for name, consumer in self._config.consumers.items():
+            if _has_to_be_loaded(consumer, self._registry.get(name)):
+                found[name] = Parked(UNLOADED, tuple(with_birth(self._find(name))))
+        return found
+
+    def restore(self, stopped: Mapping[str, Parked]) -> None:
+        """Take over what was so before the restart. One that was unloaded, and runs in another
+        process by now, is as its start has left it."""
+        for name, parked in stopped.items():
+            if name not in self._config.consumers:
+                continue
+            if parked.rung != UNLOADED:
+                self._registry.park(name, parked)
+            elif not parked.processes or still_there(parked.processes):
+                self._registry.set_loaded(name, False)
+
+    def concerned(self, event: Event) -> bool:
+        """Whether what happened may have changed what `now` says."""
+        consumer = self._config.consumers.get(event.fields.get("consumer", ""))
+        if event.name not in _MOVES or consumer is None:
+            return False
+        return event.fields.get("rung", UNLOADED) != UNLOADED or _can_be_loaded(consumer)
+
+
+def _can_be_loaded(consumer: ConsumerConfig) -> bool:
+    return consumer.load is not None and consumer.unload is not None
+
+
+def _has_to_be_loaded(consumer: ConsumerConfig, state: ConsumerState) -> bool:
+    return (
+        _can_be_loaded(consumer)
+        and not state.loaded
+        and not state.tells
+        and state.parked is None
+        and state.healthy is not False
+    )

@@ -1,0 +1,88 @@
+"""Whom the broker has stopped or unloaded, over its restart."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from gpumanager.config import parse_config
+from gpumanager.events import Event
+from gpumanager.model import Parked, ProbeReport
+from gpumanager.registry import Registry
+from gpumanager.stopped import Stopped
+from tests.support.clock import FakeClock
+
+ME = os.getpid()
+MY_BIRTH = psutil.Process(ME).create_time()
+SLEEPER = {"load": "/wake", "unload": "/sleep"}
+
+
+def make(**consumers: dict[str, Any]) -> tuple[Stopped, Registry]:
+    named = {name: {"url": "http://127.0.0.1:1", **each} for name, each in consumers.items()}
+    config = parse_config(yaml.safe_dump({"consumers": named}))
+    registry = Registry(dict.fromkeys(consumers, True), FakeClock())
+    return Stopped(config, registry, lambda name: [ME]), registry
+
+
+def test_who_was_unloaded_and_cannot_tell_is_remembered_with_its_process() -> None:
+    stopped, registry = make(sglang=SLEEPER, lazy={"unload": "/free"}, unit={})
+    for name in ("sglang", "lazy"):
+        registry.set_loaded(name, False)
+    registry.park("unit", Parked("unit"))
+    assert stopped.now() == {
+        "sglang": Parked("http", ((ME, MY_BIRTH),)),
+        "unit": Parked("unit"),
+    }
+
+
+@pytest.mark.parametrize("why", ["loaded", "it tells", "it is gone"])
+def test_who_need_not_be_remembered_is_not(why: str) -> None:
+    stopped, registry = make(vllm=SLEEPER)
+    if why != "loaded":
+        registry.set_loaded("vllm", False)
+    if why == "it tells":
+        report = ProbeReport(loaded=False)
+        version = registry.get("vllm").residency_version
+        registry.probe_succeeded("vllm", report, seen_version=version)
+    if why == "it is gone":
+        registry.probe_failed("vllm", "refused", process_gone=True)
+    assert stopped.now() == {}
+
+
+@pytest.mark.parametrize(
+    ("processes", "loaded"),
+    [(((ME, MY_BIRTH),), False), (((ME, 12345.0),), True), ((), False)],
+)
+def test_it_is_unloaded_still_if_its_process_is_the_same(
+    processes: tuple[tuple[int, float], ...], loaded: bool
+) -> None:
+    """Or if that cannot be seen."""
+    stopped, registry = make(sglang=SLEEPER, unit={})
+    stopped.restore(
+        {"sglang": Parked("http", processes), "unit": Parked("unit"), "forgotten": Parked("unit")}
+    )
+    assert registry.get("sglang").loaded is loaded
+    assert registry.get("unit").parked == Parked("unit")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "concerned"),
+    [
+        ("evicted", {"consumer": "sglang", "rung": "http"}, True),
+        ("loaded", {"consumer": "sglang"}, True),
+        ("evicted", {"consumer": "lazy", "rung": "http"}, False),
+        ("evicted", {"consumer": "lazy", "rung": "unit"}, True),
+        ("healthy", {"consumer": "sglang"}, False),
+        ("evicted", {"consumer": "removed", "rung": "unit"}, False),
+        ("evicted", {}, False),
+    ],
+)
+def test_what_is_worth_writing_at_once(name: str, fields: dict[str, Any], concerned: bool) -> None:
+    stopped, _ = make(sglang=SLEEPER, lazy={"unload": "/free"})
+    event = Event(1, datetime.now(UTC), name, "info", fields)
+    assert stopped.concerned(event) is concerned
