@@ -55,11 +55,6 @@ class Head:
         """Name and value of each."""
         return iter(self._fields)
 
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """The first value of `name`, whatever the case."""
-        wanted = name.lower()
-        return next((v for n, v in self._fields if n.lower() == wanted), default)
-
 
 class HeadReader:
     """Takes in the head of an answer as it comes; interim ones (1xx) are skipped. What it has read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,11 +14,14 @@ import pytest
 from gpumanager.clock import SystemClock
 from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerUnreachable
+from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
+from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.transport import OneShotAdapter
-from gpumanager.upstream.wire import PIECE_BYTES
+from gpumanager.upstream.wire import PIECE_BYTES, Wire
 from gpumanager.watcher import Watcher
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
+from tests.support.threads import PATIENCE_S, eventually
 
 Script = Callable[[Connection, Received], None]
 
@@ -220,3 +224,31 @@ def test_one_that_was_aborted_after_its_start_says_so() -> None:
         one.abort(ClientGone("left"))
         with pytest.raises(ClientGone):
             one.send(OneShotAdapter())
+
+
+def test_a_reset_that_was_seen_by_a_look_is_not_the_end_of_an_answer() -> None:
+    """The system says once that a connection was reset, and after that only that it has ended."""
+    read = threading.Event()
+
+    def script(peer: Connection, _: Received) -> None:
+        peer.send(b"HTTP/1.1 200 OK\r\n\r\nall of it?")
+        assert read.wait(PATIENCE_S)
+        peer.reset()
+
+    with ScriptedConsumer(script) as consumer, closing(exchange(consumer.url)) as one:
+        one.send(OneShotAdapter())
+        assert one.read() == b"all of it?"
+        assert not one.ready()
+        read.set()
+        eventually(one.ready)
+        with pytest.raises(ConsumerUnreachable, match="reset"):
+            one.read()
+
+
+def test_what_was_wrong_with_a_head_is_said_again_to_who_waits_for_it() -> None:
+    ours, theirs = socket.socketpair()
+    with closing(theirs), closing(Wire(ours, 1)) as wire:
+        one = Answer(wire, "POST")
+        for call in (lambda: one.hear(b"nonsense\r\n"), one.await_head):
+            with pytest.raises(InvalidAnswer, match="status line"):
+                call()
