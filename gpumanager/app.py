@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -18,7 +19,7 @@ from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.errors import BadRequest
 from gpumanager.events import Event, EventHandler, EventLog
-from gpumanager.keys import ApiKey, KeysError, load_keys
+from gpumanager.keys import GUARD_IT, ApiKey, KeysError, load_keys, unguarded
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
 from gpumanager.monitoring import tracing
@@ -32,7 +33,7 @@ from gpumanager.monitoring.prober import Prober
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.monitoring.worker import PeriodicWorker
 from gpumanager.notify import ALIVE, READY, STOPPING, Notifier
-from gpumanager.processes import ConsumerProcesses, SystemProcesses
+from gpumanager.processes import ConsumerProcesses, SystemProcesses, programs_at
 from gpumanager.reclaim.ladder import Ladder
 from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.factory import build_scheduler
@@ -407,7 +408,11 @@ def serve(
     try:
         server.run(broker.flask, listening)
     except (OSError, ValueError) as error:  # waitress: a host name that cannot be resolved
-        log.error("cannot listen", extra={"listen": config.listen, "reason": str(error)})
+        told = {"listen": config.listen, "reason": str(error)}
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            programs = programs_at(config.port, SystemProcesses())
+            told["taken_by"] = " and ".join(programs) or "a program that this account cannot see"
+        log.error("cannot listen", extra=told)  # a trace would tell nothing more
         return 1
     finally:
         if watchdog is not None:
@@ -439,6 +444,11 @@ def prepare(
     if without := [key.name for key in keys if key.role is None]:
         # As before there were roles, so that an update takes nothing from anybody.
         log.warning("keys without a role are admins", extra={"keys": " ".join(without)})
+    if unguarded(config.host, keys):
+        log.warning(
+            "open to everybody who can reach it: there are no keys",
+            extra={"listen": config.listen, "advice": GUARD_IT},
+        )
     broker = Broker(
         config,
         keys=keys,

@@ -3,9 +3,10 @@ people paste into chats."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,6 +35,21 @@ class ApiKey:
 
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r}, ***)"
+
+
+GUARD_IT = f"set {KEYS_ENV} or auth.keys_file, or listen on 127.0.0.1"
+"""What to do where a broker is `unguarded`."""
+
+
+def unguarded(host: str, keys: Collection[ApiKey]) -> bool:
+    """Whether everybody who can reach `host`, where the broker listens, may use it: there are no
+    keys, and it is more than loopback."""
+    if keys:
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
 
 
 class KeysError(Exception):

@@ -132,6 +132,12 @@ class SystemProcesses:
             return True  # no Linux: no such namespaces
 
 
+def programs_at(port: int, table: ProcessTable) -> tuple[str, ...]:
+    """Who listens at a TCP port of this machine, by program and pid, as far as it may be seen."""
+    pids = {pid for (_, at), own in table.listeners().items() if at == port for pid in own}
+    return tuple(f"{table.name(pid) or 'a process'} (pid {pid})" for pid in sorted(pids))
+
+
 def host_memory() -> tuple[int, int]:
     """The machine's memory in bytes: in all, and what it can still give."""
     memory = psutil.virtual_memory()

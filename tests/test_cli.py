@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from gpumanager import __version__
+from gpumanager.app import prepare
 from gpumanager.cli import main
-from gpumanager.config import Config
+from gpumanager.config import Config, load_config
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "consumers.yaml"
 
@@ -24,6 +25,53 @@ def test_check_of_a_good_file() -> None:
     result = CliRunner().invoke(main, ["check", str(EXAMPLE)])
     assert result.exit_code == 0
     assert "ok, 4 consumers, listens on 127.0.0.1:8770" in result.output
+
+
+@pytest.mark.parametrize(
+    ("listen", "keys", "warned"),
+    [
+        ("0.0.0.0:8770", "", True),
+        ("'[::]:8770'", "", True),
+        ("192.168.1.5:8770", "", True),
+        ("gpu.lan:8770", "", True),
+        ("0.0.0.0:8770", "alice 0123456789abcdef", False),
+        ("127.0.0.1:8770", "", False),
+        ("127.1.2.3:8770", "", False),
+        ("'[::1]:8770'", "", False),
+        ("localhost:8770", "", False),
+    ],
+)
+def test_check_and_the_start_warn_of_a_broker_that_everybody_may_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    listen: str,
+    keys: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setenv("GPUMANAGER_API_KEYS", keys)
+    file = tmp_path / "open.yaml"
+    file.write_text(f"listen: {listen}\n")
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert result.exit_code == 0
+    assert "ok, 0 consumers" in result.stdout
+    assert ("there are no keys" in result.stderr) is warned
+    assert ("auth.keys_file, or listen on 127.0.0.1" in result.stderr) is warned
+
+    monkeypatch.setattr("gpumanager.web.server.set_defaults", lambda config: None)
+    monkeypatch.setattr("gpumanager.logs.configure", lambda settings: None)
+    monkeypatch.setattr("gpumanager.lifecycle.Lifecycle.install_signal_handlers", lambda *_: None)
+    prepare(load_config(file)).stop()
+    said = [record for record in caplog.records if "there are no keys" in record.message]
+    assert bool(said) is warned
+
+
+def test_check_says_that_the_keys_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "broker.yaml"
+    file.write_text("auth: {keys_file: /nowhere/keys}\n")
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert result.exit_code == 2
+    assert "the keys cannot be read: /nowhere/keys: No such file or directory" in result.stderr
 
 
 def test_check_of_a_bad_file_names_every_fault(tmp_path: Path) -> None:

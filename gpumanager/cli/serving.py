@@ -11,6 +11,7 @@ import click
 
 from gpumanager.cli.group import listen_address, main
 from gpumanager.config import Config, ConfigError, config_path_from_env, load_config
+from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
 
 
 @main.command()
@@ -34,6 +35,17 @@ def serve(path: str | None) -> None:
 def check(file: str) -> None:
     """Validate a config FILE: every fault at once, each with its line."""
     config = _load(file)
+    try:
+        keys = load_keys(os.environ, config.auth.keys_file)
+    except KeysError as error:
+        click.echo(f"{file}: the keys cannot be read: {error}", err=True)
+        sys.exit(2)
+    if unguarded(config.host, keys):
+        click.echo(
+            f"{file}: warning: it listens on {config.listen}, for everybody who can reach it, and "
+            f"there are no keys here; {GUARD_IT}",
+            err=True,
+        )
     click.echo(f"{file}: ok, {len(config.consumers)} consumers, listens on {config.listen}")
 
 

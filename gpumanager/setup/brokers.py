@@ -10,7 +10,7 @@ from typing import Any
 
 from gpumanager.client import UNAUTHORIZED, BrokerClient, BrokerUnavailable
 from gpumanager.config import Config
-from gpumanager.processes import ProcessTable, SystemProcesses
+from gpumanager.processes import ProcessTable, SystemProcesses, programs_at
 from gpumanager.setup.asking import Asker, NoAnswer
 
 CONNECT_S = 1.0
@@ -86,9 +86,7 @@ def occupant(
     if broker is not None:
         return broker
     table = SystemProcesses() if table is None else table
-    pids = {pid for (_, at), own in table.listeners().items() if at == config.port for pid in own}
-    names = dict.fromkeys(f"{table.name(pid) or 'a process'} (pid {pid})" for pid in sorted(pids))
-    return Stranger(config.port, tuple(names))
+    return Stranger(config.port, programs_at(config.port, table))
 
 
 def ask(url: str, port: int, key: str | None) -> RunningBroker | None:

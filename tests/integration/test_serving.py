@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -241,6 +242,8 @@ def test_an_address_that_is_taken_is_told(tmp_path: Path, held_consumer: Scripte
         )
     assert ended.returncode == 1
     assert "cannot listen" in ended.stderr
+    name = psutil.Process().name()
+    assert f'taken_by="{name} (pid {os.getpid()})"' in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
