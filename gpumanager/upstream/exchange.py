@@ -4,11 +4,8 @@ another thread."""
 from __future__ import annotations
 
 import contextlib
-import socket
-import ssl
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any
@@ -22,7 +19,8 @@ from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.headers import printable, relayable
-from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
+from gpumanager.upstream.parsing import InvalidAnswer
+from gpumanager.upstream.reasons import in_words, links
 from gpumanager.upstream.transport import OneShotAdapter, dialling
 from gpumanager.upstream.wire import Wire, is_local, serialise
 from gpumanager.watcher import Watch, Watcher
@@ -372,7 +370,7 @@ class Exchange:
             if self._failure is not None:
                 return self._failure
         name = self._consumer
-        chain = list(_chain(error))
+        chain = list(links(error))
         if any(isinstance(link, ConnectionRefusedError) for link in chain):
             message = f"{name} refused the connection"
             return ConsumerUnreachable(message, consumer=name, nothing_listens=True)
@@ -386,7 +384,7 @@ class Exchange:
             return ConsumerTimeout(f"{name}: {what} within {seconds:g} s", consumer=name)
         if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
             return BadRequest(f"the request cannot be sent to {name}", consumer=name)
-        return ConsumerUnreachable(f"{name} {_reason(chain)}", consumer=name)
+        return ConsumerUnreachable(f"{name} {in_words(chain)}", consumer=name)
 
 
 @cache
@@ -403,38 +401,5 @@ def _timeout(connect_s: float) -> Any:
     return urllib3.Timeout(connect=connect_s)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error` and everything it was raised from, or carries as an argument."""
-    seen: set[int] = set()
-    todo: list[BaseException] = [error]
-    while todo:
-        link = todo.pop()
-        if id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        related = [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
-        todo.extend(item for item in related if isinstance(item, BaseException))
-
-
 def _is_timeout(link: BaseException) -> bool:
     return isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError)
-
-
-def _reason(chain: list[BaseException]) -> str:
-    """What went wrong, in words that hold no address."""
-    for link in chain:
-        if isinstance(link, BrokenAnswer):
-            return str(link)
-        if isinstance(link, InvalidAnswer):
-            return f"sent no valid HTTP answer: {link}"
-        if isinstance(link, ssl.SSLCertVerificationError):
-            return f"has a certificate that is not trusted: {link.verify_message}"
-        if isinstance(link, ssl.SSLEOFError):
-            return "cut the connection"
-        if isinstance(link, socket.gaierror):
-            return "has a host name that cannot be resolved"
-    for link in chain:
-        if isinstance(link, OSError) and link.strerror:
-            return f"could not be reached: {link.strerror}"
-    return f"could not be reached ({type(chain[0]).__name__})"
