@@ -27,7 +27,7 @@ class InUse(Exception):
 
 
 FIRST_QUARANTINE_S = 60.0
-LONGEST_QUARANTINE_S = 3600.0
+LONGEST_QUARANTINE_S = 600.0
 """For how long one that gave nothing back is not asked again, the first time and at most; twice as
 long each time."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import mean, median
 
 from gpumanager.config import Config, ConsumerConfig, Rung
@@ -109,10 +110,13 @@ class Census:
         spared = {target, *self._config.consumers[target].can_coexist_with}
         may_go = tuple(
             each
-            for each in candidates(self.residents(states, reading, tried))
+            for each in sorted(
+                candidates(self.residents(states, reading, tried)),
+                key=lambda each: each.last_used or -inf,
+            )
             if each.name not in spared
         )
-        return replace(look, plan=Plan(fits=not may_go, victims=may_go))
+        return replace(look, plan=replace(look.plan, victims=may_go, attempt=True))
 
     def _plan(
         self,
@@ -167,9 +171,8 @@ class Census:
     ) -> bool:
         """Whether nobody but the target and a desktop would be left on the card, once all that may
         go have gone."""
-        others = [
-            each for each in self.residents(states, reading, tried) if each.name != look.target
-        ]
+        residents = self.residents(states, reading, tried, hopeful=True)
+        others = [each for each in residents if each.name != look.target]
         going = {each.name for each in candidates(others)}
         left = [each.floor_mib if each.name in going else each.held_mib for each in others]
         known = sum(each.mib for each in self.held(states, reading).values())

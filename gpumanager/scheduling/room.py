@@ -173,7 +173,7 @@ class RoomMaker:
         lazy = self._config.consumers[target].load is None
         return Preview(
             consumer=target,
-            fits=now.plan.fits,
+            fits=now.plan.fits or (now.plan.attempt and not now.plan.victims),
             victims=tuple(
                 PlannedVictim(
                     each.name,
@@ -254,10 +254,13 @@ class RoomMaker:
             if now.plan.fits:
                 break
             if not now.plan.victims:
-                if self._clock.monotonic() >= more_until:
-                    raise self._insufficient(now, leaking)
-                ticket.pause(LONGEST_POLL_S)
-                continue
+                if self._clock.monotonic() < more_until:
+                    ticket.pause(LONGEST_POLL_S)
+                    continue
+                if now.plan.attempt:
+                    self._note_attempt(now)
+                    break
+                raise self._insufficient(now, leaking)
             victim = now.plan.victims[0]
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
@@ -280,8 +283,9 @@ class RoomMaker:
         )
 
     def _others_may_go(self, target: str, tried: Set[str]) -> bool:
-        """Whether there would be room without those that were tried, too."""
-        return not self._look(target, tried).plan.in_vain
+        """Whether there would surely be room without those that were tried, too."""
+        plan = self._look(target, tried).plan
+        return plan.fits or (bool(plan.victims) and not plan.attempt)
 
     def _evict(
         self,
@@ -358,6 +362,16 @@ class RoomMaker:
         seconds = self._clock.monotonic() - began
         self._learned.loaded(target, seconds)
         log.info(event, extra={"consumer": target, "ms": round(seconds * 1000)})
+
+    def _note_attempt(self, now: Look) -> None:
+        log.info(
+            "tried all the same",
+            extra={
+                "consumer": now.target,
+                "needed_mib": now.needed_mib,
+                "short_mib": _short(now, self._config.gpu.reserved_mib),
+            },
+        )
 
     def _insufficient(self, now: Look, leaking: Sequence[str] = ()) -> InsufficientVram:
         target = now.target

@@ -73,16 +73,19 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The decision. `short_mib` is what would still be missing after every victim went:
-    when it is positive, unloading would be in vain and `victims` is empty."""
+    when it is positive, unloading would be in vain and `victims` is empty, unless this is an
+    `attempt`: how much is missing is only guessed, so the job is tried once the victims have gone
+    and what they gave back has come."""
 
     fits: bool
     victims: tuple[Resident, ...] = ()
     short_mib: int = 0
+    attempt: bool = False
 
     @property
     def in_vain(self) -> bool:
         """Whether the room would not be enough even without all that may go."""
-        return not self.fits and not self.victims
+        return not self.fits and not self.victims and not self.attempt
 
 
 def plan_eviction(

@@ -1447,3 +1447,53 @@ def test_an_idle_unload_leaves_alone_who_works_for_somebody_else() -> None:
     at_work(bench, "tts", 10_000)
     release = bench.room.unload("tts", bench.ticket("tts"), patient=False)
     assert (release.outcome, bench.calls) == ("busy", [])
+
+
+# -- a guess may cost an eviction, never a refusal ------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", [0, 3000])
+def test_what_is_on_its_way_back_is_waited_for_before_a_job_is_tried(declared: int) -> None:
+    """What the job needs is only learned, so it is tried with less; but not with less than comes
+    back in time."""
+    bench = attributed({**THREE, "llm": {"vram_resident_mib": declared}}, total=9000)
+    for _ in range(3):
+        bench.learned.held("llm", 6500)
+        bench.learned.ran("llm", 1.0)
+    bench.lag = 30
+    bench.resident("tts", used=50)
+    version = bench.registry.get("tts").residency_version
+    bench.registry.probe_succeeded("tts", ProbeReport(loaded=True), seen_version=version)
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+    assert "tts" not in bench.holds
+
+
+def test_who_works_for_somebody_else_is_waited_for_before_a_job_is_tried_with_less() -> None:
+    bench = attributed({**telling("drains"), "llm": {"vram_resident_mib": 3000}}, total=9000)
+    for _ in range(3):
+        bench.learned.held("llm", 8700)
+        bench.learned.ran("llm", 1.0)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    at_work(bench, "tts", 14)
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload stt"]
+    assert bench.holds == {}
+
+
+def test_what_was_seen_to_stay_does_not_keep_a_job_from_being_tried_alone() -> None:
+    bench = attributed({**THREE, "llm": {"vram_resident_mib": 6900}}, total=7000)
+    bench.learned.unloaded("tts", 1.0, 900)
+    bench.resident("tts", used=50)
+    bench.make_room("llm")  # declared a little too high for the reserve
+    assert bench.calls == ["unload tts"]
+
+
+def test_a_job_that_is_tried_all_the_same_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    bench = attributed({**THREE, "llm": {"vram_resident_mib": 6900}}, total=7000)
+    assert bench.room.preview("llm").fits
+    with caplog.at_level(logging.INFO):
+        bench.make_room("llm")
+    (told,) = [vars(each) for each in caplog.records if each.message == "tried all the same"]
+    assert (told["consumer"], told["needed_mib"], told["short_mib"]) == ("llm", 6900, 100)
