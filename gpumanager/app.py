@@ -45,6 +45,7 @@ from gpumanager.watcher import Watcher
 from gpumanager.web import server
 from gpumanager.web.completion import Completions
 from gpumanager.web.guard import Guard
+from gpumanager.web.hold import Means
 from gpumanager.web.jobs import JobRunner
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.operations import Operations
@@ -126,26 +127,31 @@ class Broker:
         )
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         self._completions = Completions(calls, clock)
-        places = Places(config, self.registry, self.scheduler)
+        keyring = Keyring(keys)
+        places = Places(config, self.registry, self.scheduler, keyring)
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
         self._saving: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
         shortages = Shortages(config, self.registry, self.learned, sampler.look)
+        means = Means(
+            registry=self.registry,
+            learned=self.learned,
+            admission=admission,
+            breakers=self.breakers,
+            calls=calls,
+            clock=clock,
+            events=self.events,
+            after_job=self._after_job,
+        )
         jobs = JobRunner(
-            self.registry,
-            self.learned,
-            admission,
-            self.breakers,
+            means,
+            places,
             proxy,
-            calls,
             self._completions,
             self.watcher,
-            clock,
-            self.events,
             shortages,
             look=sampler.look,
-            after_job=self._after_job,
         )
         self._stopped = Stopped(config, self.registry, consumer_processes.of)
         self._state = (
@@ -180,7 +186,6 @@ class Broker:
                 admission=admission,
                 proxy=proxy,
                 jobs=jobs,
-                places=places,
                 operations=Operations(
                     config,
                     places,
@@ -193,7 +198,7 @@ class Broker:
                 ),
                 status=status,
                 watcher=self.watcher,
-                keyring=Keyring(keys),
+                keyring=keyring,
                 version=__version__,
                 events=self.events,
                 metrics=metrics,

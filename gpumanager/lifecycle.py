@@ -40,6 +40,7 @@ class Lifecycle:
         self._unfinished = unfinished
         self._draining = draining
         self._drained = threading.Event()
+        self._signalled = False
         self._when_draining: Callable[[], object] = lambda: None
 
     def when_draining(self, action: Callable[[], object]) -> None:
@@ -90,8 +91,9 @@ class Lifecycle:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._drained.is_set():
             raise SystemExit(0)
-        if self._draining.is_set():
+        if self._signalled:
             os._exit(128 + number)
+        self._signalled = True  # the drain may have begun before, without a signal
         self.end()
 
     def _drain_and_end(self) -> None:

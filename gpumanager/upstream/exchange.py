@@ -4,6 +4,8 @@ another thread."""
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -81,6 +83,9 @@ class Exchange:
         self._wire: Wire | None = None
         self._begun: Answer | None = None
         self._failure: BrokerError | None = None
+        self._timed_out = False
+        self._kept = False
+        self._rest: socket.socket | None = None
         self._discarded: BrokerError | None = None
         self._ended = False
         self._reached = False
@@ -116,6 +121,8 @@ class Exchange:
             if self._failure is not None:
                 raise OSError("aborted")
             self._wire = wire
+            if self._kept:
+                self._rest = wire.twin()
         wire.shake_hands()
         wire.timeout = self._timeouts.first_byte
         self._reached = True
@@ -130,6 +137,7 @@ class Exchange:
                 return False
             if self._failure is None:
                 self._failure = error
+                self._timed_out = isinstance(error, ConsumerTimeout)
             if self._wire is not None:
                 self._wire.shut()
             return True
@@ -163,6 +171,38 @@ class Exchange:
         """True if it was ended by `abort`."""
         return self._failure is not None
 
+    @property
+    def timed_out(self) -> bool:
+        """True if it ended with a ConsumerTimeout."""
+        return self._timed_out
+
+    def keep_for_its_end(self) -> None:
+        """Before it is sent: if there is no answer in time, keep the connection, for
+        `await_its_end`. Then a consumer that drips the head of its answer byte by byte has until
+        the total time-out, too."""
+        self._kept = True
+
+    def await_its_end(self, seconds: float) -> bool:
+        """After a time-out, if it was kept: True once the consumer has closed the connection, as
+        it was asked to do at the end of its answer; False if it has not within `seconds`."""
+        rest = self._rest
+        if rest is None:
+            return True
+        deadline = self._clock.monotonic() + seconds
+        poll = select.poll()
+        poll.register(rest, select.POLLIN)
+        while True:
+            remaining = max(0.0, deadline - self._clock.monotonic())
+            if not poll.poll(remaining * 1000):
+                return False
+            try:
+                if not rest.recv(READ_BYTES):
+                    return True
+            except BlockingIOError:
+                continue
+            except OSError:
+                return True
+
     def send_ahead(self, adapter: OneShotAdapter) -> None:
         """Connect and send, where that can be done without a wait: a small request to this
         machine. For any thread, once, before the owner's `send`, which goes on from there, or
@@ -186,7 +226,7 @@ class Exchange:
         timeouts = self._timeouts
         began = self._clock.monotonic()
         to_head = timeouts.connect + timeouts.first_byte
-        if to_head < timeouts.total:
+        if to_head < timeouts.total and not self._kept:
             self._bound(began + to_head, f"no answer within {timeouts.first_byte:g} s")
         else:
             self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
@@ -197,7 +237,7 @@ class Exchange:
                     self._prepared, stream=True, timeout=_timeout(timeouts.connect), proxies={}
                 )
         except Exception as error:
-            self.close()
+            self._stop()
             raise self._explain(error) from error
         self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
         if self._wire is not None:
@@ -279,7 +319,7 @@ class Exchange:
         try:
             data: bytes = self._raw.read1(READ_BYTES, decode_content=False)
         except Exception as error:
-            self.close()
+            self._stop()
             raise self._explain(error) from error
         self._raise_if_unwanted()
         if not data or self._raw.length_remaining == 0:
@@ -295,11 +335,17 @@ class Exchange:
     def drain(self) -> None:
         """Read the rest and drop it, within the time-outs. Never raises."""
         with contextlib.suppress(BrokerError):
-            while self.read():
+            while self._raw is not None and self.read():
                 pass
 
     def close(self) -> None:
-        """Close the connection. Idempotent, never raises."""
+        """Close the connection, for good. Idempotent, never raises."""
+        self._stop()
+        if self._rest is not None:
+            self._rest.close()
+
+    def _stop(self) -> None:
+        """Read no more. A connection that was kept stays open."""
         self._end()
         if self._raw is not None:
             self._raw.close()
@@ -323,11 +369,11 @@ class Exchange:
         with self._guard:
             failure, discarded, self._discarded = self._failure, self._discarded, None
         if failure is not None:
-            self.close()
+            self._stop()
             raise failure
         if discarded is not None:
             self.drain()
-            self.close()
+            self._stop()
             raise discarded
 
     # -- inside ----------------------------------------------------------------------------
@@ -369,6 +415,11 @@ class Exchange:
         with self._guard:
             if self._failure is not None:
                 return self._failure
+        explained = self._named(error)
+        self._timed_out = isinstance(explained, ConsumerTimeout)
+        return explained
+
+    def _named(self, error: Exception) -> BrokerError:
         name = self._consumer
         chain = list(links(error))
         if any(isinstance(link, ConnectionRefusedError) for link in chain):

@@ -72,6 +72,10 @@ class Wire:
         """Idempotent."""
         self._sock.close()
 
+    def twin(self) -> socket.socket:
+        """The same connection once more, without TLS, and open when this one is closed."""
+        return socket.socket(fileno=os.dup(self._sock.fileno()))
+
     def shake_hands(self) -> None:
         """Begin TLS, where the connection has it. Raises OSError."""
         until = time.monotonic() + self.timeout

@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from gpumanager.clock import Clock
@@ -71,19 +72,27 @@ class Completions:
         job_id: str,
         ticket: Ticket,
         ended: Callable[[bytes | None, bool], object],
-    ) -> None:
+    ) -> Callable[[], None] | None:
         """Return at once; call `ended` when the job is over: with what the consumer said of it,
-        None where that is not known, and True if its process is gone."""
+        None where that is not known, and True if its process is gone.
+
+        None, unless there was no thread to be had; then what is returned does it, until the job
+        is over, on the thread that calls it.
+        """
         assert consumer.done is not None  # noqa: S101  # the caller found the id with it
         following = _Following(
             self._calls, self._clock, self._stopped, name, consumer.done, job_id, ended
         )
         limit = consumer.done.timeout or consumer.timeouts.total
         ticket.when_cancelled(lambda _: following.cancel())
-        thread = threading.Thread(
-            target=following.run, args=(limit,), name=f"done-{name}-{ticket.number}", daemon=True
-        )
-        thread.start()
+        run = partial(following.run, limit)
+        thread = threading.Thread(target=run, name=f"done-{name}-{ticket.number}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("no thread", extra={"wanted": thread.name, "reason": str(error)})
+            return run
+        return None
 
     def stop(self) -> None:
         """Follow no more."""

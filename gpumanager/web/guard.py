@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
-from gpumanager.errors import InternalError
+from gpumanager.errors import ClientGone, InternalError
 from gpumanager.events import EventLog
 from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id, shown, traceparent
-from gpumanager.web.server import unsent_bytes
+from gpumanager.web.server import CLIENT_LEFT, close_after_answer, unsent_bytes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -62,6 +62,8 @@ class Guard:
             status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
         ) -> Callable[[bytes], object]:
             record.status = int(status[:3])
+            if record.goes_on:
+                close_after_answer(environ)
             ours = [("X-Request-Id", record.request_id)]
             if timing := record.server_timing():
                 ours.append(("Server-Timing", timing))
@@ -70,6 +72,10 @@ class Guard:
 
         try:
             body = self._app(environ, start)
+        except CLIENT_LEFT:  # before the head of the answer could be sent
+            record.status, record.failure = ClientGone.status, ClientGone.code
+            self._finish(record)
+            raise
         except Exception:
             log.exception("request failed", extra={"request_id": record.request_id})
             error = InternalError("the broker failed; its log has the details")

@@ -12,17 +12,22 @@ from gpumanager.errors import NoConsumer
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler, Ticket
+from gpumanager.web.security import Keyring
 
 
 class Place:
-    """One request's: its consumer, which no reload removes or moves meanwhile, and its ticket,
-    once it was taken. `config` is the consumer's as of when the place was opened, and stays the
-    request's own to its end. Safe from any thread."""
+    """One request's: its consumer, which no reload removes or moves meanwhile, its share of what
+    its key may have in the queue, and its ticket, once it was taken. `config` is the consumer's
+    as of when the place was opened, and stays the request's own to its end. Safe from any
+    thread."""
 
-    def __init__(self, name: str, config: ConsumerConfig, scheduler: Scheduler) -> None:
+    def __init__(
+        self, name: str, config: ConsumerConfig, scheduler: Scheduler, keyring: Keyring
+    ) -> None:
         self.name = name
         self.config = config
         self._scheduler = scheduler
+        self._keyring = keyring
         self._lock = threading.Lock()
         self._held = ExitStack()
 
@@ -31,7 +36,11 @@ class Place:
         self._held.callback(undo)
 
     def take_ticket(self, job: Job) -> Ticket:
-        """Join the queue. Raises what `Scheduler.enqueue` raises."""
+        """Join the queue. Raises QueueFull if the job's key has too many in it, and what
+        `Scheduler.enqueue` raises."""
+        if job.key is not None:
+            self._keyring.enter(job.key)
+            self.when_given_up(partial(self._keyring.leave, job.key))
         ticket = self._scheduler.enqueue(job)
         self.when_given_up(ticket.close)
         return ticket
@@ -47,10 +56,13 @@ class Place:
 class Places:
     """Opens them."""
 
-    def __init__(self, config: Config, registry: Registry, scheduler: Scheduler) -> None:
+    def __init__(
+        self, config: Config, registry: Registry, scheduler: Scheduler, keyring: Keyring
+    ) -> None:
         self._config = config
         self._registry = registry
         self._scheduler = scheduler
+        self._keyring = keyring
 
     def routed(self, kind: Kind) -> Place:
         """A place with the consumer that `kind` goes to now. Raises NoConsumer."""
@@ -68,6 +80,6 @@ class Places:
     def open(self, name: str) -> Place:
         """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""
         self._registry.enter(name)
-        place = Place(name, self._config.consumers[name], self._scheduler)
+        place = Place(name, self._config.consumers[name], self._scheduler, self._keyring)
         place.when_given_up(partial(self._registry.leave, name))
         return place

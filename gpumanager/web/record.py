@@ -31,7 +31,8 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class RequestRecord:
     """One request. `stack` holds whatever must be undone when it is over, however it ends;
     times are in seconds, None until known. `role` is the key's; without keys everybody is an
-    admin."""
+    admin. `goes_on`: its thread is still needed when its client has the answer, which had better
+    not send the next request over the same connection."""
 
     request_id: str
     method: str
@@ -49,6 +50,7 @@ class RequestRecord:
     upstream_s: float | None = None
     run_s: float | None = None
     failure: str | None = None
+    goes_on: bool = False
 
     @property
     def whose(self) -> str | None:

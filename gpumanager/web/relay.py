@@ -14,7 +14,8 @@ from gpumanager.errors import BrokerError, ClientGone
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
-from gpumanager.web.server import pending_output
+from gpumanager.web.record import record_of
+from gpumanager.web.server import end_answer, pending_output
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -40,9 +41,9 @@ class RelayedResponse(Response):
     """The answer of an exchange whose head has arrived, for Flask to return from a view.
 
     Werkzeug's own header handling is by-passed, so that the consumer's go through unchanged.
-    `on_end` is called once, as soon as the consumer is done or its answer broke off, and
-    `on_break` with the reason if it did;
-    `finish_answer`: if the client leaves, the answer is read to its end and dropped first.
+    `on_end` is called as soon as the consumer is done or its answer broke off, and `on_break`
+    before that with the reason if it did. What becomes of an answer that is not read to its end,
+    since the client left, is for whoever ends the request.
     """
 
     def __init__(
@@ -51,13 +52,11 @@ class RelayedResponse(Response):
         on_end: Callable[[], None],
         *,
         on_break: Callable[[BrokerError], None] = lambda error: None,  # noqa: ARG005
-        finish_answer: bool = False,
     ) -> None:
         super().__init__(status=exchange.status)
         self._exchange = exchange
         self._on_end = on_end
         self._on_break = on_break
-        self._finish_answer = finish_answer
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         exchange = self._exchange
@@ -72,13 +71,7 @@ class RelayedResponse(Response):
         if not exchange.ready():
             # The head goes out now: servers send it with the first bytes of the body only.
             write(b"")
-        return RelayedBody(
-            exchange,
-            self._on_end,
-            self._on_break,
-            environ=environ,
-            finish_answer=self._finish_answer,
-        )
+        return RelayedBody(exchange, self._on_end, self._on_break, environ)
 
 
 class RelayedBody:
@@ -89,14 +82,12 @@ class RelayedBody:
         exchange: Exchange,
         on_end: Callable[[], None],
         on_break: Callable[[BrokerError], None],
-        *,
         environ: WSGIEnvironment,
-        finish_answer: bool,
     ) -> None:
         self._exchange = exchange
         self._on_end = on_end
         self._on_break = on_break
-        self._finish_answer = finish_answer
+        self._environ = environ
         self._pending = pending_output(environ)
         self._chunks = self._relay()
 
@@ -108,17 +99,8 @@ class RelayedBody:
         return cast(bytes, next(self._chunks))
 
     def close(self) -> None:
-        """Release the consumer, if the answer was not read to its end."""
+        """Let go of what waits for the client."""
         self._chunks.close()
-        if not self._exchange.ended:
-            gone = ClientGone("the client left")
-            self._on_break(gone)
-            if self._finish_answer:
-                self._exchange.drain()
-            else:
-                self._exchange.abort(gone)
-            self._exchange.close()
-            self._on_end()
 
     def _relay(self) -> Generator[bytes | Remainder, None, None]:
         with _Spool() as spool:
@@ -152,6 +134,8 @@ class RelayedBody:
                     extra={"consumer": error.consumer, "reason": error.message},
                 )
             self._on_break(error)
+            if record_of(self._environ).goes_on:
+                end_answer(self._environ)
             raise TruncatedAnswer(error) from error
         finally:
             if self._exchange.ended:

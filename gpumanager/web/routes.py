@@ -15,9 +15,10 @@ from flask import Flask, Response, request
 from gpumanager import errors
 from gpumanager.admission import Admission
 from gpumanager.clock import rfc3339
-from gpumanager.config import KINDS, Config, Kind
+from gpumanager.config import KINDS, Config, ConsumerConfig, Kind
 from gpumanager.events import EventLog
 from gpumanager.monitoring.history import MemorySample
+from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
 from gpumanager.watcher import Watcher
 from gpumanager.web import boundary, dashboard, roles, security
@@ -29,7 +30,6 @@ from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.openapi import describe
 from gpumanager.web.operations import Operations
-from gpumanager.web.place import Places
 from gpumanager.web.record import RequestRecord, record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
@@ -65,7 +65,6 @@ class Services:
     admission: Admission
     proxy: Proxy
     jobs: JobRunner
-    places: Places
     operations: Operations
     status: StatusView
     watcher: Watcher
@@ -112,23 +111,15 @@ def _from_flask(view: JobView) -> Response:
 
 def _job_view(services: Services, kind: Kind) -> JobView:
     def job(environ: WSGIEnvironment) -> Response:
-        record = record_of(environ)
-        place = services.places.routed(kind)
-        record.consumer = name = place.name
-        try:
-            route = place.config.paths.get(kind)
+        def prepare(name: str, consumer: ConsumerConfig) -> Exchange:
+            route = consumer.paths.get(kind)
             if route is None:
                 raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
-            if (key := record.key) is not None:
-                services.keyring.enter(key)
-                record.stack.callback(services.keyring.leave, key)
             services.admission.check(name)
-            exchange = services.proxy.prepare(name, _inbound(environ), route.path, route.method)
-            max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
-            return services.jobs.run(environ, kind, place, exchange, max_wait)
-        except BaseException:
-            place.give_up()
-            raise
+            return services.proxy.prepare(name, _inbound(environ), route.path, route.method)
+
+        max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
+        return services.jobs.run(environ, kind, prepare, max_wait)
 
     return job
 

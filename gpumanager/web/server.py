@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import waitress
 import waitress.server
 from waitress.adjustments import Adjustments
+from waitress.channel import ClientDisconnected
 from waitress.server import BaseWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
@@ -41,6 +42,10 @@ SPARE_CONNECTIONS = 512
 SPARE_DESCRIPTORS = 256
 
 
+CLIENT_LEFT = ClientDisconnected
+"""What is raised out of a WSGI `write` for a client that is gone; the server expects it back."""
+
+
 class GrowingDispatcher(ThreadedTaskDispatcher):
     """Waitress's threads, started when they are first needed instead of all at the start: most
     boxes never use the three hundred that a full line would take, and each costs memory."""
@@ -60,8 +65,19 @@ class GrowingDispatcher(ThreadedTaskDispatcher):
             running = len(self.threads) - self.stop_count
             short = len(self.queue) >= running - self.active_count and running < self._most
         if short:
-            super().set_thread_count(running + 1)
+            try:
+                super().set_thread_count(running + 1)
+            except RuntimeError as error:  # the task waits for one of those that there are
+                log.warning("no thread", extra={"running": running, "reason": str(error)})
         super().add_task(task)
+
+    def start_new_thread(self, target: Callable[[int], object], thread_no: int) -> None:
+        """Start one, or forget that it was counted already. Raises RuntimeError."""
+        try:
+            super().start_new_thread(target, thread_no)
+        except BaseException:
+            self.threads.discard(thread_no)
+            raise
 
 
 def set_defaults(config: Config) -> None:
@@ -120,6 +136,24 @@ def run(app: Any, when_listening: Callable[[], object]) -> None:
     when_listening()
     making.print_listen("Serving on http://{}:{}")
     making.run()
+
+
+def close_after_answer(environ: WSGIEnvironment) -> None:
+    """Have the answer say that the connection is closed after it, before its head is sent."""
+    channel = _channel(environ)
+    if channel is not None and channel.requests:
+        channel.requests[0].headers["CONNECTION"] = "close"
+
+
+def end_answer(environ: WSGIEnvironment) -> None:
+    """An answer broke off: close the connection as soon as what there is of it is sent, though the
+    request's thread goes on. It must not look like the answer's end."""
+    channel = _channel(environ)
+    if channel is not None:
+        if environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+            channel.end_with_reset()
+        channel.close_when_flushed = True
+        channel.server.pull_trigger()
 
 
 def unsent_bytes(environ: WSGIEnvironment) -> Callable[[], int]:

@@ -202,6 +202,24 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, held_consumer: Scripted
         client.sock.close()
 
 
+def test_the_first_signal_after_a_drain_by_a_call_lets_the_running_job_finish(
+    tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event
+) -> None:
+    port = free_port()
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", drain_timeout=20)
+    with serving(tmp_path, "gpumanager serve", config, port) as process:
+        running = Outcome(lambda: process.post("/v1/tts"))
+        eventually(lambda: held_consumer.requests)
+        boot = process.get("/v1/events").json()["boot"]
+        assert process.post(f"/v1/drain?boot={boot}").status_code == 202
+        process.popen.send_signal(signal.SIGTERM)  # as `systemctl stop` does after `drain`
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.popen.wait(0.5)
+        release.set()
+        assert running.result().json() == {"done": True}
+        assert process.popen.wait(10) == 0
+
+
 def test_a_job_that_outlasts_the_drain_is_cut_off(
     tmp_path: Path, held_consumer: ScriptedConsumer
 ) -> None:

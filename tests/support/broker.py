@@ -28,6 +28,7 @@ class LiveBroker:
 
     def __init__(self, broker: Broker, port: int, dispatcher: Any) -> None:
         self.dispatcher = dispatcher  # waitress's threads
+        self.channels: dict[int, Any] = {}  # its connections
         self.broker = broker
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -62,6 +63,12 @@ class LiveBroker:
         """Return once nobody waits and nothing runs."""
         eventually(lambda: (self.stats.queue_depth, self.stats.in_flight) == (0, 0), timeout)
 
+    def connection_of(self, client: RawClient) -> Any:
+        """The server's end of a client's connection."""
+        port = client.sock.getsockname()[1]
+        (found,) = [each for each in [*self.channels.values()] if each.addr[1] == port]
+        return found
+
     def close(self) -> None:
         self._session.close()
 
@@ -89,6 +96,7 @@ def live_broker(
         loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
         loop.start()
         live = LiveBroker(broker, int(serving.effective_port), serving.task_dispatcher)
+        live.channels = serving.active_channels
         try:
             yield live
         finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from gpumanager.web.server import FIRST_THREADS, GrowingDispatcher
 from tests.support.broker import config_for, live_broker
 from tests.support.sockets import ScriptedConsumer, answer
@@ -46,6 +48,38 @@ def test_threads_come_when_they_are_needed_and_no_more_than_there_may_be() -> No
         go_on.set()
         dispatcher.shutdown()
     assert not dispatcher.threads
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatcher = GrowingDispatcher()
+    dispatcher.set_thread_count(20)
+    go_on = threading.Event()
+    try:
+        eventually(lambda: dispatcher.active_count == 0)
+        tasks = [Task(go_on) for _ in range(FIRST_THREADS + 2)]
+        for task in tasks[:FIRST_THREADS]:
+            dispatcher.add_task(task)
+        for task in tasks[:FIRST_THREADS]:
+            assert task.began.wait(PATIENCE_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            dispatcher.add_task(tasks[FIRST_THREADS])
+        assert "no thread" in caplog.text
+        assert len(dispatcher.threads) == FIRST_THREADS
+        dispatcher.add_task(tasks[FIRST_THREADS + 1])  # with two to do, there is one to be had
+        assert tasks[FIRST_THREADS].began.wait(PATIENCE_S)
+        go_on.set()
+        assert tasks[FIRST_THREADS + 1].began.wait(PATIENCE_S)
+    finally:
+        go_on.set()
+        dispatcher.shutdown()
+    assert not dispatcher.threads
+
+
+def refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_tasks_one_after_the_other_need_no_more_threads() -> None:
