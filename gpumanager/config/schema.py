@@ -146,8 +146,8 @@ class ConsumerConfig(Model):
     timeouts: Timeouts = Timeouts()
     """How long its jobs may take."""
     on_disconnect: _OnDisconnect = "native"
-    """What becomes of a job whose client leaves: `native`, it aborts when the connection closes;
-    `none`, it works on, and the GPU stays held; or a call that stops it."""
+    """What becomes of a job whose client leaves, or whose time-out passes: `native`, it aborts when
+    the connection closes; `none`, it works on, and the GPU stays held; or a call that stops it."""
 
     @property
     def declared(self) -> Declared:

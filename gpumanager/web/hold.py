@@ -59,12 +59,15 @@ class _State(Enum):
 
 
 class Hold:
-    """Of one job of one request. `end` has to be called when the request is over, however it ended,
-    and `close` after that.
+    """Of one job of one request. Once it runs, `departure` is what becomes of the call that is
+    being made, if nobody wants it any more. `end` has to be called when the request is over,
+    however it ended, and `close` after that.
 
     Its methods are for the request's own thread, but for `begin`, which is also for the one that
     hands the GPU over, while the request's own waits for that.
     """
+
+    departure: Departure
 
     def __init__(self, means: Means, place: Place, record: RequestRecord) -> None:
         self._means = means
@@ -75,7 +78,7 @@ class Hold:
         self._ticket: Ticket | None = None
         self._began = 0.0
         self._before: ConsumerState | None = None
-        self._departures: list[Departure] = []
+        self._exchanges: list[Exchange] = []
         self._follow_here: Callable[[], None] | None = None
         self._status: int | None = None
         self._failure: str | None = None
@@ -112,11 +115,6 @@ class Hold:
     def was_loaded(self) -> bool:
         """Whether its consumer was, as far as was known when it began."""
         return self._before is not None and self._before.loaded
-
-    @property
-    def departure(self) -> Departure:
-        """What becomes of the call that is being made, if nobody wants it any more."""
-        return self._departures[-1]
 
     @property
     def seconds(self) -> float:
@@ -194,14 +192,15 @@ class Hold:
 
     def close(self) -> None:
         """Close its connections. Idempotent."""
-        for departure in self._departures:
-            departure.exchange.close()
+        for exchange in self._exchanges:
+            exchange.close()
 
     # -- inside ----------------------------------------------------------------------------
 
     def _calls_with(self, exchange: Exchange) -> None:
         means, config = self._means, self._place.config
-        self._departures.append(Departure(self._name, config, exchange, means.calls, means.clock))
+        self.departure = Departure(self._name, config, exchange, means.calls, means.clock)
+        self._exchanges.append(exchange)
 
     def _settle_and_give_back(self) -> None:
         if self._state is not _State.RUNNING:

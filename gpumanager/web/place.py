@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 from gpumanager.config import Config, ConsumerConfig, Kind
@@ -29,11 +28,11 @@ class Place:
         self._scheduler = scheduler
         self._keyring = keyring
         self._lock = threading.Lock()
-        self._held = ExitStack()
+        self._held: list[Callable[[], object]] = []
 
     def when_given_up(self, undo: Callable[[], object]) -> None:
-        """Have `undo` called then; the latest first."""
-        self._held.callback(undo)
+        """Have `undo`, which never raises, called then; the latest first."""
+        self._held.append(undo)
 
     def take_ticket(self, job: Job) -> Ticket:
         """Join the queue. Raises QueueFull if the job's key has too many in it, and what
@@ -49,8 +48,9 @@ class Place:
         """Leave the queue, or give the GPU back, and let go of the consumer. Idempotent, never
         raises."""
         with self._lock:
-            held = self._held.pop_all()
-        held.close()
+            held, self._held = self._held, []
+        for undo in reversed(held):
+            undo()
 
 
 class Places:
