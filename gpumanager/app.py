@@ -175,6 +175,7 @@ class Broker:
             status.snapshot,
             lambda: self.scheduler.stats().longest_overtake,
             __version__,
+            by_client=bool(keyring),
         )
         self.events.listen(metrics.take_note)
         self._tracing = tracing.from_environment(os.environ, __version__)
@@ -365,6 +366,7 @@ class Broker:
         fresh = {name: _assumed_loaded(new.consumers[name]) for name in (*found.added, *moved)}
         for name in fresh:
             self.learned.add(name)
+            self.breakers.forget(name)
         try:
             self.registry.reshape(fresh, found.removed, lambda: self._live.replace(new))
         except InUse as error:

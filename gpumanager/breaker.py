@@ -28,6 +28,7 @@ class _Circuit:
     retry_at: float = 0.0
     trial: bool = False
     opened_at: float | None = None
+    reason: str = ""
 
     @property
     def tripped(self) -> bool:
@@ -56,6 +57,16 @@ class Breakers:
         """When it last opened (monotonic seconds); None while it is closed."""
         return self._circuits.get(name, _CLOSED).opened_at
 
+    def reason(self, name: str) -> str:
+        """What the latest failure was, while it is open; else empty."""
+        circuit = self._circuits.get(name, _CLOSED)
+        return circuit.reason if circuit.tripped else ""
+
+    def forget(self, name: str) -> None:
+        """The consumer is another one now."""
+        with self._lock:
+            self._circuits.pop(name, None)
+
     def refusal(self, name: str) -> float | None:
         """Seconds after which to try again, if a call would be refused now; None if not."""
         with self._lock:
@@ -78,7 +89,7 @@ class Breakers:
         if was.tripped:
             log.info("breaker closed", extra={"consumer": name})
 
-    def failed(self, name: str) -> None:
+    def failed(self, name: str, reason: str = "") -> None:
         """It could not be reached, took too long, broke off, or did not load."""
         with self._lock:
             was = self._circuits.get(name, _CLOSED)
@@ -88,11 +99,18 @@ class Breakers:
                 pause = min(LONGEST_PAUSE_S, was.pause_s * 2 or FIRST_PAUSE_S)
             now = self._clock.monotonic()
             opened = was.opened_at if was.tripped else now if pause else None
-            self._circuits[name] = _Circuit(failures, pause, now + pause, opened_at=opened)
+            self._circuits[name] = _Circuit(
+                failures, pause, now + pause, opened_at=opened, reason=reason
+            )
         if pause:
             log.warning(
                 "breaker open",
-                extra={"consumer": name, "failures": failures, "pause_s": pause},
+                extra={
+                    "consumer": name,
+                    "failures": failures,
+                    "pause_s": pause,
+                    **({"reason": reason} if reason else {}),
+                },
             )
 
     def abandoned(self, name: str) -> None:

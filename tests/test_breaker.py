@@ -126,3 +126,19 @@ def test_it_is_known_since_when_it_is_open(breakers: Breakers, clock: FakeClock)
     assert breakers.opened_at("mvoice") == opened
     breakers.succeeded("mvoice")
     assert breakers.opened_at("mvoice") is None
+
+
+def test_it_is_known_why_it_is_open(breakers: Breakers) -> None:
+    breakers.failed("mvoice", "refused the connection")
+    assert breakers.reason("mvoice") == ""  # once is nothing yet
+    breakers.failed("mvoice", "refused the connection")
+    breakers.failed("mvoice", "no answer within 5 s")
+    assert breakers.reason("mvoice") == "no answer within 5 s"
+    breakers.succeeded("mvoice")
+    assert breakers.reason("mvoice") == ""
+
+
+def test_another_consumer_of_that_name_begins_anew(breakers: Breakers) -> None:
+    trip(breakers)
+    breakers.forget("mvoice")
+    assert breakers.refusal("mvoice") is None

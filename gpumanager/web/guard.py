@@ -26,6 +26,19 @@ access_log = logging.getLogger("gpumanager.access")
 log = logging.getLogger(__name__)
 
 
+_POLLED = frozenset(
+    {"/healthz", "/metrics", "/v1/status", "/v1/queue", "/v1/events", "/v1/history"}
+)
+"""What open pages, probes and Prometheus ask for again and again."""
+
+
+def _level(record: RequestRecord) -> int:
+    """How loudly a request is logged: an answer that only says how things are, and is asked for
+    every second, must not drown the jobs."""
+    polled = record.path in _POLLED and record.method in ("GET", "HEAD") and record.status < 400
+    return logging.DEBUG if polled else logging.INFO
+
+
 class Guard:
     """Wraps the application: request id, exactly-once clean-up, last-resort errors, access log,
     and an event for each request that came to nothing."""
@@ -116,7 +129,7 @@ class Guard:
             "failure": record.failure,
         }
         fields.update((name, value) for name, value in optional.items() if value is not None)
-        access_log.info("request", extra=fields)
+        access_log.log(_level(record), "request", extra=fields)
         if record.failure is not None and record.run_s is None:
             self._note_refusal(record)
 
@@ -128,7 +141,8 @@ class Guard:
                 "code": record.failure,
                 "status": record.status,
                 "consumer": record.consumer,
-                "client": record.client,
+                "client": record.who,
+                "address": record.client,
                 "key": record.key,
                 "path": record.path,
                 "request_id": record.request_id,

@@ -142,7 +142,7 @@ class Hold:
             gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
             self._process_gone = self._process_gone or gone
             if isinstance(error, CONSUMERS_FAULTS):
-                self._means.breakers.failed(self._name)
+                self._means.breakers.failed(self._name, error.message)
             else:
                 self._means.breakers.abandoned(self._name)
         self.answered()
@@ -248,6 +248,7 @@ class Hold:
                 "kind": job.kind,
                 "ticket": ticket.number,
                 "client": job.client,
+                "address": self._record.client,
                 "request_id": job.request_id,
                 "key": self._record.key,
                 "traceparent": self._record.traceparent,

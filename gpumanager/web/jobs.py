@@ -107,7 +107,7 @@ class JobRunner:
             exchange = prepare(name, consumer)
             client = ClientWatch(environ, self._watcher)
             record.stack.callback(client.stop)
-            job = Job(name, kind, record.client, record.request_id, max_wait, key=record.key)
+            job = Job(name, kind, record.who, record.request_id, max_wait, key=record.key)
             ticket = self._wait(hold, job, exchange, client, record)
         except BaseException:
             hold.end()
@@ -181,7 +181,7 @@ class JobRunner:
             record.prepared_s = ticket.prepared_s
         except BrokerError as error:
             if isinstance(error, CONSUMERS_FAULTS):
-                self._breakers.failed(job.consumer)  # it did not load
+                self._breakers.failed(job.consumer, error.message)  # it did not load
             raise
         except Exception as error:
             log.exception("scheduler failed", extra={"request_id": record.request_id})

@@ -4,6 +4,7 @@ happen, gauges from what is so at the moment of the scrape."""
 from __future__ import annotations
 
 import threading
+from collections import Counter as PerClient
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,9 @@ MIB = 1024 * 1024
 PENDING = 500
 """Events that may wait to be counted."""
 
+MOST_CLIENTS = 100
+OTHER_CLIENTS = "(others)"
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series of its own for the start of every other one
@@ -40,7 +44,8 @@ Snapshot = Callable[[], Mapping[str, Any]]
 
 class Metrics:
     """Of one broker. `snapshot` is what `/v1/status` shows; `longest_overtake` is how many jobs
-    were granted past one that had come before them, at most."""
+    were granted past one that had come before them, at most. `by_client`: clients have keys, whose
+    names are the operator's own and few, so that they may be labels."""
 
     def __init__(
         self,
@@ -48,6 +53,8 @@ class Metrics:
         snapshot: Snapshot,
         longest_overtake: Callable[[], int],
         version: str,
+        *,
+        by_client: bool = False,
     ) -> None:
         self._lock = threading.Lock()
         self._pending: deque[Event] = deque()
@@ -92,6 +99,7 @@ class Metrics:
             "Clients that left: while in line, while their job ran, or during its answer.",
             ["consumer", "phase"],
         )
+        self._clients = Clients(snapshot) if by_client else None
         for name in config.consumers:
             self._out_of_memory.labels(name)
             self._healed.labels(name)
@@ -103,10 +111,13 @@ class Metrics:
         if len(self._pending) >= PENDING:
             self._count()
 
-    def exposition(self) -> bytes:
-        """The text."""
+    def exposition(self, *, whole: bool = True) -> bytes:
+        """The text; not `whole`: without what tells of single clients."""
         self._count()
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        if whole and self._clients is not None:
+            text += generate_latest(self._clients.registry)
+        return text
 
     def _count(self) -> None:
         with self._lock:
@@ -119,6 +130,8 @@ class Metrics:
 
     def _on_job(self, fields: Mapping[str, Any]) -> None:
         name, kind = fields["consumer"], fields["kind"]
+        if self._clients is not None:
+            self._clients.had_the_gpu(fields)
         failure = fields.get("failure")
         status = fields.get("status", 0)
         outcome = failure or ("done" if status < 400 else "consumer_error")
@@ -149,6 +162,58 @@ class Metrics:
 
     def _on_healed(self, fields: Mapping[str, Any]) -> None:
         self._healed.labels(fields["consumer"]).inc()
+
+
+class Clients(Collector):
+    """What each client has and had, by the name of its key. The first `MOST_CLIENTS` that come
+    have labels of their own, all others share one."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._jobs = Counter(
+            "gpumanager_client_jobs",
+            "Jobs of a client's that had the GPU and are over.",
+            ["client"],
+            registry=self.registry,
+        )
+        self._held = Counter(
+            "gpumanager_client_run_seconds",
+            "Time that a client's jobs held the GPU.",
+            ["client"],
+            registry=self.registry,
+        )
+        self.registry.register(self)
+
+    def had_the_gpu(self, fields: Mapping[str, Any]) -> None:
+        """Count the event of a job that is over."""
+        client = self._label(fields["client"])
+        self._jobs.labels(client).inc()
+        self._held.labels(client).inc(fields["run_ms"] / 1000)
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily(
+            "gpumanager_client_queue_depth", "Jobs of a client's in the queue.", labels=["client"]
+        )
+        line = self._snapshot()["line"]
+        counts: PerClient[str] = PerClient(
+            self._label(entry["client"]) for entry in line if entry["state"] == "waiting"
+        )
+        for client in sorted(self._known):
+            waiting.add_metric([client], counts[client])
+        yield waiting
+
+    def _label(self, client: str) -> str:
+        with self._lock:
+            if client in self._known:
+                return client
+            if len(self._known) < MOST_CLIENTS:
+                self._known.add(client)
+                return client
+            self._known.add(OTHER_CLIENTS)
+            return OTHER_CLIENTS
 
 
 class _Now(Collector):

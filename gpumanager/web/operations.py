@@ -179,7 +179,7 @@ class Operations:
             job = Job(
                 name,
                 kind,
-                record.client,
+                record.who,
                 record.request_id,
                 makes_room=kind != "unload",
                 runs=False,

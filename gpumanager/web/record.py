@@ -30,9 +30,9 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 @dataclass(slots=True)
 class RequestRecord:
     """One request. `stack` holds whatever must be undone when it is over, however it ends;
-    times are in seconds, None until known. `role` is the key's; without keys everybody is an
-    admin. `goes_on`: its thread is still needed when its client has the answer, which had better
-    not send the next request over the same connection."""
+    times are in seconds, None until known. `client` is its address; `role` is the key's; without
+    keys everybody is an admin. `goes_on`: its thread is still needed when its client has the
+    answer, which had better not send the next request over the same connection."""
 
     request_id: str
     method: str
@@ -51,6 +51,11 @@ class RequestRecord:
     run_s: float | None = None
     failure: str | None = None
     goes_on: bool = False
+
+    @property
+    def who(self) -> str:
+        """Whose request it is: the name of its key where keys are in use, else its address."""
+        return self.client if self.key is None else self.key
 
     @property
     def whose(self) -> str | None:

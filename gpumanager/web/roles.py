@@ -12,7 +12,7 @@ from gpumanager.web.record import RequestRecord
 NAMELESS = {"client": "-", "request_id": "-"}
 """What another key's job shows of itself in the queue."""
 
-_PRIVATE = frozenset({"client", "key", "path", "request_id", "traceparent"})
+_PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
 """Fields of events that tell who somebody is."""
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -218,7 +218,9 @@ def _record_routes(app: Flask, services: Services) -> None:
 
     @app.get("/metrics", provide_automatic_options=False)
     def metrics() -> Response:
-        return Response(services.metrics.exposition(), content_type=METRICS_TYPE)
+        return Response(
+            services.metrics.exposition(whole=_record().whose is None), content_type=METRICS_TYPE
+        )
 
 
 def _query_number(name: str, default: int, *, most: int = 2**53) -> int:

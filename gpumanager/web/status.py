@@ -146,8 +146,8 @@ class StatusView:
             view["last_used"] = self._time(state.last_used)
         if state.last_probe is not None:
             view["last_probe"] = self._time(state.last_probe)
-        if state.last_error:
-            view["last_error"] = state.last_error
+        if why := state.last_error or self._breakers.reason(name):
+            view["last_error"] = why
         if state.health_since is not None:
             view["health_since"] = self._time(state.health_since)
         if (opened_at := self._breakers.opened_at(name)) is not None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpumanager.clock import SystemClock
+from gpumanager.keys import ApiKey
+from gpumanager.web import metrics
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
@@ -156,6 +160,103 @@ def test_names_and_units_are_prometheus_own(consumer: ScriptedConsumer) -> None:
             assert len(sample.labels) <= 3
             if family.type == "counter":
                 assert sample.name.endswith(("_total", "_created")), sample.name
+
+
+KEYS = [
+    ApiKey("alice", "alice-has-a-long-key", role="client"),
+    ApiKey("root", "root-has-a-long-key-too", role="admin"),
+]
+AS = {key.name: {"X-Api-Key": key.secret} for key in KEYS}
+
+
+def test_where_keys_are_in_use_the_client_is_the_keys_name(
+    held_consumer: ScriptedConsumer, release: threading.Event
+) -> None:
+    with live_broker(config_for(held_consumer.url), keys=KEYS) as broker:
+        jobs = []
+        for count, name in enumerate(("alice", "root"), start=1):
+            headers = AS[name]
+            post = partial(broker.post, "/v1/tts", data=b"{}", headers=headers)
+            jobs.append(Outcome(post))
+            broker.await_line(count)
+        for path in ("/v1/queue", "/v1/status"):
+            line = broker.get(path, headers=AS["root"]).json()["line"]
+            assert [entry["client"] for entry in line] == ["alice", "root"]
+
+        def count_of(name: str, client: str, whose: str = "root") -> float | None:
+            text = broker.get("/metrics", headers=AS[whose]).text
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    if sample.name == name and sample.labels.get("client") == client:
+                        return float(sample.value)
+            return None
+
+        assert count_of("gpumanager_client_queue_depth", "root") == 1
+        release.set()
+        for job in jobs:
+            job.result()
+        broker.await_idle()
+        assert count_of("gpumanager_client_queue_depth", "root") == 0
+        for name in AS:
+            assert count_of("gpumanager_client_jobs_total", name) == 1
+            assert (count_of("gpumanager_client_run_seconds_total", name) or 0) > 0
+            # A client's key does not tell who else there is.
+            assert count_of("gpumanager_client_jobs_total", name, "alice") is None
+        found = broker.get("/v1/events", headers=AS["root"]).json()["events"]
+        ended = [each for each in found if each["event"] == "job"]
+        assert [(e["client"], e["address"]) for e in ended] == [
+            ("alice", "127.0.0.1"),
+            ("root", "127.0.0.1"),
+        ]
+
+
+def test_without_keys_addresses_are_no_labels(consumer: ScriptedConsumer) -> None:
+    with live_broker(config_for(consumer.url)) as broker:
+        broker.post("/v1/tts", data=b"{}")
+        eventually(lambda: events(broker, "job"))
+        assert events(broker, "job")[0]["client"] == "127.0.0.1"
+        text = broker.get("/metrics").text
+    assert "gpumanager_client_" not in text
+    assert "127.0.0.1" not in text
+
+
+def test_clients_have_only_so_many_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MOST_CLIENTS", 2)
+    clients = metrics.Clients(lambda: {"line": []})
+    for name in ("a", "b", "c", "d", "a"):
+        clients.had_the_gpu({"client": name, "run_ms": 500.0})
+    text = generate_latest(clients.registry).decode()
+    found = {
+        sample.labels["client"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "gpumanager_client_jobs_total"
+    }
+    assert found == {"a": 2, "b": 1, "(others)": 2}
+
+
+def test_what_is_polled_is_logged_at_debug_unless_it_fails(
+    consumer: ScriptedConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "gpumanager.access")
+    paths = ["/healthz", "/metrics", "/v1/status", "/v1/queue", "/v1/events", "/v1/history"]
+    with live_broker(config_for(consumer.url)) as broker:
+        for path in (*paths, "/v1/plan/tts", "/v1/events?since=x", "/nowhere"):
+            broker.get(path)
+        broker.post("/v1/tts", data=b"{}")
+        eventually(lambda: len([r for r in caplog.records if r.name == "gpumanager.access"]) == 10)
+    said = {
+        (vars(r)["path"], vars(r)["status"]): r.levelname
+        for r in caplog.records
+        if r.name == "gpumanager.access"
+    }
+    assert said == {
+        **{(path, 200): "DEBUG" for path in paths},
+        ("/v1/plan/tts", 200): "INFO",
+        ("/v1/events", 400): "INFO",
+        ("/nowhere", 404): "INFO",
+        ("/v1/tts", 200): "INFO",
+    }
 
 
 def test_trace_context_goes_through(consumer: ScriptedConsumer) -> None:

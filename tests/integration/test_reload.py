@@ -17,6 +17,7 @@ from gpumanager.config import Config, load_config
 from gpumanager.config.live import LiveConfig, changes
 from gpumanager.registry import Registry
 from tests.integration.test_serving import free_port, serving
+from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
@@ -107,6 +108,29 @@ def test_a_consumer_can_come_and_go(setting: Setting) -> None:
     assert setting.change(go).json()["removed"] == ["ollama"]
     assert [c["name"] for c in broker.get("/v1/status").json()["consumers"]] == ["mvoice"]
     assert broker.post("/v1/llm", data=b"{}").text == "/api/llm\n"
+
+
+def test_status_says_since_when_and_why_a_consumer_is_down_and_a_move_is_a_new_start(
+    setting: Setting,
+) -> None:
+    setting.go_on.set()
+    setting.consumer.script = faults.resets
+    broker = setting.broker
+
+    def seen() -> Any:
+        return broker.get("/v1/status").json()["consumers"][0]
+
+    for _ in range(3):
+        assert broker.post("/v1/tts", data=b"{}").status_code == 502
+    down = seen()
+    assert down["breaker"] == "open"
+    assert down["breaker_since"] <= broker.get("/v1/status").json()["time"]
+    assert "mvoice" in down["last_error"]
+    with ScriptedConsumer(lambda peer, _: peer.send(answer())) as another:
+        moved = setting.change(lambda data: data["consumers"]["mvoice"].update(url=another.url))
+        assert moved.status_code == 200
+        assert (seen()["breaker"], seen().get("last_error")) == ("closed", None)
+        assert broker.post("/v1/tts", data=b"{}").status_code == 200
 
 
 def test_a_consumer_in_use_is_not_taken_away(setting: Setting) -> None:
