@@ -213,7 +213,7 @@ def test_a_job_that_overstays_says_so_and_so_do_those_behind_it(
 ) -> None:
     for _ in range(4):
         assert broker.post("/v1/tts", json={}).status_code == 200
-    voice.set(job_s=1.5)
+    voice.set(job_s=20)
     jobs = []
     for count in (1, 2):
         jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
@@ -226,7 +226,9 @@ def test_a_job_that_overstays_says_so_and_so_do_those_behind_it(
     plan = run("plan", "tts", "--url", broker.url).stdout
     assert "takes far longer than usual" in plan
     assert "? " in run("queue", "--url", broker.url).stdout
-    assert [job.result() for job in jobs] == [200, 200]
+    for entry in (waiting, running):
+        broker.delete(f"/v1/queue/{entry['ticket']}")
+    assert [job.result() for job in jobs] == [503, 503]
 
 
 def test_after_a_restart_estimates_are_what_was_learned(
@@ -244,8 +246,13 @@ def test_after_a_restart_estimates_are_what_was_learned(
             jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
             broker.await_line(count)
         *_, last = broker.get("/v1/queue").json()["line"]
-        assert 500 <= last["run_ms"] < 800
-        assert 500 <= last["estimate_ms"] < 3000
+        (usual,) = (
+            each["learned"]["run_ms"]
+            for each in broker.get("/v1/status").json()["consumers"]
+            if each["name"] == "voice"
+        )
+        assert 500 <= last["run_ms"] <= usual["p95"]
+        assert last["estimate_ms"] >= 500
         assert [job.result() for job in jobs] == [200, 200, 200]
 
 
