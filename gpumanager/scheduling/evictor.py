@@ -137,7 +137,10 @@ class Evictor:
         consumer = self._config.consumers[name]
         if elsewhere is not None and self._rest.is_busy(name, consumer) and elsewhere():
             return self._left_alone(name, ticket)
-        for rung in usable(consumer, self._registry.get(name)) or consumer.rungs:
+        rungs = list(usable(consumer, self._registry.get(name)) or consumer.rungs)
+        asked_again = False
+        while rungs:
+            rung = rungs.pop(0)
             before = self._measure()
             holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
@@ -157,7 +160,8 @@ class Evictor:
                     },
                 )
                 continue
-            tried.append(rung.name)
+            if rung.name not in tried:
+                tried.append(rung.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             word = _Word(consumer.settled if rung.http else None, self._clock.monotonic())
             certain = holds is not None
@@ -170,8 +174,14 @@ class Evictor:
                 ticket,
                 fits,
                 elsewhere if rung.http else None,
+                may_ask_again=bool(rung.http) and not asked_again,
             )
             release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
+            if rung.http and not asked_again and self._loaded_again(name, release):
+                log.info("loaded again meanwhile", extra={"consumer": name})
+                asked_again = True
+                rungs.insert(0, rung)
+                continue
             self._take_note(name, rung, release, ticket.job.consumer)
             if release.outcome == "busy":
                 return release
@@ -191,6 +201,11 @@ class Evictor:
                 extra={"consumer": name, "reason": reason, "seconds": round(seconds)},
             )
         return release
+
+    def _loaded_again(self, name: str, release: Release) -> bool:
+        """Whether it gave nothing back because a job of somebody else, who uses it beside the
+        broker, came right after the unload: then it says that it is loaded."""
+        return release.outcome == "leaked" and self._registry.get(name).loaded
 
     def _left_alone(self, name: str, ticket: Ticket) -> Release:
         log.info("left alone at work", extra={"consumer": name, "target": ticket.job.consumer})
@@ -234,11 +249,14 @@ class Evictor:
         ticket: Ticket,
         fits: Callable[[], bool] | None,
         elsewhere: Callable[[], bool] | None,
+        *,
+        may_ask_again: bool,
     ) -> Release:
         """Poll until the memory is back, or will not come: as long as `gpu.release_timeout` and
         the consumer's own `settled` allow, whichever is longer. Where what it held was measured
         (`certain`), a release in several steps is waited for as long as the room is not enough.
-        One that works on a job of somebody else first is given until that is over.
+        One that works on a job of somebody else first is given until that is over. One that says
+        by then that it is loaded is not waited for any longer, if it may be asked again.
         """
         consumer = self._config.consumers[name]
         now = self._clock.monotonic()
@@ -278,6 +296,13 @@ class Evictor:
                 if fits is not None and not begun and now - began >= STABLE_S and fits():
                     # Somebody else made room meanwhile: whatever this one does, the job can run.
                     return replace(more, outcome="partial")
+                if (
+                    may_ask_again
+                    and now - began >= STABLE_S
+                    and self._loaded_again(name, release)
+                    and not self._rest.is_busy(name, consumer)
+                ):
+                    return release
                 if now >= deadline:
                     if release.complete or not self._rest.is_busy(name, consumer):
                         return release

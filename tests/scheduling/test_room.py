@@ -1362,6 +1362,50 @@ def test_the_end_of_somebody_elses_job_is_waited_for(when_busy: str, measured: b
     assert at < 1 if when_busy == "drains" else at >= 14
 
 
+def test_one_that_somebody_elses_job_loads_again_is_asked_again_after_it() -> None:
+    """A render from ComfyUI's own page that comes right after the unload: no leak."""
+    bench = attributed(telling("drains"), total=9000)
+    bench.resident("tts", used=50)
+    bench.clock.advance(5)
+    bench.leaking = {"tts"}  # by the time it is looked at, it has loaded again
+    unload = bench.unload
+
+    def come_right_after(name: str) -> None:
+        unload(name)
+        if len(bench.calls) == 1:
+            at_work(bench, "tts", 3)
+        bench.leaking = set()
+
+    def prober() -> None:
+        if not bench.registry.get("tts").busy and "tts" in bench.holds:
+            version = bench.registry.get("tts").residency_version
+            bench.registry.probe_succeeded("tts", ProbeReport(loaded=True), seen_version=version)
+
+    bench.unload, bench.on_pause = come_right_after, prober  # type: ignore[method-assign]
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload tts"]
+    assert 3 <= bench.clock.monotonic() - began < 5 + 5
+    assert bench.registry.get("tts").quarantine == ""
+    assert bench.room.evictions == 1
+
+
+def test_one_that_leaks_and_says_it_is_loaded_is_asked_twice_at_most() -> None:
+    bench = attributed(telling("drains"), total=9000)
+    bench.resident("tts", used=50)
+    bench.leaking = {"tts"}
+
+    def prober() -> None:
+        version = bench.registry.get("tts").residency_version
+        bench.registry.probe_succeeded("tts", ProbeReport(loaded=True), seen_version=version)
+
+    bench.on_pause = prober
+    with pytest.raises(InsufficientVram):
+        bench.make_room("llm")
+    assert bench.calls == ["unload tts", "unload tts"]
+    assert bench.registry.get("tts").quarantine != ""
+
+
 @pytest.mark.parametrize("when_busy", ["drains", "aborts"])
 def test_a_job_of_somebody_else_without_end_is_neither_killed_nor_a_leak(when_busy: str) -> None:
     bench = attributed(telling(when_busy), total=9000)
