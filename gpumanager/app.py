@@ -399,6 +399,8 @@ def serve(
     except KeysError as error:
         log.error("bad keys", extra={"reason": str(error)})
         return 2
+    if config_file is not None:
+        log.info("config read", extra={"file": os.path.abspath(config_file)})
     notifier = Notifier()
     watchdog = None
     if notifier.watchdog_s is not None:

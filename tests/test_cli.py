@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -102,13 +103,55 @@ def test_serve_of_a_bad_file_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "/nowhere/at/all.yaml: 1 fault" in result.stderr
 
 
+class Found:
+    """Where a config may lie, and what `check` finds, which is what `serve` takes."""
+
+    def __init__(self, home: Path, patch: pytest.MonkeyPatch) -> None:
+        (home / "here" / "config").mkdir(parents=True)
+        (home / "made" / "gpumanager").mkdir(parents=True)
+        patch.chdir(home / "here")
+        patch.setenv("XDG_CONFIG_HOME", str(home / "made"))
+        patch.delenv("GPUMANAGER_CONFIG", raising=False)
+        self.here = home / "here" / "config" / "consumers.yaml"
+        self.made = home / "made" / "gpumanager" / "consumers.yaml"
+
+    def checked(self, command: str = "check") -> Any:
+        return CliRunner().invoke(main, [command])
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
+    return Found(tmp_path, monkeypatch)
+
+
+def test_the_config_that_setup_wrote_is_found_last(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found.made.write_text("listen: 127.0.0.1:1003\n")
+    assert found.checked().output.startswith(f"{found.made}: ok")
+    found.here.write_text("listen: 127.0.0.1:1002\n")
+    assert found.checked().output.startswith("config/consumers.yaml: ok")
+    named = tmp_path / "named.yaml"
+    named.write_text("listen: 127.0.0.1:1001\n")
+    monkeypatch.setenv("GPUMANAGER_CONFIG", str(named))
+    assert found.checked().output.startswith(f"{named}: ok")
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
+def test_without_any_config_the_way_to_one_is_told(found: Found, command: str) -> None:
+    result = found.checked(command)
+    assert result.exit_code == 2
+    assert str(found.made) in result.stderr
+    assert "gpumanager setup" in result.stderr
+
+
 def test_serve_of_an_empty_name_does_not_mean_the_default() -> None:
     result = CliRunner().invoke(main, ["serve", "--config", ""])
     assert result.exit_code == 2
     assert "cannot be read: No such file or directory" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["check"], ["serve", "--port", "1"], ["fly"]])
+@pytest.mark.parametrize("arguments", [["check", "a", "b"], ["serve", "--port", "1"], ["fly"]])
 def test_wrong_usage_is_told(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2

@@ -14,6 +14,7 @@ from gpumanager.cli import views
 from gpumanager.config import parse_config, presets
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from gpumanager.setup import diagnosis
+from gpumanager.setup.brokers import RunningBroker, Stranger
 from gpumanager.setup.configfile import propose
 from gpumanager.setup.discovery import Found, Manager, _manager, _mib
 from gpumanager.setup.services import known_services
@@ -161,9 +162,36 @@ def test_foreign_processes_and_missing_figures_are_warnings() -> None:
 
 
 def test_two_brokers_are_one_too_many() -> None:
-    one = {1: "python -m gpumanager serve --config x", 2: "bash"}
-    assert levels(diagnosis.brokers(one, 1)) == ["good"]
-    assert levels(diagnosis.brokers({**one, 3: "waitress-serve wsgi:app"}, 1)) == ["warning"]
+    first = RunningBroker(1, True, "/one.yaml", 0)
+    assert levels(diagnosis.brokers([])) == []
+    assert levels(diagnosis.brokers([first])) == ["good"]
+    for device in (0, "GPU-1", None):
+        second = RunningBroker(2, device is not None, "/two.yaml", device)
+        (finding,) = diagnosis.brokers([first, second])
+        assert finding.level == "warning", device
+        assert "gpumanager drain --url http://127.0.0.1:2" in finding.remedy
+
+
+@pytest.mark.parametrize("device", [1, "simulated:/tmp/card.json"])
+def test_two_brokers_on_different_cards_are_no_fault(device: int | str) -> None:
+    file = "/two.yaml" if device == 1 else None
+    found = [RunningBroker(1, True, "/one.yaml", 0), RunningBroker(2, True, file, device)]
+    (finding,) = diagnosis.brokers(found)
+    assert finding.level == "good"
+    assert "2 brokers run here" in finding.what
+    assert ("demo" in finding.what) == (file is None)
+
+
+def test_who_answers_in_the_brokers_place() -> None:
+    def asked(there: RunningBroker | Stranger | None) -> list[str]:
+        return levels(diagnosis.own_broker(there, "127.0.0.1:1", "/one.yaml"))
+
+    assert asked(RunningBroker(1, True, "/one.yaml", 0)) == []
+    assert asked(RunningBroker(1, True, "/two.yaml", 0)) == ["bad"]
+    assert asked(RunningBroker(1, True, None, "simulated:x")) == ["bad"]
+    assert asked(RunningBroker(1)) == ["warning"]
+    assert asked(Stranger(1, ("nginx (pid 7)",))) == ["bad"]
+    assert asked(None) == ["bad"]
 
 
 def test_open_ports_without_keys_are_bad_and_open_services_pass_the_line_by() -> None:

@@ -5,19 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpumanager.cli.group import key_option, main
-from gpumanager.config import (
-    Config,
-    ConfigError,
-    config_path_from_env,
-    load_config,
-    users_config_path,
-)
+from gpumanager.cli.group import CONFIG_HELP, config_file, key_option, main
+from gpumanager.config import Config, ConfigError, load_config
 from gpumanager.keys import KeysError, load_keys
 
 if TYPE_CHECKING:
@@ -31,13 +24,13 @@ _SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "
     "--config",
     "path",
     type=click.Path(dir_okay=False),
-    help="The config file; by default the one setup wrote, or that GPUMANAGER_CONFIG names.",
+    help=CONFIG_HELP,
 )
 @key_option
 def doctor(path: str | None, key: str | None) -> None:
     """What is wrong with this box: driver, other brokers, open ports, services that do not
     release. Exit code 1 if anything is bad."""
-    file = path or _config_path()
+    file = config_file(path)
     try:
         config = load_config(file)
         keys = len(load_keys(os.environ, config.auth.keys_file))
@@ -46,7 +39,7 @@ def doctor(path: str | None, key: str | None) -> None:
         sys.exit(2)
     click.echo(f"config: {file}")
     levels = set()
-    for finding in _findings(config, keys, key):
+    for finding in _findings(config, file, keys, key):
         sign, colour = _SIGNS[finding.level]
         click.secho(f"{sign} {finding.what}", fg=colour)
         if finding.remedy:
@@ -55,13 +48,14 @@ def doctor(path: str | None, key: str | None) -> None:
     sys.exit(1 if "bad" in levels else 0)
 
 
-def _findings(config: Config, keys: int, key: str | None) -> Iterator[Finding]:
+def _findings(config: Config, file: str, keys: int, key: str | None) -> Iterator[Finding]:
     from gpumanager.clock import SystemClock
     from gpumanager.monitoring.attribution import Attributor
     from gpumanager.monitoring.containers import ContainedConsumers
     from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable, open_card
     from gpumanager.processes import ConsumerProcesses, SystemProcesses
     from gpumanager.setup import diagnosis
+    from gpumanager.setup.brokers import occupant, running
 
     processes, clock = SystemProcesses(), SystemClock()
     consumers = ConsumerProcesses(config, processes)
@@ -74,30 +68,25 @@ def _findings(config: Config, keys: int, key: str | None) -> Iterator[Finding]:
         yield from diagnosis.card(None, str(error))
     finally:
         memory.close()
-    yield from diagnosis.brokers(processes.commands(), config.port)
+    yield from diagnosis.brokers(running(processes, config.port, key))
     yield from diagnosis.exposure(config, keys, processes.listeners())
-    status, events = _ask(config, key)
-    if status is None:
-        yield diagnosis.Finding(
-            "bad",
-            f"no broker answers at {config.listen}",
-            "start it: gpumanager serve, or gpumanager setup",
-        )
+    yield from diagnosis.own_broker(occupant(config, key, processes), config.listen, file)
+    status, events = _ask(config, key, file)
     yield from diagnosis.consumers(config, status)
     yield from diagnosis.releases(events)
 
 
-def _ask(config: Config, key: str | None) -> tuple[Any, list[Any]]:
+def _ask(config: Config, key: str | None, file: str) -> tuple[Any, list[Any]]:
+    """The status and the events of the config's broker; nothing if it is not that, or refuses."""
     from gpumanager.client import BrokerClient, BrokerUnavailable
+    from gpumanager.setup.brokers import local_url
 
-    broker = BrokerClient(f"http://{config.listen}", key)
+    broker = BrokerClient(local_url(config), key)
     try:
-        return broker.get("/v1/status"), broker.get("/v1/events")["events"]
-    except BrokerUnavailable:
+        status = broker.get("/v1/status")
+        own = status.get("config_file")
+        if own is None or os.path.realpath(own) != os.path.realpath(file):
+            return None, []
+        return status, broker.get("/v1/events")["events"]
+    except (BrokerUnavailable, AttributeError, KeyError, TypeError):
         return None, []
-
-
-def _config_path() -> str:
-    named = config_path_from_env(os.environ)
-    made = users_config_path(os.environ)
-    return str(made) if not Path(named).exists() and made.exists() else named

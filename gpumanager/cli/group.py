@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,9 +15,14 @@ from pydantic import ValidationError
 
 from gpumanager import __version__
 from gpumanager.client import KEY_ENV, BrokerClient, BrokerUnavailable
-from gpumanager.config import Config
+from gpumanager.config import CONFIG_ENV, Config, config_path_from_env, users_config_path
 
 DEFAULT_URL = "http://127.0.0.1:8770"
+
+CONFIG_HELP = (
+    "The config file; by default the one GPUMANAGER_CONFIG names, else config/consumers.yaml, else "
+    "the one that setup wrote."
+)
 
 _VISIBLE = re.compile(r"[!-~]+")
 
@@ -49,10 +55,25 @@ def listen_address(_context: click.Context, _option: click.Parameter, value: str
     return value
 
 
-def fail(message: str) -> NoReturn:
-    """End with this sentence and exit code 1."""
+def config_file(path: str | None) -> str:
+    """The config that a command is about: the one it was told, else the one there is. Ends with
+    exit code 2 if there is none."""
+    if path is not None:
+        return path
+    found = config_path_from_env(os.environ)
+    if not os.environ.get(CONFIG_ENV) and not os.path.exists(found):
+        fail(
+            f"there is no config, neither {found} here nor {users_config_path(os.environ)}\n"
+            f"    have one made: gpumanager setup; or name yours: --config FILE, or {CONFIG_ENV}",
+            2,
+        )
+    return found
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End with this sentence and this exit code."""
     click.echo(message, err=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _broker_url(_context: click.Context, _option: click.Parameter, value: str) -> str:

@@ -9,8 +9,8 @@ from functools import partial
 
 import click
 
-from gpumanager.cli.group import listen_address, main
-from gpumanager.config import Config, ConfigError, config_path_from_env, load_config
+from gpumanager.cli.group import CONFIG_HELP, config_file, listen_address, main
+from gpumanager.config import Config, ConfigError, load_config
 from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
 
 
@@ -19,11 +19,11 @@ from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
     "--config",
     "path",
     type=click.Path(dir_okay=False),
-    help="The config file; by default the one GPUMANAGER_CONFIG names, else config/consumers.yaml.",
+    help=CONFIG_HELP,
 )
 def serve(path: str | None) -> None:
     """Serve the broker on the config's `listen` address."""
-    path = config_path_from_env(os.environ) if path is None else path
+    path = config_file(path)
     config = _load(path)
     from gpumanager.app import serve as serve_config  # `check` needs no server
 
@@ -31,9 +31,11 @@ def serve(path: str | None) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(dir_okay=False))
-def check(file: str) -> None:
-    """Validate a config FILE: every fault at once, each with its line."""
+@click.argument("file", type=click.Path(dir_okay=False), required=False)
+def check(file: str | None) -> None:
+    """Validate a config: every fault at once, each with its line. Without FILE it is the one that
+    `serve` would take."""
+    file = config_file(file)
     config = _load(file)
     try:
         keys = load_keys(os.environ, config.auth.keys_file)

@@ -22,8 +22,16 @@ LARGEST_BYTES = 1024 * 1024
 
 
 def config_path_from_env(environ: Mapping[str, str]) -> str:
-    """The file that GPUMANAGER_CONFIG names, else `config/consumers.yaml`."""
-    return environ.get(CONFIG_ENV) or DEFAULT_CONFIG_PATH
+    """The file that GPUMANAGER_CONFIG names, else `config/consumers.yaml`, else the one that setup
+    writes; the middle one where none of them is there."""
+    if named := environ.get(CONFIG_ENV):
+        return named
+    made = os.fspath(users_config_path(environ))
+    return (
+        made
+        if os.path.exists(made) and not os.path.exists(DEFAULT_CONFIG_PATH)
+        else DEFAULT_CONFIG_PATH
+    )
 
 
 def users_config_path(environ: Mapping[str, str]) -> FilePath:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from gpumanager.client import UNAUTHORIZED, BrokerClient, BrokerUnavailable
-from gpumanager.config import Config
+from gpumanager.config import Config, ConfigError, load_config
 from gpumanager.processes import ProcessTable, SystemProcesses, programs_at
 from gpumanager.setup.asking import Asker, NoAnswer
 
 CONNECT_S = 1.0
+_WORDS = ("gpumanager", "wsgi")
+"""In the command line of a process that may be a broker."""
+
 _ROOT_WORDS = "gpumanager: "
 """What a broker's answer to `GET /` begins with."""
 
@@ -42,6 +46,22 @@ class RunningBroker:
             return False
         return os.path.realpath(self.config_file) == os.path.realpath(path)
 
+    @property
+    def card(self) -> str:
+        """The card it has, in words."""
+        if self.device is None:
+            return "card not known"
+        return "a simulated card" if on_simulated_card(self.device) else f"card {self.device}"
+
+    def may_share_card(self, other: RunningBroker) -> bool:
+        """Whether both may be for one card: a number and a UUID may be the same one's."""
+        mine, theirs = self.device, other.device
+        if mine is None or theirs is None:
+            return True
+        if on_simulated_card(mine) or on_simulated_card(theirs) or type(mine) is type(theirs):
+            return mine == theirs
+        return True
+
     def __str__(self) -> str:
         if self.is_demo:
             return "gpumanager's demo"
@@ -69,8 +89,11 @@ def on_simulated_card(device: int | str | None) -> bool:
 
 def local_url(config: Config) -> str:
     """Where the config's broker is reached from this machine."""
-    host = _ANYWHERE.get(config.host, config.host)
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+    return _url(_ANYWHERE.get(config.host, config.host), config.port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def occupant(
@@ -87,6 +110,40 @@ def occupant(
         return broker
     table = SystemProcesses() if table is None else table
     return Stranger(config.port, programs_at(config.port, table))
+
+
+def running(table: SystemProcesses, own_port: int, key: str | None) -> list[RunningBroker]:
+    """The brokers of this machine, each once, in the order of their ports. The key is shown to the
+    one at `own_port` only. Who cannot be a broker by its command line is not asked."""
+    commands = table.commands()
+    found: dict[tuple[int, ...], RunningBroker] = {}
+    for (ip, port), pids in sorted(table.listeners().items(), key=lambda each: each[0][1]):
+        mine = [pid for pid in pids if _may_be_broker(commands.get(pid, ""))]
+        if not mine or pids in found:
+            continue
+        broker = ask(_url(_ANYWHERE.get(ip, ip), port), port, key if port == own_port else None)
+        if broker is not None:
+            found[pids] = broker if broker.told else _by_command(broker, commands[mine[0]])
+    return list(found.values())
+
+
+def _may_be_broker(command: str) -> bool:
+    return any(word in command for word in _WORDS)
+
+
+def _by_command(broker: RunningBroker, command: str) -> RunningBroker:
+    """What the command line tells of a broker that wants a key before it tells it."""
+    words = command.split()
+    if "demo" in words[1:4]:
+        return replace(broker, device="simulated:")
+    for word, path in pairwise(words):
+        if word == "--config":
+            try:
+                device = load_config(path).gpu.device
+            except ConfigError:
+                return replace(broker, config_file=path)
+            return replace(broker, config_file=path, device=device)
+    return broker
 
 
 def ask(url: str, port: int, key: str | None) -> RunningBroker | None:

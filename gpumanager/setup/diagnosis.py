@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gpumanager.client import KEY_ENV
 from gpumanager.config import Config
 from gpumanager.model import MemoryReading
+from gpumanager.setup.brokers import RunningBroker, Stranger
+from gpumanager.setup.configfile import local_port
 
 Level = Literal["good", "warning", "bad"]
-BROKER_WORDS = ("gpumanager serve", "wsgi:app")
-"""In the command line of a process that is a broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +52,54 @@ def card(reading: MemoryReading | None, reason: str) -> Iterator[Finding]:
         )
 
 
-def brokers(commands: Mapping[int, str], own_port: int) -> Iterator[Finding]:
-    """Other brokers on this machine: two on one card each think that it is theirs."""
-    found = sorted(pid for pid, line in commands.items() if any(w in line for w in BROKER_WORDS))
-    if len(found) > 1:
-        pids = ", ".join(map(str, found))
+def brokers(found: Sequence[RunningBroker]) -> Iterator[Finding]:
+    """The brokers on this machine: two on one card each think that it is theirs; two on different
+    ones, of which a demo's is simulated, are no fault."""
+    seen: list[RunningBroker] = []
+    sharing: list[RunningBroker] = []
+    for each in found:
+        if any(each.may_share_card(other) for other in seen):
+            sharing.append(each)
+        seen.append(each)
+    told = ", ".join(f"{each} on port {each.port} ({each.card})" for each in found)
+    if sharing:
+        ends = " or ".join(f"gpumanager drain --url http://127.0.0.1:{e.port}" for e in sharing)
         yield Finding(
             "warning",
-            f"{len(found)} brokers run here (pids {pids}); this config's listens on {own_port}",
-            "two brokers on one card do not know of each other's jobs: end all but one",
+            f"{len(found)} brokers run here, some for one card: {told}",
+            f"two brokers on one card do not know of each other's jobs: end all but one ({ends})",
         )
-    else:
-        yield Finding("good", f"{len(found)} broker runs here")
+    elif found:
+        count = "1 broker runs" if len(found) == 1 else f"{len(found)} brokers run"
+        yield Finding("good", f"{count} here: {told}")
+
+
+def own_broker(there: RunningBroker | Stranger | None, listen: str, file: str) -> Iterator[Finding]:
+    """Who answers where the config at `file` says that its broker listens."""
+    if there is None:
+        yield Finding(
+            "bad",
+            f"no broker answers at {listen}",
+            "start it: gpumanager serve, or gpumanager setup",
+        )
+    elif isinstance(there, Stranger):
+        yield Finding(
+            "bad",
+            f"{listen} is taken by {there}, which is no broker",
+            f"end it, or set another `listen` in {file}",
+        )
+    elif not there.told:
+        yield Finding(
+            "warning",
+            f"the broker at {listen} does not tell how it is",
+            f"show it a key: --key, or {KEY_ENV}; one of an older version: start it anew",
+        )
+    elif not there.serves(file):
+        yield Finding(
+            "bad",
+            f"{listen} is taken by {there}, not by the broker of {file}",
+            f"end it, or set another `listen` in {file}; then: gpumanager setup",
+        )
 
 
 def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) -> Iterator[Finding]:
@@ -75,7 +112,7 @@ def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) ->
         )
     open_ports = {port for host, port in listening if not _is_loopback(host)}
     for name, consumer in config.consumers.items():
-        port = int(consumer.base_url.rpartition(":")[2]) if consumer.url.count(":") > 1 else 80
+        port = local_port(consumer.url)
         if port in open_ports:
             yield Finding(
                 "warning",

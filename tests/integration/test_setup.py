@@ -66,10 +66,13 @@ class Box:
             "NO_COLOR": "1",
         }
 
-    def run(self, *words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str, answer: str = "", cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "gpumanager", *words],
             env=self.environ,
+            cwd=cwd,
             input=answer,
             capture_output=True,
             text=True,
@@ -100,11 +103,18 @@ class Box:
                 found.append(process)
         return found
 
-    def serve(self, *words: str) -> None:
+    def serve_again(self, cwd: Path) -> None:
+        """In place of the broker that setup started, one that has to find its config."""
+        for process in self.brokers():
+            process.terminate()
+            process.wait(20)
+        self.serve("serve", cwd=cwd)
+
+    def serve(self, *words: str, cwd: Path | None = None) -> None:
         """Start a broker of this user's, until `close`."""
         command = [sys.executable, "-m", "gpumanager", *words]
         pipe = subprocess.DEVNULL
-        process = subprocess.Popen(command, env=self.environ, stdout=pipe, stderr=pipe)
+        process = subprocess.Popen(command, env=self.environ, stdout=pipe, stderr=pipe, cwd=cwd)
         self.own.append(process)
         eventually(lambda: is_up(f"{self.url}/healthz"), 60)
 
@@ -448,6 +458,57 @@ def test_doctor_says_what_is_wrong_and_what_to_do(box: Box) -> None:
         assert text in done.stdout
     missing = box.run("doctor", "--config", "/nowhere.yaml")
     assert missing.returncode == 2
+
+
+def test_what_setup_wrote_is_found_by_serve_check_and_doctor(box: Box, tmp_path: Path) -> None:
+    assert box.setup("--yes").returncode == 0
+    done = box.run("check", cwd=tmp_path)
+    assert done.stdout.startswith(f"{box.config}: ok, 3 consumers")
+    box.serve_again(tmp_path)
+    done = box.run("doctor", cwd=tmp_path)
+    assert f"config: {box.config}" in done.stdout
+    assert "3 consumers are well" in done.stdout
+    assert "taken by" not in done.stdout
+
+
+def test_doctor_counts_brokers_by_what_they_serve(box: Box) -> None:
+    if missing := studio.missing_packages():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    box.serve("demo", "--listen", f"127.0.0.1:{box.port}")
+    demo, box.port = box.port, free_port()
+    box.url = f"http://127.0.0.1:{box.port}"
+    config = {"listen": f"127.0.0.1:{box.port}", "gpu": {"total_mib": 8000}}
+    first = box.home / "first.yaml"
+    first.write_text(yaml.safe_dump(config))
+    box.serve("serve", "--config", str(first))
+    done = box.run("doctor", "--config", str(first))
+    told = next(line for line in done.stdout.splitlines() if f"on port {demo}" in line)
+    assert f"gpumanager's demo on port {demo} (a simulated card)" in told
+    assert f"a broker with the config {first} on port {box.port} (card 0)" in told
+    # A config whose port the demo has is not told how the demo's consumers are.
+    config["listen"] = f"127.0.0.1:{demo}"
+    second = box.home / "second.yaml"
+    second.write_text(yaml.safe_dump(config))
+    done = box.run("doctor", "--config", str(second))
+    assert done.returncode == 1
+    assert f"127.0.0.1:{demo} is taken by gpumanager's demo" in done.stdout
+    assert "consumers are well" not in done.stdout
+
+
+def test_doctor_without_a_key_says_so(box: Box) -> None:
+    secret = "a-key-of-enough-characters"
+    box.environ["GPUMANAGER_API_KEYS"] = f"alice {secret} role=admin"
+    config = box.home / "own.yaml"
+    config.write_text(
+        f"listen: 127.0.0.1:{box.port}\ngpu: {{device: 'simulated:{box.home}/card.json'}}\n"
+    )
+    box.serve("serve", "--config", str(config))
+    done = box.run("doctor", "--config", str(config))
+    assert "does not tell how it is" in done.stdout
+    assert "no broker answers" not in done.stdout
+    assert f"a broker with the config {config} on port {box.port} (a simulated card)" in done.stdout
+    done = box.run("doctor", "--config", str(config), "--key", secret)
+    assert "does not tell" not in done.stdout
 
 
 def test_systemd_is_told_when_it_is_ready_alive_and_stopping(box: Box) -> None:
