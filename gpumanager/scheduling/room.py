@@ -248,6 +248,8 @@ class RoomMaker:
     def _unload_others(self, target: str, ticket: Ticket) -> None:
         tried: set[str] = set()
         leaking: list[str] = []
+        left_alone: set[str] = set()  # at work for somebody else, since another one could go
+        waited_for: set[str] = set()
         more_until = 0.0
         while True:
             now = self._look(target, tried)
@@ -257,6 +259,11 @@ class RoomMaker:
                 if self._clock.monotonic() < more_until:
                     ticket.pause(LONGEST_POLL_S)
                     continue
+                if left_alone:  # the others were not enough after all
+                    tried -= left_alone
+                    waited_for |= left_alone
+                    left_alone.clear()
+                    continue
                 if now.plan.attempt:
                     self._note_attempt(now)
                     break
@@ -265,7 +272,12 @@ class RoomMaker:
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
             fits = (lambda: self._look(target).plan.fits) if last else None
-            release = self._evict(victim, ticket, fits, partial(self._others_may_go, target, tried))
+            others = None
+            if victim.name not in waited_for:
+                others = partial(self._others_may_go, target, set(tried))
+            release = self._evict(victim, ticket, fits, others)
+            if release is not None and release.outcome == "busy" and others is not None:
+                left_alone.add(victim.name)
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
                 leaking.append(victim.name)

@@ -1362,6 +1362,21 @@ def test_the_end_of_somebody_elses_job_is_waited_for(when_busy: str, measured: b
     assert at < 1 if when_busy == "drains" else at >= 14
 
 
+@pytest.mark.parametrize("when_busy", ["drains", "aborts"])
+def test_who_was_left_alone_is_asked_once_the_others_were_not_enough(when_busy: str) -> None:
+    """The other one kept more than was known of it; the job of somebody else is over by then."""
+    bench = attributed(telling(when_busy), total=9500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=10)
+    bench.keeps = {"stt": 1200}
+    at_work(bench, "tts", 4)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.calls == ["unload stt", "unload tts"]
+    assert 4 <= bench.clock.monotonic() - began < 25
+    assert bench.room.evictions == 2
+
+
 def test_one_that_somebody_elses_job_loads_again_is_asked_again_after_it() -> None:
     """A render from ComfyUI's own page that comes right after the unload: no leak."""
     bench = attributed(telling("drains"), total=9000)
