@@ -11,7 +11,7 @@ from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
-from gpumanager.web.record import LOCAL_ADDRESS, REFUSED, request_id
+from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, request_id
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -93,8 +93,8 @@ class OneSendTask(WSGITask):
         environ = super().get_environment()
         channel: Any = self.channel
         environ[LOCAL_ADDRESS] = channel.local_address
-        if request.refused is not None:
-            environ[REFUSED] = request.refused
+        if request.admitted is not None:
+            environ[ADMITTED] = request.admitted
         return environ
 
     def write(self, data: bytes | Remainder) -> None:

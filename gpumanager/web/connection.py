@@ -14,7 +14,7 @@ from waitress.channel import HTTPChannel
 
 from gpumanager.errors import BrokerError
 from gpumanager.web.answering import JsonErrorTask, OneSendTask
-from gpumanager.web.parsing import StrictRequestParser
+from gpumanager.web.parsing import Admitted, StrictRequestParser
 from gpumanager.web.record import LOCAL_ADDRESS
 
 LEAST_RATE = 1024
@@ -38,7 +38,7 @@ LOOK_S = 0.5
 
 ADMIT = "gpumanager.admit"
 """Under this name an application leaves in its `extensions` what is asked before a body is taken:
-called with a WSGI environ of the head alone; raises BrokerError."""
+called with a WSGI environ of the head alone; returns whose key it is, raises BrokerError."""
 
 _WITH_RESET = struct.pack("ii", 1, 0)
 
@@ -77,7 +77,9 @@ class Connection(HTTPChannel):
 
     def parser_class(self, adj: Adjustments) -> StrictRequestParser:  # type: ignore[override]
         """Waitress makes its parsers with this."""
-        self._parser = StrictRequestParser(adj, self._admit)
+        # Behind a middleware it is asked once the body is there.
+        asks = ADMIT in getattr(self.server.application, "extensions", {})
+        self._parser = StrictRequestParser(adj, self._admit if asks else None)
         return self._parser
 
     # -- the main loop's thread ------------------------------------------------------------
@@ -125,19 +127,20 @@ class Connection(HTTPChannel):
 
     def handle_write(self) -> None:
         """Send; after a refusal half-close, and wait for the client to read it."""
+        if self.socket is None:
+            return  # the read just before has closed it
         if not (self._deaf and self.close_when_flushed):
             super().handle_write()
             return
         self._flush_exception(self._flush_some)  # type: ignore[attr-defined]  # not in its stubs
         if self.will_close:
             self.handle_close()
-        elif not self.total_outbufs_len:
+        elif self.socket is not None and not self.total_outbufs_len:
             self.close_when_flushed = False
             self._received = 0
             self._linger_until = time.monotonic() + LINGER_S
-            sock: Any = self.socket
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
+                self.socket.shutdown(socket.SHUT_WR)
 
     def writable(self) -> bool:
         """Whether the main loop is to send."""
@@ -179,14 +182,11 @@ class Connection(HTTPChannel):
             requests.append(request)
             self.server.add_task(self)  # type: ignore[arg-type]  # its stub means something else
 
-    def _admit(self, parser: StrictRequestParser) -> BrokerError | None:
+    def _admit(self, parser: StrictRequestParser) -> Admitted | BrokerError:
         application: Any = self.server.application
-        ask = getattr(application, "extensions", {}).get(ADMIT)
-        if ask is None:
-            return None  # behind a middleware: it is asked once the body is there
         head: Any = parser
         try:
-            ask(
+            admitted: Admitted = application.extensions[ADMIT](
                 {
                     "REMOTE_ADDR": self.addr[0],
                     LOCAL_ADDRESS: self.local_address,
@@ -197,7 +197,7 @@ class Connection(HTTPChannel):
             )
         except BrokerError as error:
             return error
-        return None
+        return admitted
 
     def _make_way(self) -> None:
         """Close the connection that is worth least, if there are as many as there may be. Those

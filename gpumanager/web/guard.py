@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
 from gpumanager.events import EventLog
-from gpumanager.web.record import RECORD_KEY, RequestRecord, request_id, shown, traceparent
+from gpumanager.web.record import (
+    LONGEST_SHOWN,
+    RECORD_KEY,
+    RequestRecord,
+    request_id,
+    shown,
+    traceparent,
+)
 from gpumanager.web.server import CLIENT_LEFT, close_after_answer, unsent_bytes
 
 if TYPE_CHECKING:
@@ -57,10 +64,11 @@ class Guard:
         return self._open + (0 if unsent is None else unsent())
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
         record = RequestRecord(
             request_id=request_id(environ),
-            method=shown(environ["REQUEST_METHOD"]),
-            path=shown(environ.get("PATH_INFO", "")),
+            method=environ["REQUEST_METHOD"][:LONGEST_SHOWN],
+            path=path if path.isascii() and len(path) <= LONGEST_SHOWN else shown(path),
             client=environ.get("REMOTE_ADDR", "-"),
             started=self._clock.monotonic(),
             traceparent=traceparent(environ),

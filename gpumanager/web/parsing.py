@@ -15,6 +15,7 @@ from waitress.rfc7230 import CHUNK_EXT_RE, HEADER_FIELD_RE
 from waitress.utilities import BadRequest, Error
 
 from gpumanager.errors import BrokerError
+from gpumanager.keys import Role
 
 _FOLDED = re.compile(rb"\n[ \t]")
 _CODINGS = re.compile(rb"\ntransfer-encoding:([^\n]*)", re.IGNORECASE)
@@ -41,7 +42,10 @@ FRAMING_ALLOWED = 16
 MOST_FRAMING = 16 * 1024
 """Bytes of framing beyond that. Both as Go's net/http has them."""
 
-Admit = Callable[["StrictRequestParser"], "BrokerError | None"]
+Admitted = tuple[str | None, Role]
+"""The name and the role of the key that a request came with; None where there are no keys."""
+
+Admit = Callable[["StrictRequestParser"], "Admitted | BrokerError"]
 
 
 class TookTooLong(Error):
@@ -57,41 +61,40 @@ class StrictRequestParser(HTTPRequestParser):
     does not say plainly which host it is for (RFC 9112, 3.2).
 
     The authority of an absolute target takes the place of `Host`. Before any of a body is taken,
-    `admit` is asked. It returns why not, if not; then the request ends here, without a body, and
-    `refused` says why.
+    `admit` is asked. It returns why not, if not; then the request ends here, without a body.
+    Behind one that `is_last` nothing more is taken on its connection.
     """
 
-    def __init__(self, adj: Adjustments, admit: Admit = lambda parser: None) -> None:  # noqa: ARG005
+    # Waitress leaves these unset in what it cannot parse, and then logs them.
+    path = request_uri = query = fragment = ""
+    command: Any = ""
+
+    def __init__(self, adj: Adjustments, admit: Admit | None = None) -> None:
         super().__init__(adj)
         self._admit = admit
-        self._asked = False
-        self.refused: BrokerError | None = None
+        self.admitted: Admitted | BrokerError | None = None
+        self.is_last = False
 
     def received(self, data: bytes) -> int:
         """Take what belongs to this request; returns how many bytes that were. Of what comes
         behind one that is wrong or refused nothing can be made, so that all is taken."""
         consumed = super().received(data)
-        if self.headers_finished and not self._asked:
-            self._asked = True
-            if not self.completed:
-                self.refused = self._admit(self)
-        if self.refused is not None:
-            self.completed = True
-            self.body_rcv = None
-            self.headers = {k: v for k, v in self.headers.items() if k != "CONTENT_LENGTH"}
+        if self.headers_finished and not self.completed and self._admit is not None:
+            self.admitted, self._admit = self._admit(self), None
+            if isinstance(self.admitted, BrokerError):
+                self.completed = self.is_last = True
+                self.body_rcv = None
+                self.headers = {k: v for k, v in self.headers.items() if k != "CONTENT_LENGTH"}
         if self.completed:
             self.expect_continue = False  # there is nothing to go on with
+            if self.error is not None:
+                self.is_last = True
         return len(data) if self.is_last else consumed
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing more is taken on its connection."""
-        return self.error is not None or self.refused is not None
 
     def give_up(self, why: str) -> None:
         """End it, incomplete as it is, with a 408."""
         self.error = TookTooLong(why)
-        self.completed = True
+        self.completed = self.is_last = True
 
     def parse_header(self, header_plus: bytes) -> None:
         if _FOLDED.search(header_plus):

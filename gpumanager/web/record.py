@@ -17,8 +17,9 @@ RECORD_KEY = "gpumanager.record"
 LOCAL_ADDRESS = "gpumanager.local_address"
 """Where the server leaves its own end's address: the client's, where that is on this machine."""
 
-REFUSED = "gpumanager.refused"
-"""Where the server leaves the BrokerError for which it did not take a request's body."""
+ADMITTED = "gpumanager.admitted"
+"""Where the server leaves what came of asking before it took a request's body: the name and the
+role of its key, or the BrokerError for which it took none."""
 
 LONGEST_SHOWN = 256
 """Characters of a path that are kept: thousands of them stay in memory."""

@@ -24,7 +24,8 @@ from flask import Flask, Response, request
 from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
-from gpumanager.web.record import LOCAL_ADDRESS, REFUSED, record_of
+from gpumanager.web.parsing import Admitted
+from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of
 from gpumanager.web.roles import check_role
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class Keyring:
         return bool(self._keys)
 
     def identify(self, environ: WSGIEnvironment) -> tuple[str, Role]:
-        """Name and role of the key in `Authorization: Bearer …` or `X-Api-Key: …`, and takes those
-        headers out of `environ`, so that no consumer ever sees the key.
+        """Name and role of the key in `Authorization: Bearer …` or `X-Api-Key: …`.
 
         Raises Unauthorized.
         """
@@ -75,8 +75,6 @@ class Keyring:
         if found is None:
             message = "the key is not known" if shown else "a key is required"
             raise Unauthorized(f"{message}: Authorization: Bearer KEY, or X-Api-Key: KEY")
-        for header in CREDENTIAL_HEADERS:
-            environ.pop(header, None)
         return found.name, found.role
 
     def enter(self, name: str) -> None:
@@ -104,22 +102,26 @@ class Checks:
 
     def __call__(self, environ: WSGIEnvironment) -> None:
         """Raises Forbidden or Unauthorized; notes whose key it was, and its role."""
-        refused: BrokerError | None = environ.get(REFUSED)
-        if refused is not None:
-            raise refused
-        check_host(environ, self._allowed)
-        check_origin(environ)
-        if self._keyring and not _is_open(environ["PATH_INFO"]):
-            record = record_of(environ)
-            record.key, record.role = self._keyring.identify(environ)
+        admitted: Admitted | BrokerError | None = environ.get(ADMITTED)
+        if isinstance(admitted, BrokerError):
+            raise admitted
+        if admitted is None:
+            admitted = self._admit(environ, asks=not _is_open(environ["PATH_INFO"]))
+        record = record_of(environ)
+        record.key, record.role = admitted
+        if record.key is not None:
+            for header in CREDENTIAL_HEADERS:  # no consumer ever sees the key
+                environ.pop(header, None)
 
-    def before_body(self, environ: WSGIEnvironment) -> None:
+    def before_body(self, environ: WSGIEnvironment) -> Admitted:
         """The same for a request that has a body still to come: nobody without a key sends one,
-        not even to `/healthz`. Takes the key out of `environ`."""
+        not even to `/healthz`. What this returns stands in the whole request's `environ`."""
+        return self._admit(environ, asks=True)
+
+    def _admit(self, environ: WSGIEnvironment, *, asks: bool) -> Admitted:
         check_host(environ, self._allowed)
         check_origin(environ)
-        if self._keyring:
-            self._keyring.identify(environ)
+        return self._keyring.identify(environ) if asks and self._keyring else (None, "admin")
 
 
 def _is_open(path: str) -> bool:
