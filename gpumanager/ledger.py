@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gpumanager.model import ConsumerState, MemoryReading
+from gpumanager.model import ConsumerState, Holdings, MemoryReading
+
+RELEASE_S = 60.0
+"""The longest that memory may take to come back after an unload, for what is decided by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,17 @@ class Balance:
     free_mib: int = 0
 
 
-def balance(reading: MemoryReading | None, total_mib: int, held_mib: Iterable[int]) -> Balance:
+def balance(
+    reading: MemoryReading | None,
+    total_mib: int,
+    held_mib: Iterable[int],
+    last: MemoryReading | None = None,
+) -> Balance:
     """Draw up the balance.
 
-    `reading` is None where the card cannot be measured; `total_mib` is the configured total
-    (0: none), which also caps a measured card; `held_mib` is what each consumer is taken to
-    hold.
+    `reading` is None where the card cannot be measured; `last` is then its latest reading, if there
+    ever was one. `total_mib` is the configured total (0: none), which also caps a measured card;
+    `held_mib` is what each consumer is taken to hold.
     """
     if reading is not None:
         total = total_mib or reading.total_mib
@@ -40,9 +48,12 @@ def balance(reading: MemoryReading | None, total_mib: int, held_mib: Iterable[in
             used_mib=reading.used_mib,
             free_mib=max(0, min(reading.free_mib, total - reading.used_mib)),
         )
+    used = sum(held_mib)
+    if last is not None:
+        total_mib = total_mib or last.total_mib
+        used += sum(each.mib for each in (last.holdings or Holdings()).foreign)
     if not total_mib:
         return Balance("unknown")
-    used = sum(held_mib)
     return Balance("ledger", total_mib, used_mib=used, free_mib=max(0, total_mib - used))
 
 
@@ -57,21 +68,54 @@ class Held:
     source: Literal["measured", "reported", "declared"]
 
 
-def held(name: str, state: ConsumerState, declared_mib: int, reading: MemoryReading | None) -> Held:
+def is_releasing(state: ConsumerState, now: float) -> bool:
+    """Whether the broker has unloaded it so lately that its memory may still be on its way back."""
+    return state.unloaded_at is not None and now - state.unloaded_at < RELEASE_S
+
+
+def held(
+    name: str,
+    state: ConsumerState,
+    declared_mib: int,
+    reading: MemoryReading | None,
+    *,
+    last: MemoryReading | None = None,
+    keeps_mib: int = 0,
+    now: float | None = None,
+) -> Held:
     """What a consumer holds, from the best source there is.
 
     A figure it reported itself is a lower bound while a job since may have loaded more: it is
     credited with that, but taken to hold what it declares. So is one that is only assumed to be
-    loaded, which is credited with nothing.
+    loaded, which is credited with nothing. One that the broker has unloaded just before `now` is
+    credited with no more than it keeps, `keeps_mib`: the rest may be on its way back. While the
+    card cannot be read, one that is loaded holds what it held in the `last` reading, if that is
+    more than it declares.
     """
+    known = _held(name, state, declared_mib, reading, last)
+    if now is not None and is_releasing(state, now):
+        return replace(known, surely_mib=min(known.surely_mib, keeps_mib))
+    return known
+
+
+def _held(
+    name: str,
+    state: ConsumerState,
+    declared_mib: int,
+    reading: MemoryReading | None,
+    last: MemoryReading | None,
+) -> Held:
     measured = None if reading is None else reading.measured_mib(name)
     if measured is not None:
         return Held(measured, measured, "measured")
     declared = declared_mib if state.loaded else 0
-    if state.resident_mib is None:
-        return Held(declared, 0 if state.assumed is not None else declared, "declared")
-    surely = state.resident_mib
-    return Held(max(surely, declared) if state.report_outdated else surely, surely, "reported")
+    if state.resident_mib is not None:
+        surely = state.resident_mib
+        return Held(max(surely, declared) if state.report_outdated else surely, surely, "reported")
+    before = None if last is None or not state.loaded else last.measured_mib(name)
+    if before is not None and before > declared:
+        declared = before
+    return Held(declared, 0 if state.assumed is not None else declared, "declared")
 
 
 def plausible(

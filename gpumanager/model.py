@@ -136,11 +136,13 @@ class MemoryReading:
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """The latest reading and what the sampler thinks of it. `err` is empty while all is well."""
+    """The latest reading, when it was asked for, and what the sampler thinks of it. `err` is empty
+    while all is well; while the card cannot be read, `last` is the latest reading of before."""
 
     reading: MemoryReading | None = None
     sampled_at: float | None = None
     err: str = ""
+    last: MemoryReading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class ConsumerState:
     `busy` counts the broker's own calls to load or unload it.
     `assumed` is since when `loaded` is only an assumption, None once a report, a measurement, or a
     job or load of the broker has confirmed it.
+    `unloaded_at` is when the broker unloaded it, or stopped it, None if it was loaded since.
     `tells` is True if its probe says whether it is loaded.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
@@ -176,6 +179,7 @@ class ConsumerState:
 
     loaded: bool
     assumed: float | None = None
+    unloaded_at: float | None = None
     tells: bool = False
     healthy: bool | None = None
     resident_mib: int | None = None

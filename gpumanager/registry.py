@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from gpumanager.clock import Clock
 from gpumanager.errors import NoConsumer
+from gpumanager.ledger import is_releasing
 from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Parked, ProbeReport
 
 
@@ -126,8 +127,10 @@ class Registry:
         return self._gpu
 
     def set_gpu(self, state: GpuState) -> None:
-        """Publish a sample."""
-        self._gpu = state
+        """Publish a sample, unless a younger one was faster."""
+        with self._lock:
+            if (self._gpu.sampled_at or 0.0) <= (state.sampled_at or 0.0):
+                self._gpu = state
 
     # -- jobs ------------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class Registry:
                 last_used=now,
                 loaded=True,
                 assumed=state.assumed if state.loaded else now,
+                unloaded_at=None,
                 resident_mib=state.resident_mib if state.loaded else None,
                 residency_version=state.residency_version + 1,
             ),
@@ -168,14 +172,14 @@ class Registry:
 
         def change(state: ConsumerState) -> ConsumerState:
             loaded, resident, outdated = state.loaded, state.resident_mib, True
-            assumed = None if worked else state.assumed
+            assumed, unloaded_at = None if worked else state.assumed, state.unloaded_at
             quarantine, leaks = state.quarantine, state.leaks
             if process_gone:
                 loaded, resident, outdated, quarantine, leaks = False, 0, False, "", 0
                 assumed = None
             elif unloaded is not None:
                 loaded, resident = unloaded.loaded, unloaded.resident_mib
-                assumed = unloaded.assumed
+                assumed, unloaded_at = unloaded.assumed, unloaded.unloaded_at
                 outdated = unloaded.report_outdated
             return replace(
                 state,
@@ -183,6 +187,7 @@ class Registry:
                 last_used=now,
                 loaded=loaded,
                 assumed=assumed,
+                unloaded_at=unloaded_at,
                 resident_mib=resident,
                 report_outdated=outdated,
                 quarantine=quarantine,
@@ -196,12 +201,14 @@ class Registry:
 
     def set_loaded(self, name: str, loaded: bool) -> None:
         """The broker itself loaded or unloaded the consumer."""
+        unloaded_at = None if loaded else self._clock.monotonic()
         self._change(
             name,
             lambda state: replace(
                 state,
                 loaded=loaded,
                 assumed=None,
+                unloaded_at=unloaded_at,
                 resident_mib=None if loaded else 0,
                 report_outdated=False,
                 on_cpu=(),
@@ -227,6 +234,7 @@ class Registry:
 
     def park(self, name: str, parked: Parked) -> None:
         """The broker stopped the consumer: that it does not answer says nothing from now on."""
+        now = self._clock.monotonic()
         self._change(
             name,
             lambda state: replace(
@@ -235,6 +243,7 @@ class Registry:
                 last_error="",
                 loaded=False,
                 assumed=None,
+                unloaded_at=now,
                 resident_mib=0,
                 report_outdated=False,
                 on_cpu=(),
@@ -259,6 +268,7 @@ class Registry:
                 healthy=True,
                 loaded=loaded,
                 assumed=assumed,
+                unloaded_at=None,
                 resident_mib=None,
                 parked=None,
                 residency_version=state.residency_version + 1,
@@ -349,7 +359,8 @@ class Registry:
             if report.resident_mib is None:
                 resident = state.resident_mib if loaded == state.loaded else None
                 return replace(state, loaded=loaded, resident_mib=resident)
-            if report.loaded is None and report.resident_mib > CONTEXT_MIB:
+            much = report.resident_mib > CONTEXT_MIB and not is_releasing(state, now)
+            if report.loaded is None and much:
                 loaded = True  # it cannot say so, but its memory does
                 state = replace(state, assumed=None)
             return replace(
@@ -380,6 +391,7 @@ class Registry:
                 state,
                 loaded=False,
                 assumed=None,
+                unloaded_at=None,
                 resident_mib=0,
                 on_cpu=(),
                 quarantine="",
@@ -404,7 +416,13 @@ class Registry:
     def _as_assumed(self, name: str, state: ConsumerState) -> ConsumerState:
         """A fresh process, of which nothing is known."""
         loaded = self._assumed_loaded[name]
-        return replace(state, loaded=loaded, assumed=self._since(loaded), resident_mib=None)
+        return replace(
+            state,
+            loaded=loaded,
+            assumed=self._since(loaded),
+            unloaded_at=None,
+            resident_mib=None,
+        )
 
     def _change(self, name: str, change: Callable[[ConsumerState], ConsumerState]) -> ConsumerState:
         """Publish one consumer's changed state; returns the one before."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
-from gpumanager.model import ConsumerState, MemoryReading
+from dataclasses import replace
+
+from gpumanager.ledger import RELEASE_S, Balance, Held, balance, disproved, held, plausible
+from gpumanager.model import ConsumerState, GpuProcess, Holdings, MemoryReading
 
 READING = MemoryReading(total_mib=24000, used_mib=6000, free_mib=18000)
 
@@ -24,6 +26,26 @@ def test_without_a_measurement_the_declared_figures_add_up() -> None:
 
 def test_without_either_nothing_is_known() -> None:
     assert balance(None, 0, [2800]) == Balance("unknown")
+
+
+def test_while_the_card_cannot_be_read_the_last_reading_is_the_ledgers_base() -> None:
+    game = GpuProcess(9, 1000, "game")
+    last = replace(READING, holdings=Holdings({"tts": 5000}, foreign=(game,)))
+    assert balance(None, 0, [6000], last) == Balance("ledger", 24_000, 7000, 17_000)
+    assert balance(None, 8000, [6000], last) == Balance("ledger", 8000, 7000, 1000)
+    assert balance(None, 0, [6000], READING) == Balance("ledger", 24_000, 6000, 18_000)
+    loaded = ConsumerState(loaded=True)
+    assert held("tts", loaded, 0, None, last=last) == Held(5000, 5000, "declared")
+    assert held("tts", loaded, 6000, None, last=last) == Held(6000, 6000, "declared")
+    assert held("tts", ConsumerState(loaded=False), 0, None, last=last).mib == 0
+
+
+def test_what_is_on_its_way_back_is_held_but_not_its_own() -> None:
+    reading = replace(READING, holdings=Holdings({"tts": 5000}))
+    state = ConsumerState(loaded=False, unloaded_at=100.0)
+    assert held("tts", state, 6000, reading, now=101, keeps_mib=300) == Held(5000, 300, "measured")
+    assert held("tts", state, 6000, reading, now=100 + RELEASE_S).surely_mib == 5000
+    assert held("tts", replace(state, unloaded_at=None), 6000, reading, now=101).surely_mib == 5000
 
 
 DECLARED = {"tts": 6000, "llm": 6000, "stt": 3000}

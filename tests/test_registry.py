@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from gpumanager.errors import NoConsumer
-from gpumanager.ledger import Held, held
+from gpumanager.ledger import RELEASE_S, Held, held
 from gpumanager.model import (
     ConsumerState,
     GpuState,
@@ -427,3 +427,35 @@ def test_what_was_asked_of_the_one_before_is_no_answer_of_the_one_that_took_its_
     registry.reshape({"mvoice": False}, [], list)
     registry.probe_succeeded("mvoice", ProbeReport(True, 2000), seen_version=seen)
     assert not registry.get("mvoice").loaded
+
+
+def test_since_when_its_memory_may_be_on_its_way_back() -> None:
+    registry, clock = make()
+    assert registry.get("mvoice").unloaded_at is None
+    registry.set_loaded("mvoice", False)
+    at = clock.monotonic()
+    assert registry.get("mvoice").unloaded_at == at
+    clock.advance(1)
+    probe(registry, mib=2800)  # which is still there, but on its way
+    assert not registry.get("mvoice").loaded
+    before = registry.job_started("mvoice")
+    assert registry.get("mvoice").unloaded_at is None
+    registry.job_finished("mvoice", worked=False, unloaded=before)  # it loaded nothing
+    assert registry.get("mvoice").unloaded_at == at
+    registry.set_loaded("mvoice", True)
+    assert registry.get("mvoice").unloaded_at is None
+    registry.park("mvoice", PARKED)
+    assert registry.get("mvoice").unloaded_at == clock.monotonic()
+    registry.unpark("mvoice", resumed=True)
+    assert registry.get("mvoice").unloaded_at is None
+    registry.set_loaded("mvoice", False)
+    registry.probe_failed("mvoice", "refused", process_gone=True)
+    assert registry.get("mvoice").unloaded_at is None
+
+
+def test_what_it_still_reports_long_after_an_unload_is_loaded() -> None:
+    registry, clock = make()
+    registry.set_loaded("mvoice", False)
+    clock.advance(RELEASE_S)
+    probe(registry, mib=2800)
+    assert registry.get("mvoice").loaded

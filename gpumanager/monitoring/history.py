@@ -51,9 +51,14 @@ class MemoryHistory:
         """Take a sample of what is known now; returns the seconds until the next."""
         config, reading = self._config, self._registry.gpu.reading
         declared = {name: each.vram_resident_mib for name, each in config.consumers.items()}
-        states = plausible(self._registry.snapshot(), declared, reading, config.gpu.total_mib)
-        holds = {name: held(name, states[name], mib, reading).mib for name, mib in declared.items()}
-        now = balance(reading, config.gpu.total_mib, holds.values())
+        last = self._registry.gpu.last
+        total = config.gpu.total_mib or (last.total_mib if last else 0)
+        states = plausible(self._registry.snapshot(), declared, reading, total)
+        holds = {
+            name: held(name, states[name], mib, reading, last=last).mib
+            for name, mib in declared.items()
+        }
+        now = balance(reading, config.gpu.total_mib, holds.values(), last)
         sample = MemorySample(self._clock.now(), now.total_mib, now.used_mib, holds)
         if reading is not None:
             sample = replace(

@@ -39,14 +39,17 @@ class Sampler:
 
     def look(self) -> MemoryReading | None:
         """Take one sample now; None where the card cannot be measured."""
-        before = self._registry.gpu
+        before, asked_at = self._registry.gpu, self._clock.monotonic()
         try:
             reading = self._memory.read()
         except GpuUnavailable as error:
-            # The last good reading is dropped: nobody may take it for the present.
-            after = replace(before, reading=None, err=str(error))
+            # The last good reading is put aside: nobody may take it for the present.
+            last = before.last if before.reading is None else before.reading
+            after = replace(before, reading=None, err=str(error), last=last)
         else:
-            after = GpuState(reading, self._clock.monotonic(), reading.fault or "")
+            # What it shows was so then, or later: a reading from before an eviction must not look
+            # younger than it.
+            after = GpuState(reading, asked_at, reading.fault or "")
         self._learn(after.reading)
         self._registry.set_gpu(after)
         if after.err != before.err:

@@ -10,7 +10,7 @@ from statistics import mean, median
 
 from gpumanager.config import Config, ConsumerConfig, Rung
 from gpumanager.learning import Figures, Learned, Times
-from gpumanager.ledger import Balance, Held, balance, disproved, held, plausible
+from gpumanager.ledger import Balance, Held, balance, disproved, held, is_releasing, plausible
 from gpumanager.model import CONTEXT_MIB, ConsumerState, MemoryReading
 from gpumanager.scheduling.estimate import RUN, UNLOAD, Doing, Outlook, Profile, guess
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
@@ -29,21 +29,37 @@ taken for a desktop: it does not keep a job that is otherwise alone from being t
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The card and the consumers as of one moment, and what follows from them for a target."""
+    """The card and the consumers as of one moment, and what follows from them for a target.
+    `coming_mib` is what was unloaded lately and is still held."""
 
     target: str
     plan: Plan
     needed_mib: int
     held_mib: int
     balance: Balance
+    coming_mib: int = 0
+
+    @property
+    def worth_waiting(self) -> bool:
+        """Whether there may be room without an eviction, or a risk, once the memory is back that is
+        on its way."""
+        if not self.coming_mib:
+            return False
+        short = self.plan.short_mib or self.needed_mib - self.held_mib - self.balance.free_mib
+        return self.plan.attempt or self.plan.in_vain or self.coming_mib >= short
 
 
 class Census:
-    """Counts the consumers; each answer is as of the states and the reading it is given."""
+    """Counts the consumers at `now`, in monotonic seconds; each answer is as of the states and the
+    reading it is given. While there is no reading, `last` is the latest of before."""
 
-    def __init__(self, config: Config, learned: Learned) -> None:
+    def __init__(
+        self, config: Config, learned: Learned, now: float, last: MemoryReading | None = None
+    ) -> None:
         self._config = config
         self._learned = learned
+        self._now = now
+        self._last = last
 
     def needed(self, name: str, now: Balance) -> int:
         """MiB that a consumer needs to be resident and work; what was only learned is no more
@@ -66,14 +82,14 @@ class Census:
             each.surely_mib if name == target else each.mib
             for name, each in self.held(states, reading).items()
         ]
-        return balance(reading, self._config.gpu.total_mib, mib)
+        return balance(reading, self._config.gpu.total_mib, mib, self._last)
 
     def impossible(self, states: Mapping[str, ConsumerState], target: str) -> list[str]:
         """By the ledger: the consumers that are assumed to be loaded and cannot be, since those
         that surely are leave no room for them; and `target`, if all the assumptions cannot be
         true at once. That one is about to be loaded anyway; what is assumed of others may make
         room scarcer, never plentier."""
-        total = self._config.gpu.total_mib
+        total = self._config.gpu.total_mib or (self._last.total_mib if self._last else 0)
         found = disproved(states, self._declared(), total)
         if plausible(states, self._declared(), None, total) is not states:
             found.append(target)
@@ -85,7 +101,6 @@ class Census:
         states: Mapping[str, ConsumerState],
         reading: MemoryReading | None,
         tried: Set[str],
-        now: float,
         queue: Sequence[str] = (),
     ) -> Look:
         """What making room for the next job of `target` takes. Those in `tried` may not go;
@@ -96,15 +111,15 @@ class Census:
         is declared is all that is needed, they all go, and the job is tried. So is one that will
         be alone on the card then.
         """
-        look = self._plan(target, states, reading, tried, now, queue)
+        look = self._plan(target, states, reading, tried, queue)
         if not look.plan.in_vain:
             return look
         # What was seen to stay once may come back this time.
-        again = self._plan(target, states, reading, tried, now, queue, hopeful=True)
+        again = self._plan(target, states, reading, tried, queue, hopeful=True)
         if not again.plan.in_vain:
             return again
         luck = _hopeful(states, target)
-        best = self._plan(target, luck, reading, tried, now, queue, hopeful=True, declared=True)
+        best = self._plan(target, luck, reading, tried, queue, hopeful=True, declared=True)
         if best.plan.in_vain and not self._ends_alone(look, states, reading, tried):
             return look
         spared = {target, *self._config.consumers[target].can_coexist_with}
@@ -124,7 +139,6 @@ class Census:
         states: Mapping[str, ConsumerState],
         reading: MemoryReading | None,
         tried: Set[str],
-        now: float,
         queue: Sequence[str],
         *,
         hopeful: bool = False,
@@ -148,17 +162,46 @@ class Census:
                 self.residents(states, reading, tried, hopeful=hopeful),
                 balance.free_mib - self._config.gpu.reserved_mib,
                 order=self._config.eviction,
-                now=now,
+                now=self._now,
                 upcoming=[waiting[name] for name in queue if name in waiting],
             )
-        return Look(target, plan, demand.needed_mib, demand.held_mib, balance)
+        coming = self._coming_mib(states, reading)
+        return Look(target, plan, demand.needed_mib, demand.held_mib, balance, coming)
+
+    def _coming_mib(
+        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
+    ) -> int:
+        """What was unloaded lately, and is still held, as far as that is measured."""
+        if reading is None:
+            return 0
+        return sum(
+            max(0, (reading.measured_mib(name) or 0) - self._keeps(name))
+            for name in self._config.consumers
+            if is_releasing(states[name], self._now) and not states[name].quarantine
+        )
+
+    def _keeps(self, name: str) -> int:
+        """What a consumer keeps after an unload: as declared, else as was seen."""
+        declared = self._config.consumers[name].floor_mib
+        return (self._learned.figures(name).residue_mib or 0) if declared is None else declared
+
+    def _held(self, name: str, state: ConsumerState, reading: MemoryReading | None) -> Held:
+        return held(
+            name,
+            state,
+            self._config.consumers[name].vram_resident_mib,
+            reading,
+            last=self._last,
+            keeps_mib=self._keeps(name),
+            now=self._now,
+        )
 
     def demand(
         self, name: str, state: ConsumerState, reading: MemoryReading | None, now: Balance
     ) -> Demand:
         """What a job of a consumer needs."""
         consumer = self._config.consumers[name]
-        own = held(name, state, consumer.vram_resident_mib, reading)
+        own = self._held(name, state, reading)
         spared = frozenset(consumer.can_coexist_with)
         return Demand(name, self.needed(name, now), own.surely_mib, spared)
 
@@ -242,10 +285,7 @@ class Census:
         self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
     ) -> dict[str, Held]:
         """What each consumer holds."""
-        return {
-            name: held(name, states[name], consumer.vram_resident_mib, reading)
-            for name, consumer in self._config.consumers.items()
-        }
+        return {name: self._held(name, states[name], reading) for name in self._config.consumers}
 
     def residents(
         self,
@@ -291,7 +331,7 @@ class Census:
         return Resident(
             name=name,
             loaded=state.loaded,
-            held_mib=held(name, state, consumer.vram_resident_mib, reading).mib,
+            held_mib=self._held(name, state, reading).mib,
             last_used=state.last_used,
             priority=consumer.priority,
             evictable=_evictable(consumer, state) and name not in tried,
@@ -302,12 +342,13 @@ class Census:
 
 def _hopeful(states: Mapping[str, ConsumerState], target: str) -> Mapping[str, ConsumerState]:
     """As if all that is assumed were in favour of `target`."""
-    return {
+    lucky = {
         name: state
         if state.assumed is None
         else replace(state, loaded=name == target, assumed=None)
         for name, state in states.items()
     }
+    return {**lucky, target: replace(lucky[target], unloaded_at=None)}
 
 
 def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[Rung, ...]:

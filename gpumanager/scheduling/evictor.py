@@ -37,6 +37,10 @@ LONGEST_POLL_S = 0.1
 """The card is looked at often at first, for releases that are nearly at once, then less so."""
 
 
+GAP_S = 60.0
+"""A card that could be read so lately is looked for again before its word is done without."""
+
+
 class Controls(Protocol):
     """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
 
@@ -141,7 +145,7 @@ class Evictor:
         asked_again = False
         while rungs:
             rung = rungs.pop(0)
-            before = self._measure()
+            before = self._measure() or self._last_seen()
             holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
             try:
@@ -207,6 +211,12 @@ class Evictor:
         broker, came right after the unload: then it says that it is loaded."""
         return release.outcome == "leaked" and self._registry.get(name).loaded
 
+    def _last_seen(self) -> MemoryReading | None:
+        """The card as it was before it went out of view, if that was just now and may pass."""
+        gpu = self._registry.gpu
+        seen_at = -math.inf if gpu.sampled_at is None else gpu.sampled_at
+        return gpu.last if self._clock.monotonic() - seen_at <= GAP_S else None
+
     def _left_alone(self, name: str, ticket: Ticket) -> Release:
         log.info("left alone at work", extra={"consumer": name, "target": ticket.job.consumer})
         return Release("busy")
@@ -271,8 +281,9 @@ class Evictor:
             reading = None if before is None else self._measure()
             now = self._clock.monotonic()
             if before is None or reading is None:
-                # The card is out of view: what the consumer says is all there is.
-                if settled or now >= deadline:
+                # The card is out of view: what the consumer says is all there is. If it was in view
+                # just now, it may be again soon.
+                if (settled and before is None) or now >= deadline:
                     if now >= busy_deadline or not self._rest.is_busy(name, consumer):
                         return Release("unverified", expected_mib=expected_mib)
                     delay = BUSY_POLL_S

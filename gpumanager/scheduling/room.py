@@ -89,7 +89,8 @@ class RoomMaker:
     def _census(self) -> Census:
         """By the config as of now, whatever a reload changes meanwhile. Asked for before the states
         are read, which cover at least the consumers of a config that was in force before."""
-        return Census(in_force(self._config), self._learned)
+        now, last = self._clock.monotonic(), self._registry.gpu.last
+        return Census(in_force(self._config), self._learned, now, last)
 
     # -- for the holder of the GPU ---------------------------------------------------------
 
@@ -237,7 +238,8 @@ class RoomMaker:
             return False
         declared = self._config.consumers[target].declared
         needed = self._learned.needed(target, declared).mib
-        return needed <= held(target, state, declared.mib, gpu.reading).surely_mib
+        own = held(target, state, declared.mib, gpu.reading, last=gpu.last)
+        return needed <= own.surely_mib
 
     def _drop_the_impossible(self, target: str) -> None:
         gpu = self._registry.gpu
@@ -251,10 +253,17 @@ class RoomMaker:
         left_alone: set[str] = set()  # at work for somebody else, since another one could go
         waited_for: set[str] = set()
         more_until = 0.0
+        patient_until: float | None = None
         while True:
             now = self._look(target, tried)
             if now.plan.fits:
                 break
+            if now.worth_waiting:
+                limit = self._config.gpu.release_timeout
+                patient_until = patient_until or self._clock.monotonic() + limit
+                if self._clock.monotonic() < patient_until:
+                    ticket.pause(LONGEST_POLL_S)
+                    continue
             if not now.plan.victims:
                 if self._clock.monotonic() < more_until:
                     ticket.pause(LONGEST_POLL_S)
@@ -290,7 +299,6 @@ class RoomMaker:
             self._registry.snapshot(),
             self._measure(),
             tried,
-            self._clock.monotonic(),
             self._upcoming(),
         )
 

@@ -163,13 +163,14 @@ class Shortages:
 
     def _assess(self, name: str, consumer: ConsumerConfig) -> Shortage:
         states, reading = self._registry.snapshot(), self._look()
+        last = self._registry.gpu.last
         holds = {
-            each: held(each, states[each], settings.vram_resident_mib, reading)
+            each: held(each, states[each], settings.vram_resident_mib, reading, last=last)
             for each, settings in self._config.consumers.items()
         }
         own = holds.pop(name)
         others = [each.mib for each in holds.values()]
-        now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib])
+        now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib], last)
         needed = self._learned.needed(name, consumer.declared)
         room = own.surely_mib + now.free_mib
         known = max(needed.mib, own.mib)

@@ -51,8 +51,13 @@ class StatusView:
         consumers = self._config.consumers
         reading = self._registry.gpu.reading
         declared = {name: consumer.vram_resident_mib for name, consumer in consumers.items()}
-        states = plausible(self._registry.snapshot(), declared, reading, self._config.gpu.total_mib)
-        holds = {name: held(name, states[name], mib, reading) for name, mib in declared.items()}
+        last = self._registry.gpu.last
+        total = self._config.gpu.total_mib or (last.total_mib if last else 0)
+        states = plausible(self._registry.snapshot(), declared, reading, total)
+        holds = {
+            name: held(name, states[name], mib, reading, last=last)
+            for name, mib in declared.items()
+        }
         return {
             "listen": self._config.listen,
             "time": rfc3339(self._clock.now()),
@@ -83,7 +88,7 @@ class StatusView:
 
     def _gpu(self, held_mib: list[int]) -> dict[str, Any]:
         gpu = self._registry.gpu
-        figures = balance(gpu.reading, self._config.gpu.total_mib, held_mib)
+        figures = balance(gpu.reading, self._config.gpu.total_mib, held_mib, gpu.last)
         view: dict[str, Any] = {
             "total_mib": figures.total_mib,
             "used_mib": figures.used_mib,

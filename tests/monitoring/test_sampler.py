@@ -9,7 +9,7 @@ import pytest
 
 from gpumanager.footprint import Declared, Figure
 from gpumanager.learning import Learned
-from gpumanager.model import GpuProcess, Holdings, MemoryReading, ProbeReport
+from gpumanager.model import GpuProcess, GpuState, Holdings, MemoryReading, ProbeReport
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.registry import Registry
@@ -47,6 +47,29 @@ def test_a_sample_is_published_with_its_time() -> None:
     assert registry.gpu.err == ""
 
 
+def test_its_time_is_when_the_card_was_asked_not_when_it_had_answered() -> None:
+    """It may show what was so before an eviction that ended meanwhile."""
+    sampler, registry, clock = make(READING)
+    asked = clock.monotonic()
+    read = sampler._memory.read
+
+    def slow() -> MemoryReading:
+        reading = read()
+        clock.advance(1)
+        return reading
+
+    sampler._memory.read = slow  # type: ignore[method-assign]
+    sampler.sample()
+    assert registry.gpu.sampled_at == asked
+
+
+def test_an_older_sample_does_not_replace_a_younger() -> None:
+    _, registry, _ = make()
+    registry.set_gpu(GpuState(READING, 5.0))
+    registry.set_gpu(GpuState(MemoryReading(8000, 9, 7991), 4.0))
+    assert registry.gpu.reading == READING
+
+
 def test_a_failing_field_shows_as_err_beside_the_figures() -> None:
     sampler, registry, _ = make(MemoryReading(8000, 1000, 7000, fault="name: Unknown Error"))
     sampler.sample()
@@ -66,11 +89,12 @@ def test_a_lost_card_shows_as_err_keeps_no_stale_figures_and_recovers(
         assert registry.gpu.reading is None
         assert registry.gpu.err == "GPU is lost"
         assert registry.gpu.sampled_at == before
+        assert registry.gpu.last == READING  # as what was so before, no more
         sampler.sample()  # put off
+        assert registry.gpu.last == READING
         clock.advance(2)
         sampler.sample()
-    assert registry.gpu.err == ""
-    assert registry.gpu.reading == READING
+    assert registry.gpu == GpuState(READING, clock.monotonic())
     events = [record.message for record in caplog.records]
     assert events == ["gpu unavailable", "gpu available"]
 

@@ -93,7 +93,7 @@ class Bench:
         self.queue: list[str] = []
         self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
         self.learned = Learned(consumers)
-        self.census = Census(self.config, self.learned)
+        self.census = Census(self.config, self.learned, self.clock.monotonic())
         admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
         self.room = RoomMaker(
             self.config,
@@ -1523,6 +1523,70 @@ def test_what_is_on_its_way_back_is_waited_for_before_a_job_is_tried(declared: i
     bench.resident("tts", used=50)
     version = bench.registry.get("tts").residency_version
     bench.registry.probe_succeeded("tts", ProbeReport(loaded=True), seen_version=version)
+
+
+# -- while the card cannot be read, and memory on its way back -----------------------------------
+
+
+def blind(bench: Bench) -> None:
+    """The card cannot be read from now on; the sampler has noticed."""
+    last, at = bench._reading(), bench.clock.monotonic()
+    bench.measured = False
+    bench.registry.set_gpu(GpuState(None, at, "GPU is lost", last))
+
+
+def test_while_the_card_cannot_be_read_its_last_total_is_the_ledgers() -> None:
+    bench = attributed(THREE, total=9000)  # no total is configured
+    bench.resident("tts", used=5)
+    blind(bench)
+    preview = bench.room.preview("llm")
+    assert (preview.balance.source, preview.balance.total_mib) == ("ledger", 9000)
+    assert [victim.name for victim in preview.victims] == ["tts"]
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+
+
+def test_what_was_held_last_counts_where_it_is_more_than_is_declared() -> None:
+    bench = attributed(THREE, total=13_000)
+    bench.resident("tts", used=5)
+    bench.holds["tts"] = 5000
+    bench.foreign = 2000
+    blind(bench)
+    preview = bench.room.preview("llm")
+    assert (preview.fits, preview.balance.used_mib) == (False, 7000)
+
+
+def test_a_release_is_waited_out_through_a_gap() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=5)
+    unload = bench.unload
+
+    def go_blind(name: str) -> None:
+        unload(name)
+        blind(bench)
+
+    def come_back() -> None:
+        bench.measured = bench.measured or bench.clock.monotonic() > began + 3
+
+    bench.unload = go_blind  # type: ignore[method-assign]
+    bench.on_pause = come_back
+    bench.lag = 2
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.measured
+    assert "tts" not in bench.holds
+
+
+def test_an_eviction_in_a_gap_is_judged_when_that_is_over() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=5)
+    blind(bench)
+
+    def come_back() -> None:
+        bench.measured = True
+
+    bench.on_pause = come_back
+    bench.lag = 3
     bench.make_room("llm")
     assert bench.calls == ["unload tts"]
     assert "tts" not in bench.holds
@@ -1556,3 +1620,66 @@ def test_a_job_that_is_tried_all_the_same_is_told_of(caplog: pytest.LogCaptureFi
         bench.make_room("llm")
     (told,) = [vars(each) for each in caplog.records if each.message == "tried all the same"]
     assert (told["consumer"], told["needed_mib"], told["short_mib"]) == ("llm", 6900, 100)
+
+
+def test_a_card_that_is_gone_for_long_is_not_waited_for() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=5)
+    blind(bench)
+    bench.clock.advance(120)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+    assert bench.clock.monotonic() == began
+
+
+def test_memory_that_a_consumer_is_giving_back_is_not_its_own() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("llm", used=5)
+    bench.registry.set_loaded("llm", False)  # unloaded, but the card is slow
+    began = bench.clock.monotonic()
+
+    def it_comes_back() -> None:
+        if bench.clock.monotonic() >= began + 3:
+            bench.holds.pop("llm", None)
+
+    bench.on_pause = it_comes_back
+    bench.make_room("llm")
+    assert "llm" not in bench.holds
+    assert bench.calls == []
+
+
+def test_memory_on_its_way_back_is_waited_for_rather_than_another_victim() -> None:
+    bench = attributed(THREE, total=11_500)
+    bench.resident("tts", used=5)
+    bench.resident("llm", used=5)
+    bench.registry.set_loaded("llm", False)
+
+    def it_comes_back() -> None:
+        bench.holds.pop("llm", None)
+
+    bench.on_pause = it_comes_back
+    bench.make_room("llm")
+    assert bench.calls == []
+
+
+def test_memory_that_never_comes_back_is_its_own_again_in_the_end() -> None:
+    """Or was taken anew by somebody else's job: then it is tried, and before long at once."""
+    bench = attributed(THREE, total=9000)
+    bench.resident("llm", used=5)
+    bench.registry.set_loaded("llm", False)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert 9 < bench.clock.monotonic() - began < 12
+    bench.clock.advance(60)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert bench.clock.monotonic() == began
+
+
+def test_what_it_is_known_to_keep_is_its_own() -> None:
+    bench = attributed({"llm": {"vram_resident_mib": 6000, "floor_mib": 1200}}, total=7000)
+    bench.holds["llm"] = 1200
+    bench.registry.set_loaded("llm", False)
+    preview = bench.room.preview("llm")
+    assert (preview.held_mib, preview.fits) == (1200, True)
