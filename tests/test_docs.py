@@ -118,3 +118,12 @@ def test_every_command_is_in_the_readmes_table() -> None:
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     told = {word for row in rows for word in re.findall(r"`([a-z]+)`", row.split("|")[1])}
     assert told == set(main.commands)
+
+
+def test_every_picture_that_is_shown_is_there_and_no_other() -> None:
+    shown = {
+        name
+        for text in DOCUMENTS
+        for name in re.findall(r"!\[[^]]*\]\((?:docs/)?([\w-]+\.png)\)", text)
+    }
+    assert shown == {path.name for path in (ROOT / "docs").glob("*.png")}

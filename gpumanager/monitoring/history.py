@@ -49,7 +49,10 @@ class MemoryHistory:
 
     def take(self) -> float:
         """Take a sample of what is known now; returns the seconds until the next."""
-        config, reading = self._config, self._registry.gpu.reading
+        config, gpu = self._config, self._registry.gpu
+        if gpu.sampled_at is None and not gpu.err:
+            return EVERY_S  # nobody has looked at the card yet: what is assumed is no history
+        reading = gpu.reading
         declared = {name: each.vram_resident_mib for name, each in config.consumers.items()}
         last = self._registry.gpu.last
         total = config.gpu.total_mib or (last.total_mib if last else 0)

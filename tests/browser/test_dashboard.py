@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gpumanager.events import LOGGED
 from gpumanager.keys import ApiKey
 from tests.browser.conftest import Page, violations
 from tests.support.scene import Scene, scene
@@ -140,18 +142,18 @@ def test_a_job_of_two_seconds_is_seen_in_five_minutes_on_the_memorys_own_axis(
         page.page.route("**/v1/history*", as_if_it_had_run_for_long)
         page.page.goto(it.broker.url)
         box = "(what) => document.querySelector('#chart ' + what).getBoundingClientRect().toJSON()"
-        page.page.locator("#chart .job").first.wait_for()
+        page.page.locator("#chart .job:not(.before)").first.wait_for()
         widths = {}
         for span, name in (("300", "5 min"), ("900", "15 min"), ("3600", "60 min")):
             page.page.check(f"input[name=span][value='{span}']")
             page.page.locator(f"#chart[aria-label^='The last {name}:']").wait_for()
-            widths[span] = page.evaluate(box, ".job")["width"]
+            widths[span] = page.evaluate(box, ".job:not(.before)")["width"]
         assert widths["300"] == pytest.approx(3 * widths["900"], rel=0.1)
         assert widths["300"] >= 5
         assert widths["3600"] >= 2, "never a hairline"
         page.page.check("input[name=span][value='300']")
         page.page.locator("#chart[aria-label^='The last 5 min:']").wait_for()
-        began = page.evaluate(box, ".job")["x"]
+        began = page.evaluate(box, ".job:not(.before)")["x"]
         # With the samples of each second, which are a second late at most.
         assert 0 <= page.evaluate(TAKEN_AT) - began <= 8
 
@@ -160,8 +162,9 @@ def test_a_moment_is_read_with_the_keyboard_or_the_mouse(opened: Open) -> None:
     with scene() as it:
         assert it.job("tts").result(30).status_code == 200
         finished(it)
+        history = "/v1/history"
+        eventually(lambda: '"voice":2800' in it.broker.get(history).text.replace(" ", ""))
         page = opened(it.broker.url)
-        page.wait("#legend li", "voice")
         page.page.locator("#chart polygon.area").first.wait_for()
         page.page.focus("#chart-box")
         page.page.keyboard.press("ArrowLeft")
@@ -237,6 +240,142 @@ def test_it_says_since_when_and_why_a_consumer_is_down_and_what_to_do(opened: Op
         page.wait("#services tr", "since ")
         page.wait("#events li", "voice does not answer")
         assert page.page.title() == "(1) gpumanager"
+        assert violations(page) == []
+
+
+def changed_status(page: Page, url: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Show what the broker says, but for `change`."""
+
+    def answer(route: Any) -> None:
+        status = route.fetch().json()
+        change(status)
+        route.fulfill(json=status)
+
+    page.page.route("**/v1/status", answer)
+    page.page.goto(url)
+
+
+def test_an_overdue_job_is_said_and_what_comes_after_it_is_a_lower_bound(opened: Open) -> None:
+    def overdue(status: dict[str, Any]) -> None:
+        for entry in status["line"]:
+            entry["overdue"] = True
+
+    with scene() as it:
+        it.pace(voice=30)
+        it.jobs("tts", 3)
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, overdue)
+        page.wait("#line tr", "overdue")
+        page.wait("#line tr", "when it ends")
+        page.wait("#troubles li", "The running tts of voice takes")
+        for ticket in (3, 2, 1):
+            it.broker.delete(f"/v1/queue/{ticket}")
+
+
+def test_the_picture_of_the_queue_is_to_scale_and_shows_what_is_loaded_first(opened: Open) -> None:
+    times = [(0, 0, 0, 6000), (6000, 1000, 3000, 4000), (14000, 0, 0, 2000)]
+
+    def timed(status: dict[str, Any]) -> None:
+        for entry, figures in zip(status["line"], times, strict=True):
+            for name, ms in zip(("estimate", "evict", "load", "run"), figures, strict=True):
+                entry[f"{name}_ms"] = ms
+
+    with scene() as it:
+        it.pace(voice=30)
+        it.jobs("tts", 1)
+        it.jobs("image", 1)
+        it.jobs("tts", 1)
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, timed)
+        page.page.locator("#coming .block").nth(2).wait_for()
+        running, image, last = page.evaluate(
+            """() => [...document.querySelectorAll("#coming .block")].map((block) => ({
+              from: block.offsetLeft, wide: block.offsetWidth,
+              before: block.querySelector(".before").offsetWidth}))"""
+        )
+        assert image["wide"] == pytest.approx(4 * last["wide"], abs=3)
+        assert image["before"] == pytest.approx(image["wide"] / 2, abs=3)
+        assert last["before"] == running["before"] == 0
+        assert running["from"] + running["wide"] == pytest.approx(image["from"], abs=2)
+        assert image["from"] + image["wide"] == pytest.approx(last["from"], abs=2)
+        page.wait("#h-queue", "done in ≈ 15 s")
+        for ticket in (3, 2, 1):
+            it.broker.delete(f"/v1/queue/{ticket}")
+
+
+def test_load_power_and_temperature_show_where_the_card_tells(opened: Open) -> None:
+    def silent(status: dict[str, Any]) -> None:
+        for name in ("utilization_percent", "power_w", "power_limit_w"):
+            del status["gpu"][name]
+
+    with scene() as it:
+        it.pace(voice=30)
+        it.jobs("tts", 1)
+        page = opened(it.broker.url)
+        page.page.locator("#chart polyline.sensor").nth(2).wait_for()
+        page.wait("#gauges div", "of 350 W")
+        page.wait("#gauges div", "°C")
+        page.wait("#gauges div", " %")
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, silent)
+        page.wait("#gauges div", "°C")
+        assert "350 W" not in page.text("#gauges")
+        it.broker.delete("/v1/queue/1")
+
+
+def test_every_event_has_its_sentence(opened: Open) -> None:
+    happened: list[dict[str, Any]] = [
+        {"event": "evicted", "target": "ollama", "rung": "http", "outcome": outcome, "mib": 2800,
+         "expected_mib": 3000, "ms": 12, "thief": "a game (pid 7)"}
+        for outcome in ("released", "partial", "leaked", "stolen", "unverified", "gone")
+    ]  # fmt: skip
+    happened += [
+        {"event": "eviction_failed", "target": "ollama", "rung": "unit", "reason": "no such unit"},
+        {"event": "loaded", "ms": 2000},
+        {"event": "brought_back", "ms": 2000},
+        {"event": "unhealthy", "reason": "it refused the connection"},
+        {"event": "on_cpu", "models": "llama3:8b"},
+        {"event": "breaker_open", "failures": 3, "pause_s": 2.0},
+        {"event": "out_of_memory", "room_was_mib": 2800},
+        {"event": "out_of_memory_doubted", "room_was_mib": 2800, "needed_mib": 2000},
+        {"event": "gpu_lost", "reason": "power: Unknown Error"},
+        {"event": "truncated", "reason": "it closed the connection"},
+        {"event": "quarantined", "reason": "gave back 0 of 2800 MiB"},
+        {"event": "cancel_failed", "reason": "it answered 500", "job": "7"},
+        {"event": "housekeeping_failed", "what": "restore", "reason": "the card is full"},
+        {"event": "not_reloaded", "reason": "consumers.voice.url: is missing"},
+        {"event": "reloaded", "changed": ["voice"]},
+        {"event": "started", "version": "1.0"},
+        {"event": "refused", "code": "insufficient_vram", "status": 503},
+        {"event": "job", "kind": "tts", "client": "alice", "status": 200, "wait_ms": 2000,
+         "prepare_ms": 1500, "run_ms": 900},
+        {"event": "job", "kind": "tts", "failure": "consumer_timeout", "run_ms": 900},
+    ]  # fmt: skip
+    happened += [
+        {"event": name}
+        for name in ("healthy", "breaker_closed", "healed", "gpu_found", "still_busy", "draining",
+                     "pinned", "unpinned")
+    ]  # fmt: skip
+    every = {*LOGGED.values(), "job", "refused", "started"}
+    with scene() as it:
+        page = opened(it.broker.url)
+        told = page.evaluate(
+            """async (happened) => {
+              const {KNOWN, inWords} = await import("/dashboard/sentences.js");
+              return [KNOWN, happened.map((event) => inWords({consumer: "voice", ...event}))];
+            }""",
+            happened,
+        )
+        known, sentences = told
+        assert every <= set(known), "an event without a sentence"
+        assert {each["event"] for each in happened} <= every
+        for event, said in zip(happened, sentences, strict=True):
+            words = f"{said['text']} {said['remedy']}"
+            assert "undefined" not in words, event
+            assert "NaN" not in words, event
+            keys = re.sub("floor_mib|vram_resident_mib|first_byte", "", words)
+            assert "_" not in keys, event
+            assert said["text"].endswith("."), event
 
 
 def test_memory_that_is_nobodys_is_named(opened: Open) -> None:

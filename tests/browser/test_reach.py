@@ -16,7 +16,7 @@ from tests.support.scene import CROWD, LONG_NAME, Scene, crowd
 pytest.importorskip("playwright")
 pytestmark = pytest.mark.timeout(180)
 
-WIDTHS = [390, 820, 1440]
+WIDTHS = [390, 820, 1280, 1440]
 WAITING = 30
 
 OUT_OF_REACH = """() => {
@@ -26,6 +26,12 @@ OUT_OF_REACH = """() => {
     return box.width > 1 && box.height > 1;
   };
   const clips = (el) => !["visible"].includes(getComputedStyle(el).overflowX);
+  const texts = [];
+  for (const el of document.querySelectorAll("body *")) {
+    if (el.checkVisibility() && seen(el) && clips(el) && el.scrollWidth > el.clientWidth + 1) {
+      found.push(`scrolls sideways: ${el.id || el.tagName}`);
+    }
+  }
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement;
@@ -35,6 +41,7 @@ OUT_OF_REACH = """() => {
     range.selectNodeContents(node);
     const box = range.getBoundingClientRect();
     if (box.width <= 1) continue;
+    texts.push(...[...range.getClientRects()].map((line) => [line, node]));
     if (box.left < 0 || box.right > wide + 0.5) found.push(`off the page: ${node.textContent}`);
     for (let el = parent; el && el !== document.body; el = el.parentElement) {
       if (!clips(el) || !seen(el)) continue;
@@ -44,6 +51,22 @@ OUT_OF_REACH = """() => {
       }
     }
   }
+  // Only what shows in its box: what is scrolled out of sight lies beneath what follows the box.
+  const inSight = ([line, node]) => {
+    for (let el = node.parentElement; el && el !== document.body; el = el.parentElement) {
+      const frame = el.getBoundingClientRect();
+      if (clips(el) && (line.bottom > frame.bottom + 1 || line.top < frame.top - 1)) return false;
+    }
+    return !node.parentElement.closest("#said-box, caption, thead");
+  };
+  const lines = texts.filter(inSight);
+  lines.forEach(([one, node], i) => lines.slice(i + 1).forEach(([other, next]) => {
+    const wide = Math.min(one.right, other.right) - Math.max(one.left, other.left);
+    const high = Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top);
+    if (node !== next && wide > 2 && high > 5) {
+      found.push(`on top of each other: ${node.textContent} | ${next.textContent}`);
+    }
+  }));
   for (const button of document.querySelectorAll("button, select, input")) {
     if (!button.checkVisibility() || !seen(button)) continue;
     button.scrollIntoView({block: "center"});
@@ -77,20 +100,51 @@ def busy() -> Iterator[Scene]:
 
 def shown(opened: Callable[..., Page], scene: Scene, **options: Any) -> Page:
     page = opened(scene.broker.url, **options)
+    settled(page)
+    return page
+
+
+def settled(page: Page) -> None:
     page.wait("#state", "live")
     page.wait("#services tr", "xtts")
     page.wait("#h-queue", f"{WAITING} wait")
     page.page.locator("#chart text", has_text="whisper").wait_for()
-    return page
 
 
+def worst(route: Any) -> None:
+    """Everything that makes text longer, at once."""
+    status = route.fetch().json()
+    for entry in status["line"]:
+        entry |= {
+            "overdue": True,
+            "age_ms": 599_000,
+            "estimate_ms": 3_000_000,
+            "client": "a-client",
+        }
+    for consumer in status["consumers"]:
+        times = {"p50": 83_000, "p95": 599_000, "count": 50}
+        consumer |= {"pinned": True, "healthy": False, "learned": {"run_ms": times}}
+        consumer |= {"last_error": "the connection was closed before the answer was complete"}
+        consumer |= {"total_requests": 1_234_567, "health_since": "2026-01-01T12:00:00Z"}
+        consumer |= {"resident_source": "declared"}
+    status["gpu"]["err"] = "NVML: Driver/library version mismatch; the declared figures decide"
+    route.fulfill(json=status)
+
+
+@pytest.mark.parametrize("state", ["as it is", "at its worst"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_everything_is_in_reach(opened: Callable[..., Page], busy: Scene, width: int) -> None:
-    page = shown(opened, busy, viewport={"width": width, "height": 900})
+def test_everything_is_in_reach(
+    opened: Callable[..., Page], busy: Scene, width: int, state: str
+) -> None:
+    page = opened("about:blank", viewport={"width": width, "height": 900})
+    if state == "at its worst":
+        page.page.route("**/v1/status", worst)
+    page.page.goto(busy.broker.url)
+    settled(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(OUT_OF_REACH) == []
     assert page.page.get_by_role("button", name="Cancel ticket").count() == WAITING + 1
-    for what in ("Load", "Unload", "Pin"):
+    for what in ("Load", "Unload", "Pin" if state == "as it is" else "Unpin"):
         assert page.page.get_by_role("button", name=f"{what} {LONG_NAME}", exact=True).count() == 1
     assert not page.complaints
 

@@ -17,7 +17,18 @@ CONFIG = "consumers: {voice: {url: 'http://127.0.0.1:1', vram_resident_mib: 2800
 def make() -> tuple[MemoryHistory, Registry, FakeClock]:
     clock = FakeClock()
     registry = Registry({"voice": False}, clock)
+    registry.set_gpu(GpuState(MemoryReading(8000, 1000, 7000), clock.monotonic()))
     return MemoryHistory(parse_config(CONFIG), registry, clock), registry, clock
+
+
+def test_what_is_assumed_before_anybody_looked_at_the_card_is_no_history() -> None:
+    history, registry, _ = make()
+    registry.set_gpu(GpuState())
+    history.take()
+    assert history.samples() == ()
+    registry.set_gpu(GpuState(err="NVML: no driver"))
+    history.take()
+    assert len(history.samples()) == 1
 
 
 def test_an_hour_is_kept_fine_for_five_minutes_and_coarse_before() -> None:

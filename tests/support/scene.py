@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -142,26 +142,29 @@ def scene(*, keys: tuple[ApiKey, ...] = ()) -> Iterator[Scene]:
                 },
             },
         }
-        broker = stack.enter_context(live_broker(yaml.safe_dump(config), keys=keys))
+        sensing = SensingCard(str(card.path))
+        broker = stack.enter_context(live_broker(yaml.safe_dump(config), card=sensing, keys=keys))
+        sensing.busy = lambda: broker.stats.in_flight > 0
         clients = ThreadPoolExecutor(20, "scene-client")
         stack.callback(clients.shutdown, wait=True)
         yield Scene(broker, fakes, clients, card)
 
 
 @contextmanager
-def crowd() -> Iterator[Scene]:
-    """Twelve consumers on a card with sensors, most of them loaded."""
+def crowd(consumers: Mapping[str, int] = CROWD, card_mib: int = CROWD_CARD_MIB) -> Iterator[Scene]:
+    """Many consumers, by name with the MiB that each one needs, on a card with sensors."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        card = SimulatedCard.create(folder / "card.json", CROWD_CARD_MIB)
+        card = SimulatedCard.create(folder / "card.json", card_mib)
         fakes = {
             name: stack.enter_context(fake_server("plain", card.path, name, mib))
-            for name, mib in CROWD.items()
+            for name, mib in consumers.items()
         }
+        speech = LONG_NAME if LONG_NAME in consumers else "voice"
         config = {
             "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.2},
             "health_interval": 0.5,
-            "routing": {"tts": LONG_NAME, "stt": "whisper", "llm": "ollama", "image": "comfyui"},
+            "routing": {"tts": speech, "stt": "whisper", "llm": "ollama", "image": "comfyui"},
             "consumers": {
                 name: {
                     "url": fakes[name].url,
@@ -171,7 +174,7 @@ def crowd() -> Iterator[Scene]:
                     "paths": dict.fromkeys(("tts", "stt", "llm", "image"), "/job"),
                     "vram_resident_mib": mib,
                 }
-                for name, mib in CROWD.items()
+                for name, mib in consumers.items()
             },
         }
         sensing = SensingCard(str(card.path))

@@ -37,9 +37,9 @@ export function troubles(status, now) {
   const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms]));
   for (const entry of status.line) {
     const run = usual.get(entry.consumer);
-    if (entry.state === "running" && run?.count > 2 && entry.age_ms > Math.max(5000, 3 * run.p95)) {
+    if (entry.state === "running" && entry.overdue) {
       found.push({key: "t" + entry.ticket, tone: "warn", remedy: "Cancel it in the queue, if it hangs.",
-        text: `The running ${entry.kind} of ${entry.consumer} takes ${lasting(entry.age_ms)} so far; usual is ${lasting(run.p50)}.`});
+        text: `The running ${entry.kind} of ${entry.consumer} takes ${lasting(entry.age_ms)} so far; usual is ${run ? lasting(run.p50) : "less"}.`});
     }
   }
   return found.sort((a, b) => (a.tone === "bad" ? 0 : 1) - (b.tone === "bad" ? 0 : 1));

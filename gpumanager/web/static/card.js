@@ -36,7 +36,7 @@ export function drawCard(status) {
   keep(bar, found, (part) => part.key, () => make("span"), (span, part) => {
     classes(span, part.className);
     span.style.width = 100 * part.mib / total + "%";
-    const marked = part.mark !== undefined && part.mib / total * bar.clientWidth > 28;
+    const marked = part.mark !== undefined && part.mib / total * bar.clientWidth > 32;
     if (marked && !span.firstChild) span.append(badge(part.mark));
     if (marked) span.firstChild.replaceWith(badge(part.mark));
     else span.replaceChildren();

@@ -7,7 +7,7 @@ import {clock, clockExact, count, lasting, mib} from "/dashboard/words.js";
 /** Beyond these a picture gets slow, and its blocks are on top of each other anyway. */
 const DRAWN = 2000;
 /** The shortest time shown. */
-const LEAST_S = 60;
+const LEAST_S = 30;
 const MEMORY = 120, STRIP = 40, LANE = 24, AXIS = 22, GAP = 10;
 const STRIPS = [
   {field: "utilization_percent", name: "Load", unit: "%", most: () => 100},
@@ -27,10 +27,10 @@ function frame(view) {
 }
 
 /** A name beside its band, or above it where there is no room beside; no longer than fits. */
-function label(f, text, y, note) {
-  const fits = Math.floor((f.narrow ? f.width - 8 : f.left - 12) / 6.4);
+function label(f, text, y, note, indent = 0) {
+  const fits = Math.floor((f.narrow ? f.width - 8 - indent : f.left - 12 - indent) / 6.4);
   const words = text.length > fits ? text.slice(0, Math.ceil(fits / 2) - 1) + "…" + text.slice(-Math.floor(fits / 2)) : text;
-  const element = drawText({x: 0, y, class: "name"}, words);
+  const element = drawText({x: indent, y, class: "name"}, words);
   if (words !== text) element.append(Object.assign(draw("title", {}), {textContent: text}));
   f.parts.push(element);
   if (note) f.parts.push(drawText({x: 0, y: y + 14}, note));
@@ -108,14 +108,17 @@ function lanes(f, view) {
   names.forEach((name, i) => {
     const bottom = f.y + f.lane;
     tops.set(name, bottom - LANE);
-    label(f, `${i + 1}  ${name}`, f.narrow ? bottom - LANE - 3 : bottom - 7);
+    const foot = f.narrow ? bottom - LANE - 3 : bottom - 7;
+    f.parts.push(draw("rect", {class: "key", fill: fill(i), x: 0.5, y: foot - 9.5, width: 10, height: 10, rx: 2}));
+    label(f, `${i + 1} ${name}`, foot, "", 16);
     f.parts.push(draw("line", {class: "axis", x1: f.left, x2: f.right, y1: bottom, y2: bottom}));
     f.y = bottom;
   });
   const index = new Map(names.map((name, i) => [name, i])), marks = [];
   const block = (name, from, until, className, words) => {
-    const attributes = {x: f.x(from).toFixed(1), y: tops.get(name) + 4, height: 12, class: "job " + className,
-      width: Math.max(2, f.x(until) - f.x(from)).toFixed(1)};
+    const thin = className === "before";
+    const attributes = {x: f.x(from).toFixed(1), y: tops.get(name) + (thin ? 8 : 4), height: thin ? 4 : 12,
+      class: "job " + className, width: Math.max(2, f.x(until) - f.x(from)).toFixed(1)};
     if (className !== "failed") attributes.fill = fill(index.get(name));
     f.parts.push(draw("rect", attributes, words));
   };
@@ -130,9 +133,10 @@ function lanes(f, view) {
     const words = inWords(e);
     if (e.event === "job") {
       jobs++;
-      const granted = e.at - e.run_ms - (e.prepare_ms ?? 0);
+      const began = e.at - e.run_ms, granted = began - (e.prepare_ms ?? 0);
       if (e.wait_ms > 50) wait(e.consumer, granted - e.wait_ms, granted);
-      block(e.consumer, granted, e.at, words.trouble ? "failed" : "", `${clockExact(e.at)} ${words.text}`);
+      if (f.x(began) - f.x(granted) >= 1) block(e.consumer, granted, began, "before", words.text);
+      block(e.consumer, began, e.at, words.trouble ? "failed" : "", `${clockExact(e.at)} ${words.text}`);
     } else if (words.trouble || ["evicted", "loaded", "brought_back"].includes(e.event)) {
       marks.push([e, words]);
     }

@@ -63,7 +63,7 @@ export function drawConsumers(status, now, moving, operator) {
     if (mark.textContent !== String(i + 1)) mark.replaceWith(badge(i));
     tell(serves, (kinds.get(c.name) ?? []).join(", "));
     const state = stateOf(c, now), [word, pinned, when, why] = cells[1].children;
-    tell(word, state.word + (c.active ? ", works" : c.loaded ? ", loaded" : ""));
+    tell(word, state.word + (c.active ? ", working" : c.loaded ? ", loaded" : ""));
     classes(word, state.tone);
     pinned.hidden = !c.pinned;
     tell(when, state.when);

@@ -6,7 +6,7 @@ import {drawChart, watchCursor} from "/dashboard/chart.js";
 import {drawConsumers} from "/dashboard/consumers.js";
 import {byId, classes, tell} from "/dashboard/dom.js";
 import {drawQueue} from "/dashboard/queue.js";
-import {lasting, mib} from "/dashboard/words.js";
+import {clockExact, lasting, mib} from "/dashboard/words.js";
 
 const EVERY_MS = 2000, HISTORY_EVERY_MS = 2000, HOUR_EVERY_MS = 10000, KEPT = 5000;
 
@@ -29,7 +29,7 @@ function say(word, className) {
 function stale(word) {
   document.body.classList.add("stale");
   document.title = "× gpumanager";
-  say(word + (lastAnswer ? "; what is shown is from " + lastAnswer.toLocaleTimeString() : ""), "bad");
+  say(word + (lastAnswer ? "; what is shown is from " + clockExact(lastAnswer) : ""), "bad");
 }
 
 function drawTimes() {

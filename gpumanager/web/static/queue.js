@@ -16,12 +16,23 @@ function planned(status) {
   });
 }
 
+/** In how long an entry's turn comes; where the job that runs is overdue, that is only a lower bound. */
+function turn(entry) {
+  if (!entry.overdue) return about(entry.estimate_ms);
+  return entry.position === 1 ? "when it ends" : about(entry.estimate_ms).replace("≈", "≥");
+}
+
 function drawComing(places, names) {
   const strip = byId("coming");
   strip.hidden = places.length === 0;
+  byId("coming-key").hidden = !places.some(({entry}) => entry.position && entry.evict_ms + entry.load_ms);
   const last = Math.max(1, ...places.map((place) => place.end));
-  keep(strip, [...places, ...ticks(last)], (it) => it.entry ? "t" + it.entry.ticket : "at" + it.at,
-    () => make("span"), (span, it) => {
+  keep(strip, [...places, ...ticks(last, strip.clientWidth < 400 ? 2 : 4)], (it) => it.entry ? "t" + it.entry.ticket : "at" + it.at,
+    (it) => {
+      const span = make("span");
+      if (it.entry) span.append(make("i", undefined, "before"), make("b"));
+      return span;
+    }, (span, it) => {
       const running = it.entry?.state === "running";
       const left = running ? 0 : PAST + (100 - PAST) * (it.entry ? it.start : it.at) / last;
       span.style.left = left + "%";
@@ -33,10 +44,17 @@ function drawComing(places, names) {
       const i = names.indexOf(it.entry.consumer);
       classes(span, "block " + (i < 0 ? "rest" : surface(i)) + (running ? " runs" : ""));
       span.style.width = width + "%";
-      const marked = i >= 0 && width / 100 * strip.clientWidth > 26;
-      if (!marked) span.replaceChildren();
-      else if (!span.firstChild) span.append(badge(i));
-      span.title = `${it.entry.consumer} ${it.entry.kind}: ` + (running ? "runs" : `turn ${about(it.start)}`);
+      const before = it.entry.evict_ms + it.entry.load_ms;
+      span.firstChild.style.width = 100 * (running ? 0 : before / (it.end - it.start)) + "%";
+      const marked = i >= 0 && width / 100 * strip.clientWidth > 32;
+      if (span.lastChild.hidden !== !marked || span.lastChild.textContent !== String(i + 1)) {
+        span.lastChild.replaceWith(i < 0 ? make("b") : badge(i));
+        span.lastChild.hidden = !marked;
+      }
+      span.title = `${it.entry.consumer} ${it.entry.kind}: ${running ? "runs" : `turn ${turn(it.entry)}`}; `
+        + [it.entry.evict_ms && `unload others ${lasting(it.entry.evict_ms)}`,
+          it.entry.load_ms && `load ${lasting(it.entry.load_ms)}`,
+          `run ${lasting(it.entry.run_ms)}${running ? " more" : ""}`].filter(Boolean).join(", ");
     });
   const waiting = places.filter((place) => place.entry.state !== "running");
   strip.setAttribute("aria-label", "What comes when, as estimated: " + (waiting.length === 0
@@ -45,10 +63,10 @@ function drawComing(places, names) {
       + (waiting.length > 5 ? `, and ${waiting.length - 5} more` : "")));
 }
 
-/** Round moments on an axis of so many ms: two to four of them. */
-function ticks(last) {
+/** Round moments on an axis of so many ms: two to four of them, as there is room. */
+function ticks(last, room) {
   const steps = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400];
-  const step = 1000 * (steps.find((s) => last / (s * 1000) <= 4) ?? steps.at(-1));
+  const step = 1000 * (steps.find((s) => last / (s * 1000) <= room) ?? steps.at(-1));
   const found = [];
   for (let at = 0; at <= last && found.length < 6; at += step) found.push({at});
   return found;
@@ -83,9 +101,8 @@ export function drawQueue(status, mayCancel) {
     tell(cells[2], entry.kind);
     tell(cells[3], entry.client || "–");
     tell(cells[4], lasting(entry.age_ms));
-    tell(cells[5], !running ? (entry.overdue ? "? " : "") + about(entry.estimate_ms)
-      : (entry.overdue ? "overdue, " : "") + (took ? "usually " + lasting(took.p50) : "–"));
-    classes(cells[5], entry.overdue ? "warn" : "");
+    tell(cells[5], !running ? turn(entry) : entry.overdue ? "overdue" : took ? "usually " + lasting(took.p50) : "–");
+    classes(cells[5], running && entry.overdue ? "warn" : "");
     classes(tr, running ? "runs" : "");
     const button = cells[6].firstChild;
     button.dataset.running = running;

@@ -112,6 +112,9 @@ function unknown(e) {
 const WRONG = new Set(["refused", "unhealthy", "breaker_open", "quarantined", "out_of_memory", "truncated",
   "gpu_lost", "on_cpu", "eviction_failed", "not_reloaded", "still_busy", "cancel_failed", "housekeeping_failed"]);
 
+/** The events that have a sentence of their own. */
+export const KNOWN = Object.keys(SENTENCES);
+
 /** {text, remedy, tone, trouble, glyph} of an event. */
 export function inWords(e) {
   const [text, remedy] = (Object.hasOwn(SENTENCES, e.event) ? SENTENCES[e.event] : unknown)(e);
