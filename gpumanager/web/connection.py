@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import struct
@@ -11,11 +12,14 @@ from typing import Any
 
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.utilities import Error, InternalServerError
 
 from gpumanager.errors import BrokerError
 from gpumanager.web.answering import JsonErrorTask, OneSendTask
-from gpumanager.web.parsing import Admitted, StrictRequestParser
+from gpumanager.web.parsing import Admitted, StrictRequestParser, TookTooLong
 from gpumanager.web.record import LOCAL_ADDRESS
+
+log = logging.getLogger(__name__)
 
 LEAST_RATE = 1024
 """Bytes a second that a client has to take of an answer that is ready, and to give of a body, on
@@ -111,7 +115,14 @@ class Connection(HTTPChannel):
         """As waitress's, with an eye on how far the request is."""
         self._received += len(data)
         before = self.request
-        taken = super().received(data)
+        try:
+            taken = super().received(data)
+        except OSError as error:  # large bodies are kept in files
+            log.error(  # a trace would tell nothing more
+                "a body cannot be kept", extra={"client": self.addr[0], "reason": error.strerror}
+            )
+            self._give_up(InternalServerError("the disk is full"))
+            return False
         request = self.request
         if request is None or request.headers_finished:
             self._head_since = None
@@ -163,24 +174,27 @@ class Connection(HTTPChannel):
         elif self.requests:
             self._giving.rest()
         elif self._giving.too_slow(now, self._received, busy=self._in_body):
-            self._give_up(request, "the body came too slowly")
+            self._give_up(TookTooLong("the body came too slowly"))
         elif head_due and request is None:
             self.handle_close()
         elif head_due:
-            self._give_up(request, f"the head was not complete within {HEAD_S:g} s")
+            self._give_up(TookTooLong(f"the head was not complete within {HEAD_S:g} s"))
 
     @property
     def _in_body(self) -> bool:
         request = self.request
         return request is not None and request.headers_finished and not request.expect_continue
 
-    def _give_up(self, request: StrictRequestParser, why: str) -> None:
-        requests: Any = self.requests  # empty: otherwise the client would wait for an answer
+    def _give_up(self, why: Error) -> None:
+        """Have the request that is being received answered with an error, when its turn comes."""
         with self.requests_lock:  # type: ignore[attr-defined]  # not in its stubs
+            request: Any = self.request
+            requests: Any = self.requests
             self.request, self._deaf = None, True
             request.give_up(why)
             requests.append(request)
-            self.server.add_task(self)  # type: ignore[arg-type]  # its stub means something else
+            if len(requests) == 1:
+                self.server.add_task(self)  # type: ignore[arg-type]  # its stub means something else
 
     def _admit(self, parser: StrictRequestParser) -> Admitted | BrokerError:
         application: Any = self.server.application

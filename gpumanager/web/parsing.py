@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 from waitress.adjustments import Adjustments
@@ -91,10 +92,15 @@ class StrictRequestParser(HTTPRequestParser):
                 self.is_last = True
         return len(data) if self.is_last else consumed
 
-    def give_up(self, why: str) -> None:
-        """End it, incomplete as it is, with a 408."""
-        self.error = TookTooLong(why)
+    def give_up(self, why: Error) -> None:
+        """End it, incomplete as it is."""
+        self.error = why
         self.completed = self.is_last = True
+
+    def close(self) -> None:
+        """Let go of its body. What could not be written of it is not missed."""
+        with suppress(OSError):
+            super().close()
 
     def parse_header(self, header_plus: bytes) -> None:
         if _FOLDED.search(header_plus):
