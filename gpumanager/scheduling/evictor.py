@@ -145,11 +145,11 @@ class Evictor:
         asked_again = False
         while rungs:
             rung = rungs.pop(0)
-            before = self._measure() or self._last_seen()
-            holds = self._what_it_holds(name, before)
             began = self._clock.monotonic()
             try:
                 self._rest.wait(name, consumer, rung, ticket)
+                before = self._measure() or self._last_seen()
+                holds = self._what_it_holds(name, before)
                 self._carry_out(name, rung)
             except BrokerError as error:
                 if self._gone(name, error):
@@ -324,7 +324,8 @@ class Evictor:
             delay = max(delay, min(LONGEST_POLL_S, 2 * delay))
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
-        kept = release.residue_mib if rung.http and release.outcome != "leaked" else None
+        gave = release.mib > LEAKED_SHARE * release.expected_mib
+        kept = release.residue_mib if rung.http and gave else None
         self._learned.unloaded(name, release.seconds, kept, release.more_until)
         log.log(
             logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,

@@ -33,6 +33,7 @@ from gpumanager.scheduling.census import Census, Look
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.evictor import FIRST_POLL_S, LONGEST_POLL_S, Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
+from gpumanager.scheduling.rest import BUSY_LIMIT_S
 from gpumanager.scheduling.victims import Resident, candidates
 
 log = logging.getLogger(__name__)
@@ -285,7 +286,7 @@ class RoomMaker:
             if victim.name not in waited_for:
                 others = partial(self._others_may_go, target, set(tried))
             release = self._evict(victim, ticket, fits, others)
-            if release is not None and release.outcome == "busy" and others is not None:
+            if others and release and release.outcome == "busy" and release.seconds < BUSY_LIMIT_S:
                 left_alone.add(victim.name)
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:

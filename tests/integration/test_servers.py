@@ -295,7 +295,6 @@ def test_vllm_is_put_to_sleep_and_woken_before_its_job(card: SimulatedCard) -> N
             # Asleep it would queue the job for ever.
             assert job(broker, "llm").status_code == 200
         # What it still keeps when a release had its time is known, and not promised again.
-        assert "residue_mib" not in status_of(broker, "vllm")["learned"]
         assert job(broker, "tts").status_code == 200
         eventually(lambda: status_of(broker, "vllm")["learned"].get("residue_mib") == 1200)
         assert job(broker, "llm").status_code == 200
@@ -723,6 +722,23 @@ def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it(card: Simulat
         assert "leaky was unloaded, but gave nothing back" in message
         assert "leaky 4000 MiB" in message
         assert status_of(broker, "small")["loaded"]
+
+
+def test_vllm_that_was_slow_once_is_asked_again(card: SimulatedCard) -> None:
+    """It keeps more than a bare process, which is no reason to stay in quarantine."""
+    settled = {"path": "/is_sleeping", "until": "is_sleeping == `true`", "timeout": 0.5}
+    consumers: dict[str, dict[str, Any]] = {
+        "vllm": {"fake": "vllm", "mib": 7000, "settled": settled},
+        "voice": {"fake": "plain", "mib": 6000},
+    }
+    with box(card, consumers) as (broker, fakes):
+        fakes["vllm"].set(sleep_lag_s=2)  # gpu.release_timeout is 1 here
+        assert job(broker, "tts").status_code == 503
+        assert "gave back 0 of 7000 MiB" in status_of(broker, "vllm")["quarantine"]
+        eventually(lambda: "quarantine" not in status_of(broker, "vllm"))
+        fakes["vllm"].set(sleep_lag_s=0)
+        for kind in ("tts", "llm", "tts"):
+            assert job(broker, kind).status_code == 200
 
 
 def test_vllm_asleep_is_not_asked_to_sleep_again(card: SimulatedCard) -> None:

@@ -1008,6 +1008,8 @@ def test_memory_that_somebody_else_gives_back_lets_the_job_run() -> None:
     bench.make_room("llm")
     assert bench.clock.monotonic() - began < 2
     assert bench.registry.get("tts").quarantine == ""
+    # That it has given nothing back yet does not say that it keeps all of it.
+    assert bench.learned.figures("tts").kept_mib is None
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -1590,6 +1592,25 @@ def test_an_eviction_in_a_gap_is_judged_when_that_is_over() -> None:
     bench.make_room("llm")
     assert bench.calls == ["unload tts"]
     assert "tts" not in bench.holds
+
+
+def test_what_it_holds_is_measured_when_the_wait_is_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A render of somebody else took more than was there before it."""
+    bench = attributed(telling("aborts"), total=9000)
+    bench.resident("tts", used=50)
+    at_work(bench, "tts", 14)
+
+    def it_takes_more() -> None:
+        if not bench.calls:
+            bench.holds["tts"] = 4000
+
+    bench.on_pause = it_takes_more
+    with caplog.at_level(logging.INFO):
+        bench.make_room("llm")
+    (event,) = [vars(each) for each in caplog.records if each.message == "evicted"]
+    assert (event["mib"], event["expected_mib"]) == (4000, 4000)
 
 
 def test_who_works_for_somebody_else_is_waited_for_before_a_job_is_tried_with_less() -> None:

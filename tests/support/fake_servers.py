@@ -284,7 +284,8 @@ class ComfyUI(Fake):
 
 
 class Vllm(Fake):
-    """Asleep it keeps a residue, and queues requests without a word."""
+    """Asleep it keeps a residue, and queues requests without a word. It may say that it sleeps
+    `sleep_lag_s` before its memory comes back."""
 
     RESIDUE = 1200
 
@@ -307,7 +308,12 @@ class Vllm(Fake):
             if query.get("mode") != ["wait"]:
                 self.aborted += self.active
             self.awake.clear()
-            self.card.free(self.name, keep_mib=self.RESIDUE)
+            if lag := self.settings.get("sleep_lag_s"):
+                threading.Timer(
+                    lag, self.card.free, (self.name,), {"keep_mib": self.RESIDUE}
+                ).start()
+            else:
+                self.card.free(self.name, keep_mib=self.RESIDUE)
             return 200, None
         if path == "/wake_up":
             if not self.awake.is_set():
