@@ -26,6 +26,7 @@ class Broker:
 
     def __init__(self, pid: int, port: int, log: Path) -> None:
         self.pid, self.port = pid, port
+        self.config_file = log.with_name("broker.yaml")
         self._log = log
         self.session = requests.Session()
         self.session.trust_env = False
