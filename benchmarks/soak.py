@@ -50,6 +50,19 @@ FAULTS = (
     faults.omits_the_last_chunk,
     faults.refuses,
 )
+ODD = (
+    b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n00000",
+    b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"Content-Length: -2\r\n\r\nok",
+    b"Content-Length: 2, 3\r\n\r\nok",
+    b"Content-Length: 2\r\n\r\r\nok",
+    b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 10_000,
+)
+"""Answers that cannot be read for certain, behind their status."""
+
 SEEN_LATE_S = 0.25
 """A consumer that aborts when its connection is closed sees that after the broker has done it."""
 
@@ -113,8 +126,16 @@ class Studio:
             self._work(peer, request.header("x-request-id") or "-")
 
     def _work(self, peer: Connection, job: str) -> None:
-        kinds = ["answers", "streams", "streams slowly", "fails itself", "breaks", "stalls"]
-        does = self._rng.choices(kinds, [56, 16, 6, 4, 16, 2])[0]
+        kinds = [
+            "answers",
+            "streams",
+            "streams slowly",
+            "fails itself",
+            "breaks",
+            "is odd",
+            "stalls",
+        ]
+        does = self._rng.choices(kinds, [54, 16, 6, 4, 13, 5, 2])[0]
         with self._oracle.job(f"{self._way} {does} {job}"):
             self._job = job
             self._stop.clear()
@@ -132,6 +153,8 @@ class Studio:
             peer.send(answer(b"", "500 Oops"))
         elif does == "breaks":
             self._rng.choice(FAULTS)(peer, Received(b"", b""))
+        elif does == "is odd":
+            peer.send(b"HTTP/1.1 200 OK\r\n" + self._rng.choice(ODD))
         elif does == "stalls":
             self._stall(peer)
         else:
@@ -191,6 +214,8 @@ class Client:
             return "refused by the breaker"
         if got.complete and got.status == 200:
             self.served.add(job)
+            if got.body != b"x" * 2000 and got.body.replace(b"hello", b""):
+                return "200 with something else in it"
         code = b'"error":"' in got.body and got.body.partition(b'"error":"')[2].partition(b'"')[0]
         what = f"{got.status} {code.decode()}" if code else f"{got.status}"
         return what if got.complete else f"{got.status}, cut short"
@@ -219,13 +244,15 @@ class Operator:
         self._url = f"http://127.0.0.1:{running.port}"
         self._file: Path = running.config_file
         self.did: Counter[str] = Counter()
+        self.cancelled: set[str] = set()
         self.surprises: list[str] = []
 
     def cancel_one(self) -> None:
         line = self._session.get(f"{self._url}/v1/queue", timeout=30).json()["line"]
         if line:
-            ticket = self._rng.choice(line)["ticket"]
-            said = self._session.delete(f"{self._url}/v1/queue/{ticket}", timeout=30)
+            entry = self._rng.choice(line)
+            self.cancelled.add(entry["request_id"])
+            said = self._session.delete(f"{self._url}/v1/queue/{entry['ticket']}", timeout=30)
             self._note(f"cancel: {said.status_code}", said, {200, 404})
 
     def reload(self) -> None:
@@ -308,7 +335,8 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         early = samples[len(samples) // 4]
         late = (running.threads(), running.descriptors(), running.rss_mib())
     served = set().union(*(client.served for client in clients))
-    wrong = served & oracle.interrupted
+    # One that was cancelled with its last byte on the way is both, and rightly so.
+    wrong = (served & oracle.interrupted) - operator.cancelled
     errors = [line for line in text.splitlines() if "level=ERROR" in line]
     figures = {
         "seed": seed,
@@ -318,7 +346,7 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         "the consumers' doings": dict(oracle.did.most_common()),
         "the operator's doings": dict((operator.did + reloader.did).most_common()),
         "two at once": oracle.collisions[:5],
-        "told to stop, though nobody had left": sorted(wrong)[:5],
+        "told to stop, though wanted": sorted(wrong)[:5],
         "tracebacks in the log": text.count("Traceback"),
         "errors in the log": errors[:5],
         "surprises": (operator.surprises + reloader.surprises)[:5],
@@ -328,7 +356,7 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         "descriptors, likewise": [early[1], late[1]],
         "RSS MiB, likewise": [round(early[2], 1), round(late[2], 1)],
     }
-    bad = ("internal_error", "scheduler_error", "closed without")
+    bad = ("internal_error", "scheduler_error", "closed without", "something else")
     kept = (
         not oracle.collisions
         and not wrong
@@ -338,7 +366,8 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         and not errors
         and not operator.surprises + reloader.surprises
         and not any(each["active"] for each in states)
-        and late[0] <= early[0] + 2
+        # One more is started whenever all are taken, which a burst of leavers may bring about.
+        and late[0] <= early[0] + 4
         and late[1] <= early[1] + 8
         and late[2] < early[2] * 1.1 + 5
     )

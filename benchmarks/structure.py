@@ -28,8 +28,8 @@ from tests.support.broker import live_broker
 
 PACKAGE = Path(gpumanager.__file__).parent
 ROOT = PACKAGE.parent
-GIVE_BACK = "give_back"
-"""How the one way is called in which a job's hold on the GPU ends."""
+GIVE_BACK = "_give_back"
+"""How the one way is called in which a job's hold on the GPU ends; it is `web.hold`'s own."""
 
 
 class Journey:

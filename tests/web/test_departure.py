@@ -22,6 +22,7 @@ class FakeExchange:
     def __init__(self) -> None:
         self.did: list[str] = []
         self.reached = True
+        self.status = 200
         self.consumer_done = self.aborted = self.timed_out = self.kept = False
         self.ends = True
 
