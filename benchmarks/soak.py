@@ -354,7 +354,10 @@ def soak(jobs: int, seed: int) -> tuple[dict[str, Any], bool]:
         "active at the end": {each["name"]: each["active"] for each in states},
         "threads, a quarter in and at the end": [early[0], late[0]],
         "descriptors, likewise": [early[1], late[1]],
-        "RSS MiB, likewise": [round(early[2], 1), round(late[2], 1)],
+        "RSS MiB, in quarters": [
+            *(round(samples[len(samples) * quarter // 4][2], 1) for quarter in (1, 2, 3)),
+            round(late[2], 1),
+        ],
     }
     bad = ("internal_error", "scheduler_error", "closed without", "something else")
     kept = (
