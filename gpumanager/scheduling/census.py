@@ -3,7 +3,7 @@ the decisions, from the config, the registry and what was learned. Makes no call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import mean, median
@@ -27,10 +27,15 @@ DESKTOP_SHARE = 8
 taken for a desktop: it does not keep a job that is otherwise alone from being tried."""
 
 
+LATE_S = 30.0
+"""So long after an unload memory may still come back of one that never was so late before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """The card and the consumers as of one moment, and what follows from them for a target.
-    `coming_mib` is what was unloaded lately and is still held."""
+    `coming_mib` is what was unloaded lately and is still held; `late_mib` what is overdue of it, of
+    those that are in quarantine for the first time because of that."""
 
     target: str
     plan: Plan
@@ -38,6 +43,16 @@ class Look:
     held_mib: int
     balance: Balance
     coming_mib: int = 0
+    late_mib: int = 0
+
+    @property
+    def _short_mib(self) -> int:
+        return self.plan.short_mib or self.needed_mib - self.held_mib - self.balance.free_mib
+
+    @property
+    def may_come_late(self) -> bool:
+        """Whether there would be room, if what is overdue came back after all."""
+        return (self.plan.attempt or self.plan.in_vain) and 0 < self._short_mib <= self.late_mib
 
     @property
     def worth_waiting(self) -> bool:
@@ -45,8 +60,8 @@ class Look:
         on its way."""
         if not self.coming_mib:
             return False
-        short = self.plan.short_mib or self.needed_mib - self.held_mib - self.balance.free_mib
-        return self.plan.attempt or self.plan.in_vain or self.coming_mib >= short
+        enough = self.coming_mib >= self._short_mib
+        return self.plan.attempt or self.plan.in_vain or enough
 
 
 class Census:
@@ -165,11 +180,15 @@ class Census:
                 now=self._now,
                 upcoming=[waiting[name] for name in queue if name in waiting],
             )
-        coming = self._coming_mib(states, reading)
-        return Look(target, plan, demand.needed_mib, demand.held_mib, balance, coming)
+        coming = self._coming_mib(states, reading, self._is_coming)
+        late = self._coming_mib(states, reading, self._is_late)
+        return Look(target, plan, demand.needed_mib, demand.held_mib, balance, coming, late)
 
     def _coming_mib(
-        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
+        self,
+        states: Mapping[str, ConsumerState],
+        reading: MemoryReading | None,
+        counts: Callable[[ConsumerState], bool],
     ) -> int:
         """What was unloaded lately, and is still held, as far as that is measured."""
         if reading is None:
@@ -177,8 +196,16 @@ class Census:
         return sum(
             max(0, (reading.measured_mib(name) or 0) - self._keeps(name))
             for name in self._config.consumers
-            if is_releasing(states[name], self._now) and not states[name].quarantine
+            if counts(states[name])
         )
+
+    def _is_coming(self, state: ConsumerState) -> bool:
+        return is_releasing(state, self._now) and not state.quarantine
+
+    def _is_late(self, state: ConsumerState) -> bool:
+        since = state.unloaded_at
+        late = since is not None and self._now - since < LATE_S
+        return late and bool(state.quarantine) and state.leaks == 1
 
     def _keeps(self, name: str) -> int:
         """What a consumer keeps after an unload: as declared, else as was seen."""

@@ -266,7 +266,7 @@ class RoomMaker:
                     ticket.pause(LONGEST_POLL_S)
                     continue
             if not now.plan.victims:
-                if self._clock.monotonic() < more_until:
+                if now.may_come_late or self._clock.monotonic() < more_until:
                     ticket.pause(LONGEST_POLL_S)
                     continue
                 if left_alone:  # the others were not enough after all

@@ -697,6 +697,53 @@ def test_what_leaks_by_every_method_is_quarantined_and_the_next_goes() -> None:
     assert bench.calls == ["unload stt"]
 
 
+def late_by(bench: Bench, seconds: float) -> None:
+    """What is unloaded comes back so late."""
+    due: dict[str, float] = {}
+    bench.lag = None
+    unload = bench.unload
+
+    def note(name: str) -> None:
+        unload(name)
+        due[name] = bench.clock.monotonic() + seconds
+
+    def come() -> None:
+        for name in [name for name, at in due.items() if bench.clock.monotonic() >= at]:
+            del due[name]
+            bench.holds.pop(name, None)
+
+    bench.unload, bench.on_pause = note, come  # type: ignore[method-assign]
+
+
+def test_memory_that_comes_later_than_a_release_may_take_refuses_nobody() -> None:
+    """A driver that shows it 12 s later, where 10 s are allowed."""
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=50)
+    late_by(bench, 12)
+    began = bench.clock.monotonic()
+    bench.make_room("llm")
+    assert 12 <= bench.clock.monotonic() - began < 13
+    assert bench.calls == ["unload tts"]
+
+
+def test_memory_that_never_comes_is_waited_for_so_long_once_only() -> None:
+    bench = attributed(THREE, total=9000)
+    bench.resident("tts", used=50)
+    bench.lag = None
+
+    def waits() -> float:
+        began = bench.clock.monotonic()
+        with pytest.raises(InsufficientVram):
+            bench.make_room("llm")
+        return bench.clock.monotonic() - began
+
+    assert 30 <= waits() < 31
+    assert waits() < 1  # it is in quarantine
+    bench.clock.advance(120)
+    assert 10 <= waits() < 11  # it was late before
+    assert bench.calls == ["unload tts", "unload tts"]
+
+
 def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it() -> None:
     bench = attributed(THREE, total=11_500)
     bench.lag = None
