@@ -8,34 +8,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, Rung, Settled
+from gpumanager.config import Config, Rung
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.learning import Learned
 from gpumanager.model import CONTEXT_MIB, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import usable
 from gpumanager.scheduling.interface import Release, Ticket
-from gpumanager.scheduling.release import LEAKED_SHARE, judge
-from gpumanager.scheduling.rest import BUSY_LIMIT_S, BUSY_POLL_S, Rest
+from gpumanager.scheduling.release import LEAKED_SHARE
+from gpumanager.scheduling.rest import Rest
+from gpumanager.scheduling.settling import Settling, Unloaded
 
 log = logging.getLogger(__name__)
 
-STABLE_S = 0.5
-"""A release that has begun is over once nothing changed for so long: most land in one step, some
-in two."""
-
 MOST = 0.5
 """Of what was expected: if so much has come back in the end, it was slow, and no leak."""
-
-FIRST_POLL_S = 0.01
-LONGEST_POLL_S = 0.1
-"""The card is looked at often at first, for releases that are nearly at once, then less so."""
-
 
 GAP_S = 60.0
 """A card that could be read so lately is looked for again before its word is done without."""
@@ -73,27 +65,6 @@ class Parks(Protocol):
         """Start it again; True if it can be used at once, False if it has yet to get ready."""
 
 
-class _Word:
-    """A consumer's own word that its unload is over: its `settled` call, made every so often,
-    until it is given or its time is over. Without such a call it is taken as given."""
-
-    def __init__(self, call: Settled | None, now: float) -> None:
-        self.given = call is None
-        self.deadline = -math.inf if call is None else now + call.timeout
-        self._every = 0.0 if call is None else call.every
-        self._next = now
-
-    def due(self, now: float) -> bool:
-        """Whether it is to be asked for now."""
-        if now >= self.deadline:
-            self.given = True  # it had its time: the card alone decides
-        return not self.given and now >= self._next
-
-    def take(self, given: bool, now: float) -> None:
-        """Take note of an answer."""
-        self.given, self._next = given, now + self._every
-
-
 class Evictor:
     """`measure` returns a fresh reading of the card, or None where it cannot be measured."""
 
@@ -115,6 +86,7 @@ class Evictor:
         self._measure = measure
         self._clock = clock
         self._rest = Rest(controls, measure, clock)
+        self._settling = Settling(config, registry, controls, self._rest, measure, clock)
 
     def evict(
         self,
@@ -167,21 +139,18 @@ class Evictor:
             if rung.name not in tried:
                 tried.append(rung.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
-            word = _Word(consumer.settled if rung.http else None, self._clock.monotonic())
-            certain = holds is not None
-            release = self._await(
+            unloaded = Unloaded(
                 name,
                 before,
                 expected,
-                certain,
-                word,
-                ticket,
-                fits,
-                elsewhere if rung.http else None,
-                may_ask_again=bool(rung.http) and not asked_again,
+                certain=holds is not None,
+                call=consumer.settled if rung.http else None,
+                again=bool(rung.http) and not asked_again,
             )
-            release = replace(release, seconds=self._clock.monotonic() - began, certain=certain)
-            if rung.http and not asked_again and self._loaded_again(name, release):
+            release = self._settling.wait(unloaded, ticket, fits, elsewhere if rung.http else None)
+            seconds = self._clock.monotonic() - began
+            release = replace(release, seconds=seconds, certain=unloaded.certain)
+            if unloaded.again and self._settling.loaded_again(name, release):
                 log.info("loaded again meanwhile", extra={"consumer": name})
                 asked_again = True
                 rungs.insert(0, rung)
@@ -193,23 +162,19 @@ class Evictor:
                 self._registry.release(name)
                 return release
         if release is not None and release.certain:
-            held = release.residue_mib
-            kept = "" if held is None else f", and holds {held} MiB"
-            reason = f"gave back {release.mib} of {release.expected_mib} MiB"
-            reason += f" after {', '.join(tried)}{kept}"
-            most = round(MOST * release.expected_mib)
-            ends_mib = max(CONTEXT_MIB, (held or 0) + release.mib - most)
-            seconds = self._registry.quarantine(name, reason, ends_mib)
-            log.warning(
-                "quarantined",
-                extra={"consumer": name, "reason": reason, "seconds": round(seconds)},
-            )
+            self._quarantine(name, release, tried)
         return release
 
-    def _loaded_again(self, name: str, release: Release) -> bool:
-        """Whether it gave nothing back because a job of somebody else, who uses it beside the
-        broker, came right after the unload: then it says that it is loaded."""
-        return release.outcome == "leaked" and self._registry.get(name).loaded
+    def _quarantine(self, name: str, release: Release, tried: Sequence[str]) -> None:
+        held = release.residue_mib
+        kept = "" if held is None else f", and holds {held} MiB"
+        reason = f"gave back {release.mib} of {release.expected_mib} MiB"
+        reason += f" after {', '.join(tried)}{kept}"
+        most = round(MOST * release.expected_mib)
+        ends_mib = max(CONTEXT_MIB, (held or 0) + release.mib - most)
+        seconds = self._registry.quarantine(name, reason, ends_mib)
+        extra = {"consumer": name, "reason": reason, "seconds": round(seconds)}
+        log.warning("quarantined", extra=extra)
 
     def _last_seen(self) -> MemoryReading | None:
         """The card as it was before it went out of view, if that was just now and may pass."""
@@ -248,80 +213,6 @@ class Evictor:
             self._registry.set_loaded(name, False)
             return True
         return False
-
-    def _await(
-        self,
-        name: str,
-        before: MemoryReading | None,
-        expected_mib: int,
-        certain: bool,
-        word: _Word,
-        ticket: Ticket,
-        fits: Callable[[], bool] | None,
-        elsewhere: Callable[[], bool] | None,
-        *,
-        may_ask_again: bool,
-    ) -> Release:
-        """Poll until the memory is back, or will not come: as long as `gpu.release_timeout` and
-        the consumer's own `settled` allow, whichever is longer. Where what it held was measured
-        (`certain`), a release in several steps is waited for as long as the room is not enough.
-        One that works on a job of somebody else first is given until that is over. One that says
-        by then that it is loaded is not waited for any longer, if it may be asked again.
-        """
-        consumer = self._config.consumers[name]
-        now = self._clock.monotonic()
-        stable_since, began = now, now
-        limit = max(self._config.gpu.release_timeout, word.deadline - now)
-        deadline, busy_deadline = now + limit, now + BUSY_LIMIT_S
-        delay, last_mib = FIRST_POLL_S, 0
-        while True:
-            if word.due(now):
-                word.take(self._controls.settled(name), self._clock.monotonic())
-            settled = word.given
-            reading = None if before is None else self._measure()
-            now = self._clock.monotonic()
-            if before is None or reading is None:
-                # The card is out of view: what the consumer says is all there is. If it was in view
-                # just now, it may be again soon.
-                if (settled and before is None) or now >= deadline:
-                    if now >= busy_deadline or not self._rest.is_busy(name, consumer):
-                        return Release("unverified", expected_mib=expected_mib)
-                    delay = BUSY_POLL_S
-            else:
-                release = judge(name, before, reading, expected_mib)
-                if release.mib != last_mib:
-                    last_mib, stable_since = release.mib, now
-                stable = now - stable_since >= STABLE_S
-                begun = release.mib > LEAKED_SHARE * expected_mib or expected_mib == 0
-                more = replace(release, more_until=deadline)
-                # By the figures for its own processes its word is not needed to go on.
-                said = settled or release.residue_mib is not None
-                if said and release.complete and (fits is None or fits()):
-                    return more
-                if settled and release.complete and stable:
-                    return release
-                if said and begun and stable and fits is not None and fits():
-                    return more
-                if settled and begun and stable and (not certain or fits is None):
-                    return more
-                if fits is not None and not begun and now - began >= STABLE_S and fits():
-                    # Somebody else made room meanwhile: whatever this one does, the job can run.
-                    return replace(more, outcome="partial")
-                if (
-                    may_ask_again
-                    and now - began >= STABLE_S
-                    and self._loaded_again(name, release)
-                    and not self._rest.is_busy(name, consumer)
-                ):
-                    return release
-                if now >= deadline:
-                    if release.complete or not self._rest.is_busy(name, consumer):
-                        return release
-                    if now >= busy_deadline or (elsewhere is not None and elsewhere()):
-                        return replace(more, outcome="busy")
-                    deadline = now + limit
-            ticket.pause(delay)
-            delay = max(delay, min(LONGEST_POLL_S, 2 * delay))
 
     def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
         gave = release.mib > LEAKED_SHARE * release.expected_mib

@@ -31,9 +31,10 @@ from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import Census, Look
 from gpumanager.scheduling.estimate import Doing, Outlook
-from gpumanager.scheduling.evictor import FIRST_POLL_S, LONGEST_POLL_S, Controls, Evictor, Parks
+from gpumanager.scheduling.evictor import Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.rest import BUSY_LIMIT_S
+from gpumanager.scheduling.settling import FIRST_POLL_S, LONGEST_POLL_S
 from gpumanager.scheduling.victims import Resident, candidates
 
 log = logging.getLogger(__name__)
