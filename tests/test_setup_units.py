@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from gpumanager.cli import views
+from gpumanager.cli import top, views
 from gpumanager.config import parse_config, presets
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from gpumanager.setup import diagnosis
@@ -282,7 +282,11 @@ def test_top_shows_memory_progress_the_line_and_events() -> None:
         "line": [entry, {**entry, "ticket": 2, "state": "waiting", "position": 1}],
     }
     event = {"number": 1, "time": "2026-05-11T11:33:39.120Z", "event": "evicted", "level": "info"}
-    text = shown(views.top(found, [{**event, "consumer": "x y"}], "http://h"))
+    text = shown(
+        top.picture(
+            found, [{**event, "consumer": "x y"}], "http://h", Console(width=120), fit=False
+        )
+    )
     for part in ("it 3000 MiB", "others 500 MiB", "1.0 s of usually 2.0 s", "evicted", "'x y'"):
         assert part in text
     assert "trying again" in shown(views.gone("nobody listens there"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -14,7 +14,8 @@ from rich.text import Text
 
 COLOURS = ("dodger_blue2", "dark_orange", "green4", "medium_purple", "deep_pink4", "yellow4")
 BAR_WIDTH = 60
-LAST_EVENTS = 8
+
+T = TypeVar("T")
 
 _LOUD = {"error": "red", "warning": "yellow"}
 _QUIET_FIELDS = frozenset({"number", "time", "event", "level", "client", "request_id", "path"})
@@ -27,26 +28,7 @@ def console() -> Console:
 
 def status(found: Mapping[str, Any]) -> RenderableType:
     """The card, the services, the line."""
-    return Group(_card(found), services(found), line(found["line"]))
-
-
-def top(found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], url: str) -> RenderableType:
-    """The live picture."""
-    scheduler = found["scheduler"]
-    head = Text.assemble(
-        ("gpumanager ", "bold"),
-        f"{found['version']}  {url}  {scheduler['total_jobs']} jobs, ",
-        f"{scheduler['evictions']} evictions, {scheduler['queue_depth']} waiting",
-    )
-    parts: list[RenderableType] = [
-        head,
-        Panel(_card(found), title="memory", title_align="left"),
-        Panel(_running(found), title="running", title_align="left"),
-        Panel(line(found["line"]), title="line", title_align="left"),
-        Panel(services(found), title="services", title_align="left"),
-        Panel(_last(events), title="lately", title_align="left"),
-    ]
-    return Group(*parts)
+    return Group(card(found), services(found), line(found["line"]))
 
 
 def gone(reason: str) -> RenderableType:
@@ -54,14 +36,16 @@ def gone(reason: str) -> RenderableType:
     return Panel(Text(f"{reason}; trying again", style="red"), title="gpumanager")
 
 
-def line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Who runs and who waits."""
+def line(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> RenderableType:
+    """Who runs and who waits, below its head in so many rows; what is cut is counted."""
     if not entries:
         return Text("nobody runs and nobody waits", style="dim")
-    table = Table(box=None, pad_edge=False)
-    for name in ("ticket", "", "service", "kind", "client", "for", "turn in"):
-        table.add_column(name, style="dim" if name in ("ticket", "client") else None)
-    for entry in entries:
+    table = _table()
+    for name in ("ticket", "", "consumer", "kind", "client", "for", "turn in"):
+        style = "dim" if name in ("ticket", "client") else None
+        table.add_column(name, style=style, no_wrap=True)
+    shown, cut = cut_to(entries, rows)
+    for entry in shown:
         running, overdue = entry["state"] == "running", entry.get("overdue", False)
         table.add_row(
             str(entry["ticket"]),
@@ -72,7 +56,11 @@ def line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
             _duration(entry["age_ms"]),
             "" if running else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
         )
-    return table
+    return Group(table, _more(cut, "in the queue")) if cut else table
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False)
 
 
 def _place(entry: Mapping[str, Any]) -> Text | str:
@@ -83,16 +71,20 @@ def _place(entry: Mapping[str, Any]) -> Text | str:
     return Text("runs", style="green")
 
 
-def services(found: Mapping[str, Any]) -> RenderableType:
-    """The consumers."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("service", "state", "model", "holds", "needs", "jobs", "usual run", "last used"):
+def services(found: Mapping[str, Any], rows: int | None = None) -> RenderableType:
+    """The consumers, below their head in so many rows; what is cut is counted, and those of which
+    there is something to say are the last that are."""
+    table = _table()
+    for name in ("consumer", "state", "model", "holds", "needs", "jobs", "usual run", "last used"):
         right = name in ("holds", "needs", "jobs", "usual run")
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     kinds: dict[str, list[str]] = {}
     for kind, name in found["routing"].items():
         kinds.setdefault(name, []).append(kind)
-    for consumer in found["consumers"]:
+    shown, cut = cut_to(found["consumers"], rows)
+    if cut:
+        shown = sorted(found["consumers"], key=_plainness)[: len(shown)]
+    for consumer in shown:
         name = consumer["name"]
         run = consumer["learned"].get("run_ms")
         table.add_row(
@@ -105,7 +97,15 @@ def services(found: Mapping[str, Any]) -> RenderableType:
             "" if run is None else _duration(run["p50"]),
             _ago(consumer.get("last_used"), found["time"]),
         )
-    return table
+    return Group(table, _more(cut, "consumers")) if cut else table
+
+
+def _plainness(consumer: Mapping[str, Any]) -> int:
+    """The higher, the less there is to say of it."""
+    ill = consumer["probed"] and not consumer["healthy"]
+    if ill or "quarantine" in consumer or "on_cpu" in consumer or consumer["breaker"] != "closed":
+        return 0
+    return 1 if consumer["loaded"] else 2
 
 
 def event_line(event: Mapping[str, Any]) -> str:
@@ -119,7 +119,9 @@ def event_line(event: Mapping[str, Any]) -> str:
     return f"{at} {event['event']:<14} {fields}".rstrip()
 
 
-def _card(found: Mapping[str, Any]) -> RenderableType:
+def card(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
+    """Whose memory it is, as a bar of at most `most` cells."""
+    size = min(BAR_WIDTH, most)
     gpu = found["gpu"]
     total = gpu["total_mib"]
     if not total:
@@ -136,12 +138,12 @@ def _card(found: Mapping[str, Any]) -> RenderableType:
         coloured.append(("others", others, "grey50"))
     drawn = 0
     for name, mib, colour in coloured:
-        width = min(BAR_WIDTH - drawn, max(1, round(BAR_WIDTH * mib / total)))
+        width = min(size - drawn, max(1, round(size * mib / total)))
         bar.append("█" * width, style=colour)
         drawn += width
         key.append("■ ", style=colour)
         key.append(f"{name} {_mib(mib)}  ")
-    bar.append("·" * (BAR_WIDTH - drawn), style="dim")
+    bar.append("·" * (size - drawn), style="dim")
     key.append(f"free {_mib(gpu['free_mib'])} of {_mib(total)}")
     parts: list[RenderableType] = [bar, key]
     if gpu["source"] != "measured":
@@ -149,35 +151,50 @@ def _card(found: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _running(found: Mapping[str, Any]) -> RenderableType:
-    running = [entry for entry in found["line"] if entry["state"] == "running"]
-    if not running:
+def running(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
+    """What runs, and how far it should be."""
+    entries = [entry for entry in found["line"] if entry["state"] == "running"]
+    if not entries:
         return Text("nothing", style="dim")
     usual = {
         each["name"]: each["learned"].get("run_ms", {}).get("p50") for each in found["consumers"]
     }
     parts: list[RenderableType] = []
-    for entry in running:
+    for entry in entries:
         expected = usual.get(entry["consumer"])
         text = f"{entry['consumer']} {entry['kind']} for {entry['client']}, "
         text += _duration(entry["age_ms"])
         if expected:
             text += f" of usually {_duration(expected)}"
             share = min(entry["age_ms"], expected)
-            parts.append(ProgressBar(total=expected, completed=share, width=BAR_WIDTH))
+            parts.append(ProgressBar(total=expected, completed=share, width=min(BAR_WIDTH, most)))
         parts.insert(len(parts) - bool(expected), Text(text))
     return Group(*parts)
 
 
-def _last(events: Sequence[Mapping[str, Any]]) -> RenderableType:
+def lately(events: Sequence[Mapping[str, Any]], rows: int) -> RenderableType:
+    """What happened last, the newest first, in so many rows; what is cut is counted."""
     if not events:
         return Text("nothing yet", style="dim")
-    return Group(
-        *(
-            Text(event_line(event), style=_LOUD.get(event["level"], ""), no_wrap=True)
-            for event in events[-LAST_EVENTS:]
-        )
-    )
+    shown, cut = cut_to(list(reversed(events)), rows)
+    lines = [
+        Text(event_line(event), _LOUD.get(event["level"], ""), no_wrap=True, overflow="ellipsis")
+        for event in shown
+    ]
+    return Group(*lines, *([_more(cut, "earlier")] if cut else []))
+
+
+def cut_to(things: Sequence[T], rows: int | None) -> tuple[Sequence[T], int]:
+    """As many of the first as have room in so many rows, one of which then says how many are
+    left out; and that number."""
+    if rows is None or len(things) <= rows:
+        return things, 0
+    shown = things[: max(0, rows - 1)]
+    return shown, len(things) - len(shown)
+
+
+def _more(cut: int, what: str) -> Text:
+    return Text(f"… and {cut} {what}", style="dim")
 
 
 def _state(consumer: Mapping[str, Any]) -> Text:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +61,37 @@ def queue(broker: BrokerClient, as_json: bool) -> None:
 @click.option("--interval", type=click.FloatRange(0.2, 60), default=1.0, show_default=True)
 @asks_broker
 def top(broker: BrokerClient, once: bool, interval: float) -> None:
-    """Watch the broker live: memory by holder, the running job, the line, what happened last."""
+    """Watch the broker live: memory by holder, the running job, the queue, what happened last.
+
+    It fits the terminal, and counts what is cut. `q` ends it.
+    """
     from rich.live import Live
 
+    from gpumanager.cli import top as screen
     from gpumanager.cli import views
+
+    console, events = views.console(), screen.LatestEvents(broker)
+    live_terminal = console.is_terminal and not once
 
     def picture() -> Any:
         try:
-            events = broker.get("/v1/events", since=0)["events"]
-            return views.top(broker.get("/v1/status"), events, broker.url)
+            latest = events.look()
+            found = broker.get("/v1/status")
+            return screen.picture(found, latest, broker.url, console, fit=live_terminal)
         except BrokerUnavailable as error:
             if once:
                 raise
             return views.gone(str(error))
 
     if once:
-        views.console().print(picture())
+        console.print(picture())
         return
-    with Live(picture(), console=views.console(), screen=True, auto_refresh=False) as live:
-        for _ in _every(interval):
+    with (
+        suppress(KeyboardInterrupt),
+        screen.keys() as keys,
+        Live(picture(), console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while not keys.ended(interval):
             live.update(picture(), refresh=True)
 
 

@@ -1,0 +1,225 @@
+"""`gpumanager top` in a real terminal: it fits, counts what is cut, and ends with `q`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pexpect
+import pyte
+import pytest
+import yaml
+from rich.console import Console
+
+from gpumanager.cli import top
+from tests.support.broker import LiveBroker, live_broker
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.threads import Outcome, eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+CONSUMERS = 12
+WAITING = 15
+
+
+class Terminal:
+    """A program in a terminal of `rows` and `columns`, and what stands on its screen."""
+
+    def __init__(self, command: str, rows: int, columns: int) -> None:
+        self.screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self.screen)
+        environ = {**os.environ, "TERM": "xterm", "COLUMNS": "", "LINES": ""}
+        self.program: Any = pexpect.spawn(
+            command, env=environ, dimensions=(rows, columns), timeout=20
+        )
+        self.before = termios.tcgetattr(self.program.child_fd)
+
+    def lines(self) -> list[str]:
+        """Once all that has come is drawn."""
+        with suppress(pexpect.TIMEOUT, pexpect.EOF):
+            for _ in range(20):
+                self._stream.feed(self.program.read_nonblocking(65536, timeout=0.1))
+        return [line.rstrip() for line in self.screen.display]
+
+    def shows(self, text: str) -> None:
+        eventually(lambda: any(text in line for line in self.lines()), 20)
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.screen.resize(rows, columns)
+        self.program.setwinsize(rows, columns)
+
+    def ends(self) -> int:
+        self.program.expect(pexpect.EOF)
+        self.program.close()
+        return int(self.program.exitstatus)
+
+
+@pytest.fixture
+def broker() -> Iterator[LiveBroker]:
+    """One with twelve consumers, a running job, and a queue."""
+    free = threading.Event()
+
+    def hold(peer: Connection, _: Received) -> None:
+        free.wait(50)
+        peer.send(answer(b"{}"))
+
+    with ScriptedConsumer(hold) as consumer:
+        consumers = {
+            f"consumer-{number:02}": {"url": consumer.url, "paths": {"tts": "/tts"}}
+            for number in range(CONSUMERS)
+        }
+        config = {
+            "gpu": {"total_mib": 8000},
+            "routing": {"tts": "consumer-00"},
+            "consumers": consumers,
+        }
+        with live_broker(yaml.safe_dump(config)) as live:
+            jobs = [Outcome(lambda: live.post("/v1/tts")) for _ in range(1 + WAITING)]
+            live.await_waiting(WAITING)
+            try:
+                yield live
+            finally:
+                free.set()
+                for job in jobs:
+                    job.result(30)
+
+
+@contextmanager
+def shown(broker: LiveBroker, rows: int, columns: int = 100, more: str = "") -> Iterator[Terminal]:
+    command = f"{sys.executable} -m gpumanager top --interval 0.3 --url {broker.url} {more}"
+    terminal = Terminal(command, rows, columns)
+    try:
+        terminal.shows("gpumanager ")
+        yield terminal
+    finally:
+        terminal.program.close(force=True)
+
+
+def panels(lines: list[str]) -> list[str]:
+    """The titles of the panels, each of which is closed."""
+    assert sum(line.startswith("╭") for line in lines) == sum(
+        line.startswith("╰") for line in lines
+    )
+    return [line.split()[1] for line in lines if line.startswith("╭")]
+
+
+def cut(lines: list[str], what: str) -> int:
+    """The number of those of which it says that they are cut."""
+    found = [line for line in lines if "… and" in line and line.rstrip("│ ").endswith(what)]
+    return int(found[0].split("… and")[1].split()[0]) if found else 0
+
+
+@pytest.mark.parametrize("rows", [24, 30, 40, 60])
+def test_it_fits_and_counts_what_is_cut(broker: LiveBroker, rows: int) -> None:
+    with shown(broker, rows) as terminal:
+        terminal.shows("lately")
+        lines = terminal.lines()
+        assert lines[0].startswith("gpumanager ")
+        assert panels(lines) == ["memory", "running", "queue", "consumers", "lately"]
+        queued = sum(re.match(r"│ \d+ ", line) is not None for line in lines)
+        named = sum(line.startswith("│ consumer-") and " loaded " in line for line in lines)
+        assert queued + cut(lines, "in the queue") == 1 + WAITING
+        assert named + cut(lines, "consumers") == CONSUMERS
+        assert (cut(lines, "in the queue") > 0) == (rows < 60)
+
+
+def test_a_low_terminal_leaves_whole_panels_out(broker: LiveBroker) -> None:
+    with shown(broker, 12) as terminal:
+        terminal.shows("╭─ queue")
+        lines = terminal.lines()
+        assert lines[0].startswith("gpumanager ")
+        assert panels(lines) == ["memory", "queue"]
+
+
+def test_it_follows_a_resize(broker: LiveBroker) -> None:
+    with shown(broker, 24) as terminal:
+        terminal.shows("in the queue")
+        terminal.resize(70, 120)
+        eventually(lambda: not any("in the queue" in line for line in terminal.lines()), 20)
+        assert panels(terminal.lines())[-1] == "lately"
+
+
+@pytest.mark.parametrize("key", ["q", "Q", "\x03"])
+def test_a_key_ends_it_and_the_terminal_is_as_before(broker: LiveBroker, key: str) -> None:
+    with shown(broker, 24) as terminal:
+        terminal.shows("queue")
+        terminal.program.send("x")  # means nothing
+        terminal.program.send(key)
+        eventually(lambda: not terminal.program.isalive(), 20)
+        assert terminal.ends() == 0
+
+
+def test_the_terminal_is_given_back(broker: LiveBroker) -> None:
+    shell = pexpect.spawn("/bin/sh", dimensions=(24, 100), timeout=20, encoding="utf-8")
+    shell.sendline("stty -a | grep -o '.\\?icanon'; echo before-$?")
+    shell.expect("before-0")
+    shell.sendline(f"{sys.executable} -m gpumanager top --url {broker.url}")
+    shell.expect("queue")
+    shell.send("q")
+    shell.sendline("stty -a | grep -q ' icanon' && stty -a | grep -q ' echo ' && echo as-$((1+1))")
+    shell.expect("as-2")
+    shell.close(force=True)
+
+
+def test_the_newest_events_come_first_however_many_there_are(broker: LiveBroker) -> None:
+    log = broker.broker.events
+    for number in range(2500):
+        log.note("job", {"consumer": "it", "mark": f"m{number}"})
+    with shown(broker, 50) as terminal:
+        terminal.shows("mark=m2499")
+        marks = [line for line in terminal.lines() if "mark=" in line]
+        assert "mark=m2499" in marks[0]
+        assert "mark=m2498" in marks[1]
+        log.note("job", {"consumer": "it", "mark": "the-latest"})
+        terminal.shows("mark=the-latest")
+        assert "the-latest" in next(line for line in terminal.lines() if "mark=" in line)
+        assert any("earlier" in line for line in terminal.lines())
+
+
+def test_a_broker_that_goes_is_said_and_q_still_ends_it(broker: LiveBroker) -> None:
+    with ScriptedConsumer(lambda peer, _: peer.send(answer(b"no"))) as other:
+        command = f"{sys.executable} -m gpumanager top --interval 0.3 --url {other.url}"
+        terminal = Terminal(command, 20, 80)
+        terminal.shows("trying again")
+        terminal.program.send("q")
+        eventually(lambda: not terminal.program.isalive(), 20)
+        assert terminal.ends() == 0
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+@pytest.mark.parametrize("height", range(1, 60))
+def test_no_size_is_overflown(height: int, width: int) -> None:
+    learned: dict[str, Any] = {}
+    consumer = {
+        "probed": True,
+        "healthy": True,
+        "breaker": "closed",
+        "loaded": False,
+        "gpu_resident_mib": 300,
+        "vram_budget_mib": 3000,
+        "total_requests": 3,
+        "learned": learned,
+    }
+    entry = {"consumer": "c0", "kind": "tts", "client": "127.0.0.1", "age_ms": 1, "estimate_ms": 2}
+    found = {
+        "version": "1",
+        "time": "2026-05-11T11:33:39.120Z",
+        "gpu": {"total_mib": 8000, "used_mib": 3600, "free_mib": 4400, "source": "ledger"},
+        "routing": {"tts": "c0"},
+        "consumers": [{**consumer, "name": f"c{number}"} for number in range(CONSUMERS)],
+        "scheduler": {"total_jobs": 4, "evictions": 1, "queue_depth": 1},
+        "line": [
+            {**entry, "ticket": n, "state": "waiting" if n else "running", "position": n}
+            for n in range(9)
+        ],
+    }
+    event = {"time": "2026-05-11T11:33:39.120Z", "event": "job", "level": "info", "a": "b" * 300}
+    console = Console(width=width, height=height, force_terminal=True)
+    picture = top.picture(found, [event] * 100, "http://127.0.0.1:8770", console, fit=True)
+    assert len(console.render_lines(picture)) <= height
