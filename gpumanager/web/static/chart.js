@@ -174,7 +174,7 @@ export function drawChart(view) {
   const jobs = lanes(f, shown), grid = [];
   for (const at of moments(f.from, shown.now, f.narrow ? 4 : 7)) {
     grid.push(draw("line", {class: "grid", x1: f.x(at), x2: f.x(at), y1: f.narrow ? 18 : 6, y2: f.y}));
-    const anchor = f.x(at) - f.left < 20 ? "start" : f.right - f.x(at) < 20 ? "end" : "middle";
+    const anchor = f.x(at) - f.left < 28 ? "start" : f.right - f.x(at) < 28 ? "end" : "middle";
     grid.push(drawText({x: f.x(at), y: f.y + 15, "text-anchor": anchor}, at % 60000 ? clockExact(at) : clock(at)));
   }
   const height = f.y + AXIS;

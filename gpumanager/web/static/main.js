@@ -11,7 +11,7 @@ import {clockExact, lasting, mib} from "/dashboard/words.js";
 const EVERY_MS = 2000, HISTORY_EVERY_MS = 2000, HOUR_EVERY_MS = 10000, KEPT = 5000;
 
 let status = null, events = [], last = 0, boot = null, samples = [], historyAt = 0, historyOf = 0;
-let lastAnswer = null, skew = 0;
+let lastAnswer = null, skew = 0, drawnAt = 0;
 const moving = new Set();
 
 const seconds = () => Number(document.querySelector("input[name=span]:checked").value);
@@ -32,8 +32,12 @@ function stale(word) {
   say(word + (lastAnswer ? "; what is shown is from " + clockExact(lastAnswer) : ""), "bad");
 }
 
-function drawTimes() {
-  if (status) drawChart({status, events, samples, now: now(), seconds: seconds()});
+/** Draw what was; `anew` also where less than a pixel or two would have moved since. */
+function drawTimes(anew = false) {
+  const span = seconds();
+  if (!status || !anew && Date.now() - drawnAt < 1.5 * span) return;
+  drawnAt = Date.now();
+  drawChart({status, events, samples, now: now(), seconds: span});
 }
 
 function drawAll() {
@@ -215,9 +219,9 @@ byId("other-key").addEventListener("click", () => {
 });
 byId("said-gone").addEventListener("click", () => answerWith("", ""));
 byId("span").addEventListener("change", async () => {
-  drawTimes();
+  drawTimes(true);
   try { await lookAtHistory(); } catch { return; }
-  drawTimes();
+  drawTimes(true);
 });
 byId("which").addEventListener("change", () => drawEvents(events));
 byId("key-form").addEventListener("submit", (event) => {
@@ -226,7 +230,7 @@ byId("key-form").addEventListener("submit", (event) => {
   byId("key").value = "";
   look();
 });
-new ResizeObserver(drawTimes).observe(byId("chart-box"));
+new ResizeObserver(() => drawTimes(true)).observe(byId("chart-box"));
 watchCursor();
 (async function forever() {
   if (!document.hidden) await look();

@@ -25,9 +25,10 @@ export function about(ms) {
 export const ago = (time, now) => time ? lasting(now - new Date(time)) + " ago" : "never";
 
 const CLOCK = {hour: "2-digit", minute: "2-digit", hourCycle: "h23"};
-export const clock = (time) => new Date(time).toLocaleTimeString([], CLOCK);
-export const clockExact = (time) =>
-  new Date(time).toLocaleTimeString([], {...CLOCK, second: "2-digit"});
+const TO_THE_MINUTE = new Intl.DateTimeFormat([], CLOCK);
+const TO_THE_SECOND = new Intl.DateTimeFormat([], {...CLOCK, second: "2-digit"});
+export const clock = (time) => TO_THE_MINUTE.format(new Date(time));
+export const clockExact = (time) => TO_THE_SECOND.format(new Date(time));
 
 /** Since when: with the date where it is not of today. */
 export function since(time, now) {
