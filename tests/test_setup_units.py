@@ -261,6 +261,29 @@ def test_how_a_service_is_in_a_word(more: dict[str, Any], word: str) -> None:
     assert "1 min 30 s ago" in text
 
 
+def test_status_says_since_when_and_why_a_consumer_is_down() -> None:
+    found = {
+        "time": "2026-05-11T11:33:39.120Z",
+        "consumers": [
+            consumer(name="well"),
+            consumer(
+                name="ollama",
+                healthy=False,
+                health_since="2026-05-11T11:32:09.120Z",
+                last_error="ollama refused the connection",
+            ),
+            consumer(name="tei", breaker="open", breaker_since="2026-05-11T11:33:37.120Z"),
+            consumer(name="sd", healthy=False, parked="unit"),
+        ],
+    }
+    assert shown(views.troubles(found)).splitlines() == [
+        "ollama has been down for 1 min 30 s: ollama refused the connection",
+        "tei has been failing for 2.0 s",
+    ]
+    found["consumers"] = [consumer()]
+    assert shown(views.troubles(found)) == ""
+
+
 def test_top_shows_memory_progress_the_line_and_events() -> None:
     entry = {
         "ticket": 1,

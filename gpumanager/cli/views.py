@@ -28,7 +28,7 @@ def console() -> Console:
 
 def status(found: Mapping[str, Any]) -> RenderableType:
     """The card, the services, the line."""
-    return Group(card(found), services(found), line(found["line"]))
+    return Group(card(found), services(found), troubles(found), line(found["line"]))
 
 
 def gone(reason: str) -> RenderableType:
@@ -211,6 +211,25 @@ def _state(consumer: Mapping[str, Any]) -> Text:
     if "on_cpu" in consumer:
         return Text("partly on the CPU", style="yellow")
     return Text("well", style="green")
+
+
+def troubles(found: Mapping[str, Any]) -> RenderableType:
+    """Since when and why consumers are down: a line for each, none if all are healthy."""
+    lines = []
+    for consumer in found["consumers"]:
+        what, since = "", None
+        if consumer["breaker"] != "closed":
+            what, since = "failing", consumer.get("breaker_since")
+        elif consumer["probed"] and not consumer["healthy"] and "parked" not in consumer:
+            what, since = "down", consumer.get("health_since")
+        if what:
+            when = (
+                "" if since is None else f" for {_ago(since, found['time']).removesuffix(' ago')}"
+            )
+            why = consumer.get("last_error", "")
+            text = f"{consumer['name']} has been {what}{when}" + (f": {why}" if why else "")
+            lines.append(Text(text, style="red"))
+    return Group(*lines)
 
 
 def _mib(mib: int) -> str:
