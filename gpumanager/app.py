@@ -18,7 +18,7 @@ from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.errors import BadRequest
-from gpumanager.events import Event, EventHandler, EventLog
+from gpumanager.events import ConfigReloaded, Recorded, Started
 from gpumanager.keys import GUARD_IT, ApiKey, KeysError, load_keys, unguarded
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
@@ -26,6 +26,7 @@ from gpumanager.monitoring import tracing
 from gpumanager.monitoring.attribution import Attributor
 from gpumanager.monitoring.containers import ContainedConsumers
 from gpumanager.monitoring.eventfile import EventFile
+from gpumanager.monitoring.eventlog import EventLog
 from gpumanager.monitoring.history import EVERY_S, MemoryHistory
 from gpumanager.monitoring.housekeeper import Housekeeper
 from gpumanager.monitoring.memory import Card, GpuMemory, open_card
@@ -90,7 +91,7 @@ class Broker:
         )
         self.learned = Learned(config.consumers, lambda: clock.now().timestamp())
         self.events = EventLog(clock)
-        self._logged_events = EventHandler(self.events)
+        emit = self.events.emit
         if config.events.file is not None:
             self._file_events = EventFile(self.events, config.events)
         config = self._live.seen  # what is made from here on sees the next one, too
@@ -108,10 +109,15 @@ class Broker:
             ),
         )
         calls = ControlCalls(config, self.watcher, clock)
-        self.breakers = Breakers(clock)
+        self.breakers = Breakers(clock, emit)
         admission = Admission(self.registry, self.breakers, retry_s=config.health_interval)
         sampler = Sampler(
-            self.memory, self.registry, self.learned, clock, interval=config.gpu.sample_interval
+            self.memory,
+            self.registry,
+            self.learned,
+            clock,
+            emit,
+            interval=config.gpu.sample_interval,
         )
         self._ladder = Ladder(config, listening=consumer_processes.of, on_card=self._pids_on_card)
         room = RoomMaker(
@@ -123,17 +129,18 @@ class Broker:
             sampler.look,
             admission.check,
             clock,
+            emit,
             self._upcoming,
         )
         self.scheduler = build_scheduler(config.scheduler, room, clock)
-        self._completions = Completions(calls, clock)
+        self._completions = Completions(calls, clock, emit)
         keyring = Keyring(keys)
         places = Places(config, self.registry, self.scheduler, keyring)
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
         self._saving: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
-        shortages = Shortages(config, self.registry, self.learned, sampler.look)
+        shortages = Shortages(config, self.registry, self.learned, sampler.look, emit)
         means = Means(
             registry=self.registry,
             learned=self.learned,
@@ -141,7 +148,7 @@ class Broker:
             breakers=self.breakers,
             calls=calls,
             clock=clock,
-            events=self.events,
+            emit=emit,
             after_job=self._after_job,
         )
         jobs = JobRunner(
@@ -196,6 +203,7 @@ class Broker:
                     room,
                     self.watcher,
                     clock,
+                    emit,
                 ),
                 status=status,
                 watcher=self.watcher,
@@ -210,17 +218,18 @@ class Broker:
                 cancel=self.scheduler.cancel,
             )
         )
-        self.guard = Guard(self.flask.wsgi_app, clock, self.events)
+        self.guard = Guard(self.flask.wsgi_app, clock, emit)
         self.flask.wsgi_app = self.guard  # type: ignore[method-assign]  # Flask's own way
         self.lifecycle = Lifecycle(
             self.scheduler,
             clock,
+            emit,
             drain_timeout=lambda: config.drain_timeout,
             draining=draining,
             unfinished=self.guard.unfinished,
         )
         self._calls = calls
-        self._housekeeper = Housekeeper(config, self.registry, self.scheduler, room, clock)
+        self._housekeeper = Housekeeper(config, self.registry, self.scheduler, room, clock, emit)
         self._workers = self._make_workers(sampler)
         self._lock = threading.Lock()
         self._restored = False
@@ -236,8 +245,7 @@ class Broker:
             if self._state is not None and not self._restored:
                 self._restored = True
                 self._stopped.restore(self._state.load())
-            logs.root().addHandler(self._logged_events)
-            self.events.note("started", {"version": __version__})
+            self.events.emit(Started(version=__version__))
             self._adjust_workers()
             for worker in self._all_workers():
                 worker.start()
@@ -252,7 +260,6 @@ class Broker:
                 if not worker.join():
                     log.warning("thread still running", extra={"worker": worker.name})
             self.memory.close()
-            logs.root().removeHandler(self._logged_events)
             if self._file_events is not None:
                 self._file_events.close()
             if self._tracing is not None:
@@ -279,9 +286,9 @@ class Broker:
         if consumer.probe is not None and consumer.probe.on_cpu is not None:
             prober.wake()
 
-    def _save_soon(self, event: Event) -> None:
+    def _save_soon(self, recorded: Recorded) -> None:
         """A broker that is killed now must not forget whom it has just stopped."""
-        if self._saving is not None and self._stopped.concerned(event):
+        if self._saving is not None and self._stopped.concerned(recorded):
             self._saving.wake()
 
     def _save_state(self) -> float:
@@ -316,6 +323,7 @@ class Broker:
                 self._calls,
                 self.registry,
                 self._ladder.returned,
+                self.events.emit,
                 interval=config.health_interval,
             )
             self._probers[name] = PeriodicWorker(
@@ -355,9 +363,12 @@ class Broker:
                 name for name in found.changed if old.consumers[name].url != new.consumers[name].url
             ]
             self._apply(new, found, moved)
-            told = found.as_json()
-        log.info("config reloaded", extra={key: value for key, value in told.items() if value})
-        return told
+        self.events.emit(
+            ConfigReloaded(
+                added=found.added, removed=found.removed, changed=found.changed, keys=found.keys
+            )
+        )
+        return found.as_json()
 
     def _apply(self, new: Config, found: Changes, moved: Iterable[str]) -> None:
         # First, so that no probe looks for a consumer that is not there, or takes the answer of

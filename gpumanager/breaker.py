@@ -3,14 +3,12 @@ growing pause, then lets a single trial through."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpumanager.clock import Clock
-
-log = logging.getLogger(__name__)
+from gpumanager.events import BreakerClosed, BreakerOpen, Emit
 
 FAILURES_TO_OPEN = 3
 """Failures in a row. A consumer's own answer, whatever its status, is no failure."""
@@ -41,8 +39,9 @@ _CLOSED = _Circuit()
 class Breakers:
     """The breakers of all consumers, by name. Safe from any thread."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, emit: Emit) -> None:
         self._clock = clock
+        self._emit = emit
         self._lock = threading.Lock()
         self._circuits: dict[str, _Circuit] = {}
 
@@ -87,7 +86,7 @@ class Breakers:
         with self._lock:
             was = self._circuits.pop(name, _CLOSED)
         if was.tripped:
-            log.info("breaker closed", extra={"consumer": name})
+            self._emit(BreakerClosed(consumer=name))
 
     def failed(self, name: str, reason: str = "") -> None:
         """It could not be reached, took too long, broke off, or did not load."""
@@ -103,14 +102,8 @@ class Breakers:
                 failures, pause, now + pause, opened_at=opened, reason=reason
             )
         if pause:
-            log.warning(
-                "breaker open",
-                extra={
-                    "consumer": name,
-                    "failures": failures,
-                    "pause_s": pause,
-                    **({"reason": reason} if reason else {}),
-                },
+            self._emit(
+                BreakerOpen(consumer=name, failures=failures, pause_s=pause, reason=reason or None)
             )
 
     def abandoned(self, name: str) -> None:

@@ -1,69 +1,104 @@
-"""What has happened lately: a bounded log of events, each with a number that rises by one.
+"""Everything that the broker tells of: each event is declared here once, with its name, its fields
+and the words it is logged with. The log's line, `/v1/events`, the metrics, the traces and
+docs/events.md are made from these declarations.
 
-Most events are log records: the package logs what happens under fixed messages, and a handler
-takes those in `LOGGED` over, so that the log and the events cannot tell two stories. What comes
-too often for a log line of its own, the end of every job, is noted directly.
+Fields mean the same in every event; `FIELDS` says what. A field that is None or empty is left out.
 """
 
 from __future__ import annotations
 
-import logging
-import secrets
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
-from gpumanager.clock import Clock, rfc3339
+from gpumanager.clock import rfc3339
+from gpumanager.model import Outcome
 
-log = logging.getLogger(__name__)
+Level = Literal["info", "warning", "error"]
+Emit = Callable[["Event"], object]
+"""Takes what has happened. Never raises."""
 
-KEPT = 5000
-"""Events in memory: an hour of jobs of a second each, with what happens around them."""
-
-LOGGED = {
-    "evicted": "evicted",
-    "eviction failed": "eviction_failed",
-    "loaded": "loaded",
-    "brought back": "brought_back",
-    "consumer healthy": "healthy",
-    "consumer unhealthy": "unhealthy",
-    "partly on the CPU": "on_cpu",
-    "breaker open": "breaker_open",
-    "breaker closed": "breaker_closed",
-    "out of memory": "out_of_memory",
-    "out of memory not believed": "out_of_memory_doubted",
-    "out of memory healed": "healed",
-    "gpu unavailable": "gpu_lost",
-    "gpu available": "gpu_found",
-    "answer truncated": "truncated",
-    "quarantined": "quarantined",
-    "pinned": "pinned",
-    "unpinned": "unpinned",
-    "forgotten": "forgotten",
-    "still busy": "still_busy",
-    "cancel failed": "cancel_failed",
-    "housekeeping failed": "housekeeping_failed",
-    "config reloaded": "reloaded",
-    "config not reloaded": "not_reloaded",
-    "draining": "draining",
+FIELDS = {
+    "consumer": "the consumer it is about",
+    "kind": "what was to be done: a kind of job, or `load`, `unload`, `restore`, `idle-unload`",
+    "ticket": "the job's number in the queue",
+    "client": "who asked: the name of its key where keys are in use, else its address",
+    "address": "the client's address",
+    "request_id": "the request's `X-Request-Id`",
+    "key": "the name of the client's key",
+    "path": "the path that was asked for, at most 256 characters of it",
+    "traceparent": "the client's `traceparent` (W3C Trace Context)",
+    "job": "the id that the consumer gave the job",
+    "status": "the HTTP status of the answer",
+    "failure": "the code of the error that ended it",
+    "code": "the code of the broker's error",
+    "wait_ms": "time in the queue",
+    "prepare_ms": "time until the others had made room and the consumer was loaded",
+    "run_ms": "time that the job held the GPU after that",
+    "ms": "how long it took",
+    "target": "the consumer that room was made for; the same one, if it was just to be unloaded",
+    "rung": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
+    "outcome": "what became of its memory",
+    "mib": "what it gave back",
+    "expected_mib": "what it was to give back",
+    "thief": "who took the memory that it gave back",
+    "reason": "why, in words",
+    "seconds": "after so long it is asked again",
+    "models": "the models, by name",
+    "failures": "how many in a row",
+    "pause_s": "for so long its jobs are refused",
+    "room_was_mib": "what the consumer held, and what was free",
+    "needed_mib": "what was taken for enough",
+    "short_mib": "what is missing by the figures",
+    "how": "`resumed`: the same process; `replaced`: another one",
+    "what": "`restore` or `idle-unload`",
+    "added": "consumers that the config has now",
+    "removed": "consumers that it has no more",
+    "changed": "consumers with other settings",
+    "keys": "other keys that were changed",
+    "timeout_s": "what running jobs are given to finish",
+    "version": "the broker's version",
 }
-"""Log messages that are events, and their names as such."""
+"""What each field says. Names tell the unit: `_ms` (or just `ms`), `_s`, `_mib` (or just `mib`)."""
 
-_RECORDS_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
+"""Fields that tell who somebody is."""
+
+
+class Event:
+    """Something that happened. `message` is None where the request's own line in the log says it
+    already."""
+
+    name: ClassVar[str]
+    message: ClassVar[str | None]
+    usual_level: ClassVar[Level]
+
+    @property
+    def level(self) -> Level:
+        """How serious it is."""
+        return self.usual_level
+
+    @property
+    def kept(self) -> bool:
+        """Whether `/v1/events` tells of it; else it is only counted."""
+        return True
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What there is to tell; it can be expressed in JSON."""
+        told = {name: each for name, each in vars(self).items() if each is not None and each != ()}
+        return {k: list(each) if isinstance(each, tuple) else each for k, each in told.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One thing that happened. `fields` can be expressed in JSON; durations in them end in
-    `_ms`, or are `ms`; times are RFC 3339."""
+class Recorded:
+    """An event as it was recorded: with its number, 0 if it is not kept, and its time. `fields` are
+    those that the reader may see."""
 
     number: int
     at: datetime
-    name: str
-    level: str
+    event: Event
     fields: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
@@ -71,85 +106,340 @@ class Event:
         return {
             "number": self.number,
             "time": rfc3339(self.at),
-            "event": self.name,
-            "level": self.level,
+            "event": self.event.name,
+            "level": self.event.level,
             **self.fields,
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Excerpt:
-    """Events in their order. `last` is the number to ask from next; `missed` counts those that
-    came after the one asked from, but are kept no more."""
+EVENTS: dict[str, type[Event]] = {}
+"""All events by their names."""
 
-    events: tuple[Event, ...]
-    last: int
-    missed: int
+E = TypeVar("E", bound=Event)
 
 
-class EventLog:
-    """The latest `keep` events. Safe from any thread. `boot` differs from run to run, so that a
-    reader notices that the numbers began anew."""
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def declared(name: str, message: str | None, level: Level = "info") -> Callable[[type[E]], type[E]]:
+    """Make a class an event, with the class's annotations for its fields."""
 
-    def __init__(self, clock: Clock, *, keep: int = KEPT) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._events: deque[Event] = deque(maxlen=keep)
-        self._last = 0
-        self._listeners: tuple[Callable[[Event], object], ...] = ()
-        self.boot = secrets.token_hex(4)
+    def declare(plain: type[E]) -> type[E]:
+        made = dataclass(frozen=True, kw_only=True)(plain)
+        made.name, made.message, made.usual_level = name, message, level
+        EVENTS[name] = made
+        return made
 
-    def listen(self, listener: Callable[[Event], object]) -> None:
-        """Have every event from now on handed to `listener`, on the thread it happens on: it
-        must be quick."""
-        with self._lock:
-            self._listeners += (listener,)
-
-    def note(
-        self, name: str, fields: Mapping[str, Any], level: str = "info", *, keep: bool = True
-    ) -> None:
-        """Something happened. Fields that are None are left out. Without `keep` only the
-        listeners are told. Never raises."""
-        at = self._clock.now()
-        fields = {key: value for key, value in fields.items() if value is not None}
-        with self._lock:
-            number = self._last + 1 if keep else 0
-            event = Event(number, at, name, level, fields)
-            if keep:
-                self._last = number
-                self._events.append(event)
-            listeners = self._listeners
-        for listener in listeners:
-            try:
-                listener(event)
-            except Exception:
-                log.exception("a listener failed")
-
-    def since(self, number: int, limit: int | None = None) -> Excerpt:
-        """What came after event `number`, at most the first `limit`; from the beginning, if there
-        was no such event yet in this run."""
-        with self._lock:
-            events, last = tuple(self._events), self._last
-        if number > last:
-            number = 0
-        found = tuple(event for event in events if event.number > number)
-        missed = found[0].number - number - 1 if found else 0
-        if limit is not None and len(found) > limit:
-            found = found[:limit]
-            last = found[-1].number if found else number
-        return Excerpt(found, last, missed)
+    return declare
 
 
-class EventHandler(logging.Handler):
-    """Takes log records that are events over into an EventLog."""
+def fields_of(event: type[Event]) -> dict[str, Field[Any]]:
+    """The fields of a declared event by their names."""
+    return event.__dataclass_fields__  # type: ignore[attr-defined,no-any-return]
 
-    def __init__(self, events: EventLog) -> None:
-        super().__init__(logging.INFO)
-        self._events = events
 
-    def emit(self, record: logging.LogRecord) -> None:
-        name = LOGGED.get(record.msg) if isinstance(record.msg, str) else None
-        if name is None:
-            return
-        fields = {key: value for key, value in vars(record).items() if key not in _RECORDS_OWN}
-        self._events.note(name, fields, record.levelname.lower())
+# -- jobs and requests ---------------------------------------------------------------------------
+
+
+@declared("job", None)
+class JobEnded(Event):
+    """A job that had the GPU is over. Without a `failure` the consumer answered, with `status`."""
+
+    consumer: str
+    kind: str
+    ticket: int
+    client: str
+    address: str
+    request_id: str
+    key: str | None = None
+    traceparent: str | None = None
+    status: int | None = None
+    failure: str | None = None
+    wait_ms: float
+    prepare_ms: float
+    run_ms: float
+
+
+@declared("refused", None)
+class Refused(Event):
+    """A request came to nothing: the broker answered it with an error, or its client left before
+    its turn. `/v1/events` tells of those that were for a consumer."""
+
+    code: str
+    status: int
+    consumer: str | None = None
+    client: str
+    address: str
+    key: str | None = None
+    path: str
+    request_id: str
+    wait_ms: float | None = None
+
+    @property
+    def kept(self) -> bool:
+        """A scanner must not drive out the rest."""
+        return self.consumer is not None
+
+
+@declared("truncated", "answer truncated", "warning")
+class AnswerTruncated(Event):
+    """An answer broke off after its beginning had been sent."""
+
+    consumer: str | None = None
+    request_id: str
+    reason: str
+
+
+@declared("still_busy", "still busy", "warning")
+class StillBusy(Event):
+    """A consumer worked on when the time of its job was up. The GPU was given back all the same."""
+
+    consumer: str
+    job: str | None = None
+
+
+@declared("cancel_failed", "cancel failed", "warning")
+class CancelFailed(Event):
+    """A consumer could not be told to stop a job. The GPU is held until it is at rest, or the
+    job's time is up."""
+
+    consumer: str
+    job: str | None = None
+    reason: str
+
+
+@declared("out_of_memory", "out of memory", "warning")
+class OutOfMemory(Event):
+    """A job ran out of the card's memory."""
+
+    consumer: str
+    room_was_mib: int
+    needed_mib: int
+
+
+@declared("out_of_memory_doubted", "out of memory not believed", "warning")
+class OutOfMemoryDoubted(Event):
+    """A consumer said that a job ran out of memory, but the card had plenty for it: perhaps it was
+    another card's memory, or the machine's. Nothing is done about it."""
+
+    consumer: str
+    room_was_mib: int
+    needed_mib: int
+
+
+@declared("healed", "out of memory healed")
+class OutOfMemoryHealed(Event):
+    """A job that ran out of memory was run once more, alone on the card, and succeeded."""
+
+    consumer: str
+
+
+# -- loading and unloading -----------------------------------------------------------------------
+
+
+@declared("evicted", "evicted")
+class Evicted(Event):
+    """A consumer was unloaded, or stopped, to make room. A warning, if its memory `leaked` or was
+    `stolen`."""
+
+    consumer: str
+    target: str
+    rung: str
+    outcome: Outcome
+    mib: int
+    expected_mib: int
+    ms: int
+    thief: str | None = None
+
+    @property
+    def level(self) -> Level:
+        """By what became of the memory."""
+        return "warning" if self.outcome in ("leaked", "stolen") else "info"
+
+
+@declared("eviction_failed", "eviction failed", "warning")
+class EvictionFailed(Event):
+    """A consumer could not be unloaded by one of its eviction methods. The next is tried."""
+
+    consumer: str
+    target: str
+    rung: str
+    reason: str
+
+
+@declared("quarantined", "quarantined", "warning")
+class Quarantined(Event):
+    """A consumer gave nothing back, whatever method was tried: for a while nobody is to be helped
+    by unloading it."""
+
+    consumer: str
+    reason: str
+    seconds: int
+
+
+@declared("left_alone", "left alone at work")
+class LeftAlone(Event):
+    """A consumer was not unloaded, since it works on a job of somebody else: another one is."""
+
+    consumer: str
+    target: str
+
+
+@declared("loaded_meanwhile", "loaded again meanwhile")
+class LoadedMeanwhile(Event):
+    """A consumer was loaded again by somebody else while it was unloaded: it is asked once more."""
+
+    consumer: str
+
+
+@declared("tried_anyway", "tried all the same")
+class TriedAnyway(Event):
+    """A job is tried though its consumer does not fit by the figures, which may be wrong."""
+
+    consumer: str
+    needed_mib: int
+    short_mib: int
+
+
+@declared("loaded", "loaded")
+class Loaded(Event):
+    """A consumer was loaded for a job, or because it was asked for."""
+
+    consumer: str
+    ms: int
+
+
+@declared("brought_back", "brought back")
+class BroughtBack(Event):
+    """A consumer that the broker had stopped was started again."""
+
+    consumer: str
+    ms: int
+
+
+@declared("housekeeping_failed", "housekeeping failed", "warning")
+class HousekeepingFailed(Event):
+    """What is done in quiet times could not be done: unload who is idle, or load again who is to
+    be resident."""
+
+    what: str
+    consumer: str
+    reason: str
+
+
+# -- consumers and the card ----------------------------------------------------------------------
+
+
+@declared("healthy", "consumer healthy")
+class Healthy(Event):
+    """A consumer answers its probe, for the first time or again."""
+
+    consumer: str
+
+
+@declared("unhealthy", "consumer unhealthy", "warning")
+class Unhealthy(Event):
+    """A consumer does not answer its probe as it should. Its jobs are refused until it does."""
+
+    consumer: str
+    reason: str
+
+
+@declared("came_back", "back by itself")
+class CameBack(Event):
+    """A consumer that the broker had stopped by a checkpoint was resumed or replaced by somebody
+    else."""
+
+    consumer: str
+    how: Literal["resumed", "replaced"]
+
+
+@declared("breaker_open", "breaker open", "warning")
+class BreakerOpen(Event):
+    """A consumer failed several jobs in a row. Its jobs are refused for a while, then one is let
+    through."""
+
+    consumer: str
+    failures: int
+    pause_s: float
+    reason: str | None = None
+
+
+@declared("breaker_closed", "breaker closed")
+class BreakerClosed(Event):
+    """A consumer answered a job again after its breaker had opened."""
+
+    consumer: str
+
+
+@declared("on_cpu", "partly on the CPU", "warning")
+class OnCpu(Event):
+    """A consumer runs models partly on the CPU, since they did not fit when they were loaded."""
+
+    consumer: str
+    models: str
+
+
+@declared("gpu_lost", "gpu unavailable", "warning")
+class GpuUnavailable(Event):
+    """The card cannot be measured any more, or not whole."""
+
+    reason: str
+
+
+@declared("gpu_found", "gpu available")
+class GpuAvailable(Event):
+    """The card can be measured again."""
+
+
+# -- the broker and its operator -----------------------------------------------------------------
+
+
+@declared("started", "started")
+class Started(Event):
+    """The broker started: the first event of a run."""
+
+    version: str
+
+
+@declared("draining", "draining")
+class Draining(Event):
+    """The broker shuts down: it refuses new jobs, and finishes those that run."""
+
+    timeout_s: float
+
+
+@declared("reloaded", "config reloaded")
+class ConfigReloaded(Event):
+    """The config was read anew and applied."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+@declared("not_reloaded", "config not reloaded", "error")
+class ConfigNotReloaded(Event):
+    """The config was read anew after a SIGHUP, and not applied."""
+
+    reason: str
+
+
+@declared("pinned", "pinned")
+class Pinned(Event):
+    """An operator pinned a consumer: it is not unloaded."""
+
+    consumer: str
+
+
+@declared("unpinned", "unpinned")
+class Unpinned(Event):
+    """An operator unpinned a consumer."""
+
+    consumer: str
+
+
+@declared("forgotten", "forgotten")
+class Forgotten(Event):
+    """An operator had the broker forget what it had learned of a consumer."""
+
+    consumer: str

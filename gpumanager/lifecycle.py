@@ -11,6 +11,7 @@ from types import FrameType
 
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError, ShuttingDown
+from gpumanager.events import ConfigNotReloaded, Draining, Emit
 from gpumanager.scheduling.interface import Scheduler
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Lifecycle:
         self,
         scheduler: Scheduler,
         clock: Clock,
+        emit: Emit,
         *,
         drain_timeout: Callable[[], float],
         draining: threading.Event,
@@ -36,6 +38,7 @@ class Lifecycle:
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
+        self._emit = emit
         self._drain_timeout = drain_timeout
         self._unfinished = unfinished
         self._draining = draining
@@ -53,7 +56,7 @@ class Lifecycle:
         self._draining.set()
         self._when_draining()
         timeout = self._drain_timeout()
-        log.info("draining", extra={"timeout_s": timeout})
+        self._emit(Draining(timeout_s=timeout))
         self._scheduler.drain()
         finished = self._scheduler.wait_idle(timeout)
         if not finished:
@@ -86,7 +89,7 @@ class Lifecycle:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGHUP, lambda *_: _in_background(reload))
+        signal.signal(signal.SIGHUP, lambda *_: self._in_background(reload))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._drained.is_set():
@@ -104,14 +107,14 @@ class Lifecycle:
             # Only the main thread can end the server's loop: wake it with a signal of our own.
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def _in_background(self, reload: Callable[[], object]) -> None:
+        def run() -> None:
+            try:
+                reload()
+            except BrokerError as error:
+                self._emit(ConfigNotReloaded(reason=error.message))
+            except Exception:
+                log.exception("reload failed")
+                self._emit(ConfigNotReloaded(reason="the broker failed; its log has the details"))
 
-def _in_background(reload: Callable[[], object]) -> None:
-    def run() -> None:
-        try:
-            reload()
-        except BrokerError as error:
-            log.error("config not reloaded", extra={"reason": error.message})
-        except Exception:
-            log.exception("config not reloaded")
-
-    threading.Thread(target=run, name="reload", daemon=True).start()
+        threading.Thread(target=run, name="reload", daemon=True).start()

@@ -17,14 +17,6 @@ _RAW_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")
 _DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
-def root() -> logging.Logger:
-    """The package's logger, which lets events through, whatever the level of the log."""
-    logger = logging.getLogger("gpumanager")
-    if logger.level == logging.NOTSET or logger.level > logging.INFO:
-        logger.setLevel(logging.INFO)
-    return logger
-
-
 def configure(settings: LogConfig) -> None:
     """Send the package's and waitress's logs to stderr in the configured shape."""
     handler = logging.StreamHandler(sys.stderr)

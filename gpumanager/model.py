@@ -10,6 +10,9 @@ from typing import Literal
 CONTEXT_MIB = 600
 """What a process may hold of a card with no model loaded; 107 to 555 MiB in the field."""
 
+Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone", "busy"]
+"""What became of the memory of a consumer that was unloaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.events import Event
+from gpumanager.events import BroughtBack, Evicted, Loaded, Recorded
 from gpumanager.model import ConsumerState, Parked
 from gpumanager.processes import still_there, with_birth
 from gpumanager.registry import Registry
 
 UNLOADED = "http"
 """The eviction method that leaves a consumer running."""
-
-_MOVES = frozenset({"evicted", "loaded", "brought_back"})
 
 
 class Stopped:
@@ -47,12 +45,16 @@ class Stopped:
             elif not parked.processes or still_there(parked.processes):
                 self._registry.set_loaded(name, False)
 
-    def concerned(self, event: Event) -> bool:
+    def concerned(self, recorded: Recorded) -> bool:
         """Whether what happened may have changed what `now` says."""
-        consumer = self._config.consumers.get(event.fields.get("consumer", ""))
-        if event.name not in _MOVES or consumer is None:
+        event = recorded.event
+        if not isinstance(event, Evicted | Loaded | BroughtBack):
             return False
-        return event.fields.get("rung", UNLOADED) != UNLOADED or _can_be_loaded(consumer)
+        consumer = self._config.consumers.get(event.consumer)
+        if consumer is None:
+            return False
+        stopped = isinstance(event, Evicted) and event.rung != UNLOADED
+        return stopped or _can_be_loaded(consumer)
 
 
 def _can_be_loaded(consumer: ConsumerConfig) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from gpumanager.admission import Admission
 from gpumanager.breaker import FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breakers
 from gpumanager.errors import ConsumerUnhealthy
+from gpumanager.events import BreakerClosed, BreakerOpen, Event
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
 
@@ -19,8 +18,13 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def breakers(clock: FakeClock) -> Breakers:
-    return Breakers(clock)
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def breakers(clock: FakeClock, told: list[Event]) -> Breakers:
+    return Breakers(clock, told.append)
 
 
 def trip(breakers: Breakers, name: str = "mvoice") -> None:
@@ -89,14 +93,14 @@ def test_a_trial_that_says_nothing_makes_way_for_another(
     assert breakers.state("ollama") == "closed"
 
 
-def test_opening_and_closing_are_events(
-    breakers: Breakers, clock: FakeClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        trip(breakers)
-        breakers.succeeded("mvoice")
-        breakers.succeeded("mvoice")
-    assert [record.message for record in caplog.records] == ["breaker open", "breaker closed"]
+def test_opening_and_closing_are_events(breakers: Breakers, told: list[Event]) -> None:
+    trip(breakers)
+    breakers.succeeded("mvoice")
+    breakers.succeeded("mvoice")
+    assert told == [
+        BreakerOpen(consumer="mvoice", failures=FAILURES_TO_OPEN, pause_s=1.0),
+        BreakerClosed(consumer="mvoice"),
+    ]
 
 
 def test_admission_looks_at_probe_and_breaker(breakers: Breakers, clock: FakeClock) -> None:

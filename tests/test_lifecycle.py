@@ -10,6 +10,7 @@ from gpumanager.lifecycle import Lifecycle
 from gpumanager.model import Job
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Scheduler
+from tests.support.events import ignore
 from tests.support.threads import Outcome
 
 
@@ -19,6 +20,7 @@ def make(unfinished: list[int], timeout: float) -> tuple[Lifecycle, threading.Ev
     lifecycle = Lifecycle(
         scheduler,
         SystemClock(),
+        ignore,
         drain_timeout=lambda: timeout,
         draining=draining,
         unfinished=lambda: unfinished.pop(0) if unfinished else 0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
 from typing import Any
 
 import psutil
@@ -11,11 +10,12 @@ import pytest
 import yaml
 
 from gpumanager.config import parse_config
-from gpumanager.events import Event
+from gpumanager.events import Draining, Event, Healthy, Loaded
 from gpumanager.model import Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.stopped import Stopped
 from tests.support.clock import FakeClock
+from tests.support.events import evicted, recorded
 
 ME = os.getpid()
 MY_BIRTH = psutil.Process(ME).create_time()
@@ -71,18 +71,17 @@ def test_it_is_unloaded_still_if_its_process_is_the_same(
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "concerned"),
+    ("event", "concerned"),
     [
-        ("evicted", {"consumer": "sglang", "rung": "http"}, True),
-        ("loaded", {"consumer": "sglang"}, True),
-        ("evicted", {"consumer": "lazy", "rung": "http"}, False),
-        ("evicted", {"consumer": "lazy", "rung": "unit"}, True),
-        ("healthy", {"consumer": "sglang"}, False),
-        ("evicted", {"consumer": "removed", "rung": "unit"}, False),
-        ("evicted", {}, False),
+        (evicted("sglang", rung="http"), True),
+        (Loaded(consumer="sglang", ms=1), True),
+        (evicted("lazy", rung="http"), False),
+        (evicted("lazy", rung="unit"), True),
+        (Healthy(consumer="sglang"), False),
+        (evicted("removed", rung="unit"), False),
+        (Draining(timeout_s=1), False),
     ],
 )
-def test_what_is_worth_writing_at_once(name: str, fields: dict[str, Any], concerned: bool) -> None:
+def test_what_is_worth_writing_at_once(event: Event, concerned: bool) -> None:
     stopped, _ = make(sglang=SLEEPER, lazy={"unload": "/free"})
-    event = Event(1, datetime.now(UTC), name, "info", fields)
-    assert stopped.concerned(event) is concerned
+    assert stopped.concerned(recorded(event)) is concerned

@@ -7,7 +7,7 @@ import logging
 from logging.handlers import RotatingFileHandler
 
 from gpumanager.config import EventsConfig
-from gpumanager.events import EventLog
+from gpumanager.monitoring.eventlog import EventLog
 
 log = logging.getLogger(__name__)
 

@@ -3,17 +3,15 @@ be resident."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.errors import BrokerError, NoConsumer
+from gpumanager.events import Emit, HousekeepingFailed
 from gpumanager.model import ConsumerState, Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
-
-log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 PATIENCE_S = 1.0
@@ -24,13 +22,20 @@ class Housekeeper:
     """`tidy` is the body of a periodic worker. Whatever it does, it waits in line for."""
 
     def __init__(
-        self, config: Config, registry: Registry, scheduler: Scheduler, moves: Moves, clock: Clock
+        self,
+        config: Config,
+        registry: Registry,
+        scheduler: Scheduler,
+        moves: Moves,
+        clock: Clock,
+        emit: Emit,
     ) -> None:
         self._config = config
         self._registry = registry
         self._scheduler = scheduler
         self._moves = moves
         self._clock = clock
+        self._emit = emit
         self._started = clock.monotonic()
         self._seen_idle: dict[str, float] = {}
         self._restored_after: dict[str, float] = {}
@@ -117,9 +122,8 @@ class Housekeeper:
                 finally:
                     ticket.close()
         except BrokerError as error:
-            log.warning(
-                "housekeeping failed",
-                extra={"what": job.kind, "consumer": job.consumer, "reason": error.message},
+            self._emit(
+                HousekeepingFailed(what=job.kind, consumer=job.consumer, reason=error.message)
             )
 
 

@@ -3,15 +3,13 @@ slow one delays nobody."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.events import CameBack, Emit, Healthy, OnCpu, Unhealthy
 from gpumanager.model import ConsumerState, Parked, ProbeReport
 from gpumanager.registry import Registry
-
-log = logging.getLogger(__name__)
 
 
 class Probes(Protocol):
@@ -31,6 +29,7 @@ class Prober:
         probes: Probes,
         registry: Registry,
         returned: Callable[[str, Parked], Literal["resumed", "replaced"] | None],
+        emit: Emit,
         *,
         interval: float,
     ) -> None:
@@ -38,6 +37,7 @@ class Prober:
         self._probes = probes
         self._registry = registry
         self._returned = returned
+        self._emit = emit
         self._interval = interval
         self._gone = False
 
@@ -57,10 +57,10 @@ class Prober:
                 self._name, report, seen_version=before.residency_version
             )
             if changed:
-                log.info("consumer healthy", extra={"consumer": self._name})
+                self._emit(Healthy(consumer=self._name))
             if report.on_cpu and report.on_cpu != before.on_cpu:
                 models = ", ".join(report.on_cpu)
-                log.warning("partly on the CPU", extra={"consumer": self._name, "models": models})
+                self._emit(OnCpu(consumer=self._name, models=models))
         return self._interval
 
     def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
@@ -70,7 +70,7 @@ class Prober:
         if (how := self._returned(self._name, parked)) is not None:
             version = before.residency_version
             self._registry.unpark(self._name, resumed=how == "resumed", seen_version=version)
-            log.info("back by itself", extra={"consumer": self._name, "how": how})
+            self._emit(CameBack(consumer=self._name, how=how))
 
     def _failed(self, error: BrokerError, *, was_busy: bool) -> None:
         busy = was_busy or _is_busy(self._registry.get(self._name))
@@ -79,9 +79,7 @@ class Prober:
         gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
         self._gone = self._gone or gone
         if self._registry.probe_failed(self._name, error.message, process_gone=gone):
-            log.warning(
-                "consumer unhealthy", extra={"consumer": self._name, "reason": error.message}
-            )
+            self._emit(Unhealthy(consumer=self._name, reason=error.message))
 
 
 def _is_busy(state: ConsumerState) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
+from gpumanager import events
 from gpumanager.clock import Clock
 from gpumanager.learning import Learned
 from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, MemoryReading
 from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.registry import Registry
-
-log = logging.getLogger(__name__)
-
 
 BUSY_INTERVAL_S = 0.5
 """While a job runs its consumer's peak is looked for, so samples are taken at least so often."""
@@ -28,6 +25,7 @@ class Sampler:
         registry: Registry,
         learned: Learned,
         clock: Clock,
+        emit: events.Emit,
         *,
         interval: float,
     ) -> None:
@@ -35,6 +33,7 @@ class Sampler:
         self._registry = registry
         self._learned = learned
         self._clock = clock
+        self._emit = emit
         self._interval = interval
 
     def look(self) -> MemoryReading | None:
@@ -53,10 +52,8 @@ class Sampler:
         self._learn(after.reading)
         self._registry.set_gpu(after)
         if after.err != before.err:
-            if after.err:
-                log.warning("gpu unavailable", extra={"reason": after.err})
-            else:
-                log.info("gpu available")
+            lost = events.GpuUnavailable(reason=after.err) if after.err else None
+            self._emit(lost or events.GpuAvailable())
         return after.reading
 
     def sample(self) -> float:

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gpumanager.events import Event
+from gpumanager.events import JobEnded, Recorded
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -39,31 +39,31 @@ class Tracing:
         self._tracer = provider.get_tracer("gpumanager")
         self._propagator = TraceContextTextMapPropagator()
 
-    def take_note(self, event: Event) -> None:
-        """Make the spans, if a job is over: the whole, its time in line, until room was made,
+    def take_note(self, recorded: Recorded) -> None:
+        """Make the spans, if a job is over: the whole, its time in the queue, until room was made,
         and on the GPU."""
-        if event.name != "job":
+        job = recorded.event
+        if not isinstance(job, JobEnded):
             return
         from opentelemetry import trace
 
-        fields = event.fields
-        end = int(event.at.timestamp() * 1e9)
-        lasted = [int(fields[name] * 1e6) for name in ("wait_ms", "prepare_ms", "run_ms")]
-        carrier = {"traceparent": fields["traceparent"]} if "traceparent" in fields else {}
+        end = int(recorded.at.timestamp() * 1e9)
+        lasted = [int(ms * 1e6) for ms in (job.wait_ms, job.prepare_ms, job.run_ms)]
+        carrier = {} if job.traceparent is None else {"traceparent": job.traceparent}
         begin = end - sum(lasted)
         whole = self._tracer.start_span(
-            f"{fields['consumer']} {fields['kind']}",
+            f"{job.consumer} {job.kind}",
             context=self._propagator.extract(carrier),
             kind=trace.SpanKind.SERVER,
-            attributes=_attributes(fields),
+            attributes=_attributes(job),
             start_time=begin,
         )
         within = trace.set_span_in_context(whole)
         for phase, took in zip(_PHASES, lasted, strict=True):
             self._tracer.start_span(phase, context=within, start_time=begin).end(begin + took)
             begin += took
-        if "failure" in fields or fields.get("status", 0) >= 500:
-            whole.set_status(trace.StatusCode.ERROR, fields.get("failure"))
+        if job.failure is not None or (job.status or 0) >= 500:
+            whole.set_status(trace.StatusCode.ERROR, job.failure)
         whole.end(end)
 
     def close(self) -> None:
@@ -72,16 +72,16 @@ class Tracing:
         self._provider.shutdown()
 
 
-def _attributes(fields: Mapping[str, object]) -> dict[str, str | int | float]:
-    named = {
-        "gpumanager.consumer": fields.get("consumer"),
-        "gpumanager.kind": fields.get("kind"),
-        "gpumanager.ticket": fields.get("ticket"),
-        "gpumanager.request_id": fields.get("request_id"),
-        "http.response.status_code": fields.get("status"),
-        "error.type": fields.get("failure"),
+def _attributes(job: JobEnded) -> dict[str, str | int]:
+    named: dict[str, str | int | None] = {
+        "gpumanager.consumer": job.consumer,
+        "gpumanager.kind": job.kind,
+        "gpumanager.ticket": job.ticket,
+        "gpumanager.request_id": job.request_id,
+        "http.response.status_code": job.status,
+        "error.type": job.failure,
     }
-    return {name: value for name, value in named.items() if isinstance(value, str | int | float)}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def from_environment(environ: Mapping[str, str], version: str) -> Tracing | None:

@@ -6,7 +6,6 @@ outside any lock, each with a bound.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Rung
 from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.events import Emit, Evicted, EvictionFailed, LeftAlone, LoadedMeanwhile, Quarantined
 from gpumanager.learning import Learned
 from gpumanager.model import CONTEXT_MIB, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
@@ -23,8 +23,6 @@ from gpumanager.scheduling.interface import Release, Ticket
 from gpumanager.scheduling.release import LEAKED_SHARE
 from gpumanager.scheduling.rest import Rest
 from gpumanager.scheduling.settling import Settling, Unloaded
-
-log = logging.getLogger(__name__)
 
 MOST = 0.5
 """Of what was expected: if so much has come back in the end, it was slow, and no leak."""
@@ -77,6 +75,7 @@ class Evictor:
         parks: Parks,
         measure: Callable[[], MemoryReading | None],
         clock: Clock,
+        emit: Emit,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -85,6 +84,7 @@ class Evictor:
         self._parks = parks
         self._measure = measure
         self._clock = clock
+        self._emit = emit
         self._rest = Rest(controls, measure, clock)
         self._settling = Settling(config, registry, controls, self._rest, measure, clock)
 
@@ -126,14 +126,13 @@ class Evictor:
             except BrokerError as error:
                 if self._gone(name, error):
                     return Release("gone")
-                log.warning(
-                    "eviction failed",
-                    extra={
-                        "consumer": name,
-                        "target": ticket.job.consumer,
-                        "rung": rung.name,
-                        "reason": error.message,
-                    },
+                self._emit(
+                    EvictionFailed(
+                        consumer=name,
+                        target=ticket.job.consumer,
+                        rung=rung.name,
+                        reason=error.message,
+                    )
                 )
                 continue
             if rung.name not in tried:
@@ -151,7 +150,7 @@ class Evictor:
             seconds = self._clock.monotonic() - began
             release = replace(release, seconds=seconds, certain=unloaded.certain)
             if unloaded.again and self._settling.loaded_again(name, release):
-                log.info("loaded again meanwhile", extra={"consumer": name})
+                self._emit(LoadedMeanwhile(consumer=name))
                 asked_again = True
                 rungs.insert(0, rung)
                 continue
@@ -173,8 +172,7 @@ class Evictor:
         most = round(MOST * release.expected_mib)
         ends_mib = max(CONTEXT_MIB, (held or 0) + release.mib - most)
         seconds = self._registry.quarantine(name, reason, ends_mib)
-        extra = {"consumer": name, "reason": reason, "seconds": round(seconds)}
-        log.warning("quarantined", extra=extra)
+        self._emit(Quarantined(consumer=name, reason=reason, seconds=round(seconds)))
 
     def _last_seen(self) -> MemoryReading | None:
         """The card as it was before it went out of view, if that was just now and may pass."""
@@ -183,7 +181,7 @@ class Evictor:
         return gpu.last if self._clock.monotonic() - seen_at <= GAP_S else None
 
     def _left_alone(self, name: str, ticket: Ticket) -> Release:
-        log.info("left alone at work", extra={"consumer": name, "target": ticket.job.consumer})
+        self._emit(LeftAlone(consumer=name, target=ticket.job.consumer))
         return Release("busy")
 
     def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
@@ -218,17 +216,15 @@ class Evictor:
         gave = release.mib > LEAKED_SHARE * release.expected_mib
         kept = release.residue_mib if rung.http and gave else None
         self._learned.unloaded(name, release.seconds, kept, release.more_until)
-        log.log(
-            logging.WARNING if release.outcome in ("leaked", "stolen") else logging.INFO,
-            "evicted",
-            extra={
-                "consumer": name,
-                "target": target,
-                "rung": rung.name,
-                "outcome": release.outcome,
-                "mib": release.mib,
-                "expected_mib": release.expected_mib,
-                "ms": round(release.seconds * 1000),
-                **({"thief": release.thief} if release.thief else {}),
-            },
+        self._emit(
+            Evicted(
+                consumer=name,
+                target=target,
+                rung=rung.name,
+                outcome=release.outcome,
+                mib=release.mib,
+                expected_mib=release.expected_mib,
+                ms=round(release.seconds * 1000),
+                thief=release.thief or None,
+            )
         )

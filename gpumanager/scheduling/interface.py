@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from gpumanager.errors import BrokerError
 from gpumanager.ledger import Balance
-from gpumanager.model import Job, LineEntry, Stats, Turn
+from gpumanager.model import Job, LineEntry, Outcome, Stats, Turn
 
 
 class Ticket(Protocol):
@@ -100,9 +100,6 @@ class Scheduler(Protocol):
 
     def wait_idle(self, timeout: float) -> bool:
         """True as soon as nothing runs; False after `timeout` seconds."""
-
-
-Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone", "busy"]
 
 
 @dataclass(frozen=True, slots=True)

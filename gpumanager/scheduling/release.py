@@ -6,8 +6,8 @@ somebody else's doing, nor one with no more, since somebody else may have taken 
 
 from __future__ import annotations
 
-from gpumanager.model import MemoryReading
-from gpumanager.scheduling.interface import Outcome, Release
+from gpumanager.model import MemoryReading, Outcome
+from gpumanager.scheduling.interface import Release
 
 RELEASED_SHARE = 0.9
 """Of what was expected, counts as all of it: figures are rough, and a process that unloads keeps

@@ -6,7 +6,6 @@ happen here, outside any lock, each with a bound.
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -25,6 +24,7 @@ from gpumanager.errors import (
     InsufficientVram,
     NoConsumer,
 )
+from gpumanager.events import BroughtBack, Emit, Loaded, TriedAnyway
 from gpumanager.learning import Learned
 from gpumanager.ledger import held
 from gpumanager.model import MemoryReading
@@ -36,8 +36,6 @@ from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Tic
 from gpumanager.scheduling.rest import BUSY_LIMIT_S
 from gpumanager.scheduling.settling import FIRST_POLL_S, LONGEST_POLL_S
 from gpumanager.scheduling.victims import Resident, candidates
-
-log = logging.getLogger(__name__)
 
 FIRST_PROBES_S = 4.0
 """After the start, the longest wait for the first probes: a little more than one may take."""
@@ -65,6 +63,7 @@ class RoomMaker:
         measure: Callable[[], MemoryReading | None],
         admit: Callable[[str], None],
         clock: Clock,
+        emit: Emit,
         upcoming: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._config = config
@@ -75,8 +74,9 @@ class RoomMaker:
         self._measure = measure
         self._admit = admit
         self._clock = clock
+        self._emit = emit
         self._upcoming = upcoming
-        self._evictor = Evictor(config, registry, learned, controls, parks, measure, clock)
+        self._evictor = Evictor(config, registry, learned, controls, parks, measure, clock, emit)
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
@@ -350,7 +350,7 @@ class RoomMaker:
             if not resumed:
                 self._await_ready(target, ticket)
         self._registry.unpark(target, resumed=resumed)
-        self._note_load(target, "brought back", began)
+        self._emit(BroughtBack(consumer=target, ms=self._note_load(target, began)))
 
     def _await_ready(self, target: str, ticket: Ticket) -> None:
         limit = self._config.consumers[target].ready_timeout
@@ -378,21 +378,21 @@ class RoomMaker:
         with self._does("load", target), self._registry.busy(target):
             call(target)
         self._registry.set_loaded(target, True)
-        self._note_load(target, "loaded", began)
+        self._emit(Loaded(consumer=target, ms=self._note_load(target, began)))
 
-    def _note_load(self, target: str, event: str, began: float) -> None:
+    def _note_load(self, target: str, began: float) -> int:
+        """Learn from it; returns how long it took, in ms."""
         seconds = self._clock.monotonic() - began
         self._learned.loaded(target, seconds)
-        log.info(event, extra={"consumer": target, "ms": round(seconds * 1000)})
+        return round(seconds * 1000)
 
     def _note_attempt(self, now: Look) -> None:
-        log.info(
-            "tried all the same",
-            extra={
-                "consumer": now.target,
-                "needed_mib": now.needed_mib,
-                "short_mib": _short(now, self._config.gpu.reserved_mib),
-            },
+        self._emit(
+            TriedAnyway(
+                consumer=now.target,
+                needed_mib=now.needed_mib,
+                short_mib=_short(now, self._config.gpu.reserved_mib),
+            )
         )
 
     def _insufficient(self, now: Look, leaking: Sequence[str] = ()) -> InsufficientVram:

@@ -11,7 +11,8 @@ from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
-from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, request_id
+from gpumanager.events import AnswerTruncated
+from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of, request_id
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -77,7 +78,12 @@ class OneSendTask(WSGITask):
         except OSError as error:
             # What is to be sent is kept in files, too.
             reason = f"it cannot be kept for its client: {error.strerror}"
-            log.error("answer truncated", extra={"reason": reason})  # says it all
+            record = record_of(self.get_environment())
+            record.emit(
+                AnswerTruncated(
+                    consumer=record.consumer, request_id=record.request_id, reason=reason
+                )
+            )
             channel.abandon()
             raise
         except BaseException:

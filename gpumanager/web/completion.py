@@ -14,6 +14,7 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.config import ConsumerConfig, Done, Lost, expressions
 from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.events import CancelFailed, Emit, StillBusy
 from gpumanager.scheduling.interface import Ticket
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ class Completions:
     """Follows asynchronous jobs to their end, each on a thread of its own, named after the
     ticket. `stop` ends the threads; the jobs go on."""
 
-    def __init__(self, calls: FollowsJobs, clock: Clock) -> None:
+    def __init__(self, calls: FollowsJobs, clock: Clock, emit: Emit) -> None:
         self._calls = calls
         self._clock = clock
+        self._emit = emit
         self._stopped = threading.Event()
 
     def follow(
@@ -81,7 +83,14 @@ class Completions:
         """
         assert consumer.done is not None  # noqa: S101  # the caller found the id with it
         following = _Following(
-            self._calls, self._clock, self._stopped, name, consumer.done, job_id, ended
+            self._calls,
+            self._clock,
+            self._emit,
+            self._stopped,
+            name,
+            consumer.done,
+            job_id,
+            ended,
         )
         limit = consumer.done.timeout or consumer.timeouts.total
         ticket.when_cancelled(lambda _: following.cancel())
@@ -104,6 +113,7 @@ class _Following:
         self,
         calls: FollowsJobs,
         clock: Clock,
+        emit: Emit,
         stopped: threading.Event,
         name: str,
         done: Done,
@@ -112,6 +122,7 @@ class _Following:
     ) -> None:
         self._calls = calls
         self._clock = clock
+        self._emit = emit
         self._stopped = stopped
         self._name = name
         self._done = done
@@ -149,7 +160,7 @@ class _Following:
             except BrokerError:
                 pass  # too busy to say, which is an answer
             if self._clock.monotonic() >= deadline:
-                self._log("job not over in time")
+                self._emit(StillBusy(consumer=self._name, job=self._job_id))
                 if not told:
                     self._tell()
                 return False
@@ -175,7 +186,5 @@ class _Following:
         try:
             self._calls.cancel_job(self._name, self._done, self._job_id)
         except BrokerError as error:
-            self._log("cancel failed", reason=error.message)
-
-    def _log(self, event: str, **more: str) -> None:
-        log.warning(event, extra={"consumer": self._name, "job": self._job_id, **more})
+            reason = error.message
+            self._emit(CancelFailed(consumer=self._name, job=self._job_id, reason=reason))

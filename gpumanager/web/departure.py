@@ -7,16 +7,14 @@ with them. `on_disconnect` says which kind a consumer is.
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.config import Call, ConsumerConfig
 from gpumanager.errors import BrokerError, ClientGone, ConsumerUnreachable
+from gpumanager.events import CancelFailed, Emit, StillBusy
 from gpumanager.upstream.exchange import Exchange
-
-log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.5
 TELL_TIMEOUT_S = 15.0
@@ -56,11 +54,13 @@ class Departure:
         exchange: Exchange,
         calls: StopsJobs,
         clock: Clock,
+        emit: Emit,
     ) -> None:
         self.exchange = exchange
         self._name = name
         self._calls = calls
         self._clock = clock
+        self._emit = emit
         self._deadline = clock.monotonic() + consumer.timeouts.total
         self._asked = consumer.probe is not None and consumer.probe.busy is not None
         self._told = isinstance(consumer.on_disconnect, Call)
@@ -143,7 +143,7 @@ class Departure:
         else:
             at_rest = self.exchange.await_its_end(deadline - self._clock.monotonic())
         if not at_rest:
-            log.warning("still busy", extra={"consumer": self._name})
+            self._emit(StillBusy(consumer=self._name))
 
     def _until_not_busy(self, deadline: float) -> bool:
         pause = threading.Event()
@@ -184,4 +184,4 @@ class Departure:
         try:
             self._calls.cancel(self._name)
         except BrokerError as error:
-            log.warning("cancel failed", extra={"consumer": self._name, "reason": error.message})
+            self._emit(CancelFailed(consumer=self._name, reason=error.message))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
-from gpumanager.events import EventLog
+from gpumanager.events import Emit, Refused
 from gpumanager.web.record import (
     LONGEST_SHOWN,
     RECORD_KEY,
@@ -50,8 +50,8 @@ class Guard:
     """Wraps the application: request id, exactly-once clean-up, last-resort errors, access log,
     and an event for each request that came to nothing."""
 
-    def __init__(self, app: WSGIApplication, clock: Clock, events: EventLog) -> None:
-        self._events = events
+    def __init__(self, app: WSGIApplication, clock: Clock, emit: Emit) -> None:
+        self._emit = emit
         self._app = app
         self._clock = clock
         self._lock = threading.Lock()
@@ -71,6 +71,7 @@ class Guard:
             path=path if path.isascii() and len(path) <= LONGEST_SHOWN else shown(path),
             client=environ.get("REMOTE_ADDR", "-"),
             started=self._clock.monotonic(),
+            emit=self._emit,
             traceparent=traceparent(environ),
         )
         environ[RECORD_KEY] = record
@@ -139,25 +140,19 @@ class Guard:
         fields.update((name, value) for name, value in optional.items() if value is not None)
         access_log.log(_level(record), "request", extra=fields)
         if record.failure is not None and record.run_s is None:
-            self._note_refusal(record)
-
-    def _note_refusal(self, record: RequestRecord) -> None:
-        # Only those that got as far as a consumer are kept: a scanner must not drive out the rest.
-        self._events.note(
-            "refused",
-            {
-                "code": record.failure,
-                "status": record.status,
-                "consumer": record.consumer,
-                "client": record.who,
-                "address": record.client,
-                "key": record.key,
-                "path": record.path,
-                "request_id": record.request_id,
-                "wait_ms": _ms(record.waited_s),
-            },
-            keep=record.consumer is not None,
-        )
+            self._emit(
+                Refused(
+                    code=record.failure,
+                    status=record.status,
+                    consumer=record.consumer,
+                    client=record.who,
+                    address=record.client,
+                    key=record.key,
+                    path=record.path,
+                    request_id=record.request_id,
+                    wait_ms=_ms(record.waited_s),
+                )
+            )
 
 
 class _GuardedBody:

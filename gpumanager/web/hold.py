@@ -22,7 +22,7 @@ from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError, ClientGone, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.events import EventLog
+from gpumanager.events import Emit, JobEnded
 from gpumanager.learning import Learned
 from gpumanager.model import ConsumerState, Job
 from gpumanager.registry import Registry
@@ -47,7 +47,7 @@ class Means:
     breakers: Breakers
     calls: StopsJobs
     clock: Clock
-    events: EventLog
+    emit: Emit
     after_job: Callable[[str], object]
 
 
@@ -199,7 +199,9 @@ class Hold:
 
     def _calls_with(self, exchange: Exchange) -> None:
         means, config = self._means, self._place.config
-        self.departure = Departure(self._name, config, exchange, means.calls, means.clock)
+        self.departure = Departure(
+            self._name, config, exchange, means.calls, means.clock, means.emit
+        )
         self._exchanges.append(exchange)
 
     def _settle_and_give_back(self) -> None:
@@ -241,23 +243,22 @@ class Hold:
         ticket = self._ticket
         assert ticket is not None  # noqa: S101  # it has begun
         job = ticket.job
-        self._means.events.note(
-            "job",
-            {
-                "consumer": job.consumer,
-                "kind": job.kind,
-                "ticket": ticket.number,
-                "client": job.client,
-                "address": self._record.client,
-                "request_id": job.request_id,
-                "key": self._record.key,
-                "traceparent": self._record.traceparent,
-                "status": self._status,
-                "failure": self._failure,
-                "wait_ms": _ms(ticket.waited_s),
-                "prepare_ms": _ms(ticket.prepared_s),
-                "run_ms": _ms(seconds),
-            },
+        self._means.emit(
+            JobEnded(
+                consumer=job.consumer,
+                kind=job.kind,
+                ticket=ticket.number,
+                client=job.client,
+                address=self._record.client,
+                request_id=job.request_id,
+                key=self._record.key,
+                traceparent=self._record.traceparent,
+                status=self._status,
+                failure=self._failure,
+                wait_ms=_ms(ticket.waited_s),
+                prepare_ms=_ms(ticket.prepared_s),
+                run_ms=_ms(seconds),
+            )
         )
 
 

@@ -24,7 +24,17 @@ from prometheus_client.registry import Collector
 
 from gpumanager.config import Config
 from gpumanager.errors import ClientGone
-from gpumanager.events import Event
+from gpumanager.events import (
+    BroughtBack,
+    Event,
+    Evicted,
+    JobEnded,
+    Loaded,
+    OutOfMemory,
+    OutOfMemoryHealed,
+    Recorded,
+    Refused,
+)
 
 MIB = 1024 * 1024
 PENDING = 500
@@ -104,10 +114,10 @@ class Metrics:
             self._out_of_memory.labels(name)
             self._healed.labels(name)
 
-    def take_note(self, event: Event) -> None:
+    def take_note(self, recorded: Recorded) -> None:
         """Have an event counted in, by the next exposition at the latest: not at once, since
         this is called while a client waits for its answer."""
-        self._pending.append(event)
+        self._pending.append(recorded.event)
         if len(self._pending) >= PENDING:
             self._count()
 
@@ -122,46 +132,36 @@ class Metrics:
     def _count(self) -> None:
         with self._lock:
             while self._pending:
-                event = self._pending.popleft()
-                take: Callable[[Mapping[str, Any]], None] | None
-                take = getattr(self, f"_on_{event.name}", None)
-                if take is not None:
-                    take(event.fields)
+                self._take(self._pending.popleft())
 
-    def _on_job(self, fields: Mapping[str, Any]) -> None:
-        name, kind = fields["consumer"], fields["kind"]
+    def _take(self, event: Event) -> None:
+        match event:
+            case JobEnded():
+                self._take_job(event)
+            case Refused(code=ClientGone.code):
+                self._disconnects.labels(event.consumer or "", "line").inc()
+            case Refused():
+                self._refusals.labels(event.consumer or "", event.code).inc()
+            case Evicted():
+                self._evictions.labels(event.consumer, event.outcome).inc()
+                self._releases.labels(event.consumer).observe(event.ms / 1000)
+            case Loaded() | BroughtBack():
+                self._loads.labels(event.consumer).observe(event.ms / 1000)
+            case OutOfMemory():
+                self._out_of_memory.labels(event.consumer).inc()
+            case OutOfMemoryHealed():
+                self._healed.labels(event.consumer).inc()
+
+    def _take_job(self, job: JobEnded) -> None:
+        failed = job.status is not None and job.status >= 400
+        outcome = job.failure or ("consumer_error" if failed else "done")
         if self._clients is not None:
-            self._clients.had_the_gpu(fields)
-        failure = fields.get("failure")
-        status = fields.get("status", 0)
-        outcome = failure or ("done" if status < 400 else "consumer_error")
-        self._jobs.labels(name, kind, outcome).inc()
-        self._waits.labels(name, kind).observe(fields["wait_ms"] / 1000)
-        self._runs.labels(name, kind).observe(fields["run_ms"] / 1000)
-        if failure == ClientGone.code:
-            self._disconnects.labels(name, "answer" if status else "run").inc()
-
-    def _on_refused(self, fields: Mapping[str, Any]) -> None:
-        name = fields.get("consumer", "")
-        if fields["code"] == ClientGone.code:
-            self._disconnects.labels(name, "line").inc()
-        else:
-            self._refusals.labels(name, fields["code"]).inc()
-
-    def _on_evicted(self, fields: Mapping[str, Any]) -> None:
-        self._evictions.labels(fields["consumer"], fields["outcome"]).inc()
-        self._releases.labels(fields["consumer"]).observe(fields["ms"] / 1000)
-
-    def _on_loaded(self, fields: Mapping[str, Any]) -> None:
-        self._loads.labels(fields["consumer"]).observe(fields["ms"] / 1000)
-
-    _on_brought_back = _on_loaded
-
-    def _on_out_of_memory(self, fields: Mapping[str, Any]) -> None:
-        self._out_of_memory.labels(fields["consumer"]).inc()
-
-    def _on_healed(self, fields: Mapping[str, Any]) -> None:
-        self._healed.labels(fields["consumer"]).inc()
+            self._clients.had_the_gpu(job)
+        self._jobs.labels(job.consumer, job.kind, outcome).inc()
+        self._waits.labels(job.consumer, job.kind).observe(job.wait_ms / 1000)
+        self._runs.labels(job.consumer, job.kind).observe(job.run_ms / 1000)
+        if job.failure == ClientGone.code:
+            self._disconnects.labels(job.consumer, "answer" if job.status else "run").inc()
 
 
 class Clients(Collector):
@@ -187,11 +187,11 @@ class Clients(Collector):
         )
         self.registry.register(self)
 
-    def had_the_gpu(self, fields: Mapping[str, Any]) -> None:
-        """Count the event of a job that is over."""
-        client = self._label(fields["client"])
+    def had_the_gpu(self, job: JobEnded) -> None:
+        """Count a job that is over."""
+        client = self._label(job.client)
         self._jobs.labels(client).inc()
-        self._held.labels(client).inc(fields["run_ms"] / 1000)
+        self._held.labels(client).inc(job.run_ms / 1000)
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gpumanager import errors
 from gpumanager.config import KINDS, Config
-from gpumanager.scheduling.interface import Outcome
+from gpumanager.model import Outcome
 
 _KIND_WORDS = {
     "tts": "text to speech",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Kind
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
+from gpumanager.events import Emit, Forgotten, Pinned, Unpinned
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
@@ -21,8 +21,6 @@ from gpumanager.web.record import record_of
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -40,6 +38,7 @@ class Operations:
         moves: Moves,
         watcher: Watcher,
         clock: Clock,
+        emit: Emit,
     ) -> None:
         self._config = config
         self._places = places
@@ -49,6 +48,7 @@ class Operations:
         self._moves = moves
         self._watcher = watcher
         self._clock = clock
+        self._emit = emit
 
     def unload(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
         """Unload a consumer. Raises NotFound, NoConsumer if there is no way to, or what waiting
@@ -81,7 +81,7 @@ class Operations:
         place = self._place(name)
         self._registry.pin(name, pinned)
         place.give_up()
-        log.info("pinned" if pinned else "unpinned", extra={"consumer": name})
+        self._emit(Pinned(consumer=name) if pinned else Unpinned(consumer=name))
         return {"consumer": name, "pinned": pinned}
 
     def forget(self, name: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Operations:
         self._learned.forget(name)
         needed = self._learned.needed(name, place.config.declared)
         place.give_up()
-        log.info("forgotten", extra={"consumer": name})
+        self._emit(Forgotten(consumer=name))
         return {"consumer": name, "needed": {"mib": needed.mib, "source": needed.source}}
 
     def plan(self, kind: Kind) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpumanager.events import Emit
 from gpumanager.keys import Role
 
 RECORD_KEY = "gpumanager.record"
@@ -32,14 +33,16 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class RequestRecord:
     """One request. `stack` holds whatever must be undone when it is over, however it ends;
     times are in seconds, None until known. `client` is its address; `role` is the key's; without
-    keys everybody is an admin. `goes_on`: its thread is still needed when its client has the
-    answer, which had better not send the next request over the same connection."""
+    keys everybody is an admin. `emit` tells what happens to it. `goes_on`: its thread is still
+    needed when its client has the answer, which had better not send the next request over the
+    same connection."""
 
     request_id: str
     method: str
     path: str
     client: str
     started: float
+    emit: Emit
     stack: ExitStack = field(default_factory=ExitStack)
     status: int = 0
     key: str | None = None

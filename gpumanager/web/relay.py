@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -11,6 +10,7 @@ from typing import IO, TYPE_CHECKING, cast
 from flask import Response
 
 from gpumanager.errors import BrokerError, ClientGone
+from gpumanager.events import AnswerTruncated
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
@@ -19,8 +19,6 @@ from gpumanager.web.server import end_answer, pending_output
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-log = logging.getLogger(__name__)
 
 PENDING_BYTES = 1024 * 1024
 """What the server may hold for a slow reader before the rest goes to the spool."""
@@ -128,13 +126,17 @@ class RelayedBody:
         try:
             return self._exchange.read()
         except BrokerError as error:
+            record = record_of(self._environ)
             if not isinstance(error, ClientGone):
-                log.warning(
-                    "answer truncated",
-                    extra={"consumer": error.consumer, "reason": error.message},
+                record.emit(
+                    AnswerTruncated(
+                        consumer=error.consumer,
+                        request_id=record.request_id,
+                        reason=error.message,
+                    )
                 )
             self._on_break(error)
-            if record_of(self._environ).goes_on:
+            if record.goes_on:
                 end_answer(self._environ)
             raise TruncatedAnswer(error) from error
         finally:

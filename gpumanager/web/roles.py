@@ -6,14 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from gpumanager.errors import Forbidden
-from gpumanager.events import Event
+from gpumanager.events import PRIVATE, Recorded
 from gpumanager.web.record import RequestRecord
 
 NAMELESS = {"client": "-", "request_id": "-"}
 """What another key's job shows of itself in the queue."""
-
-_PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
-"""Fields of events that tell who somebody is."""
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -39,7 +36,7 @@ def check_owner(record: RequestRecord, ticket: int, key: str | None) -> None:
         )
 
 
-def visible(events: Iterable[Event], whose: str | None) -> Iterable[Event]:
+def visible(events: Iterable[Recorded], whose: str | None) -> Iterable[Recorded]:
     """The events as the key `whose` may see them: those of others without what tells who they
     are. None: everything."""
     if whose is None:
@@ -50,5 +47,5 @@ def visible(events: Iterable[Event], whose: str | None) -> Iterable[Event]:
     ]
 
 
-def _nameless(event: Event) -> dict[str, object]:
-    return {name: value for name, value in event.fields.items() if name not in _PRIVATE}
+def _nameless(event: Recorded) -> dict[str, object]:
+    return {name: value for name, value in event.fields.items() if name not in PRIVATE}

@@ -16,7 +16,7 @@ from gpumanager import errors
 from gpumanager.admission import Admission
 from gpumanager.clock import rfc3339
 from gpumanager.config import KINDS, Config, ConsumerConfig, Kind
-from gpumanager.events import EventLog
+from gpumanager.monitoring.eventlog import EventLog
 from gpumanager.monitoring.history import MemorySample
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gpumanager.config import Config, ConsumerConfig
+from gpumanager.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
 from gpumanager.learning import Learned
 from gpumanager.ledger import balance, held
 from gpumanager.model import CONTEXT_MIB, MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.web.echo import says_out_of_memory
-
-log = logging.getLogger(__name__)
 
 LARGEST_FAILURE_BYTES = 64 * 1024
 """An answer that says that memory ran out is small; what is larger is handed on unread."""
@@ -67,11 +65,13 @@ class Shortages:
         registry: Registry,
         learned: Learned,
         look: Callable[[], MemoryReading | None],
+        emit: Emit,
     ) -> None:
         self._config = config
         self._registry = registry
         self._learned = learned
         self._look = look
+        self._emit = emit
         self._lock = threading.Lock()
         self._failures = MemoryFailures()
 
@@ -112,26 +112,13 @@ class Shortages:
         if not says_out_of_memory(consumer.out_of_memory, said, request):
             return None
         shortage = self._assess(name, consumer)
+        room, needed = shortage.room_mib, shortage.needed_mib
         if not shortage.likely:
-            log.warning(
-                "out of memory not believed",
-                extra={
-                    "consumer": name,
-                    "room_was_mib": shortage.room_mib,
-                    "needed_mib": shortage.needed_mib,
-                },
-            )
+            self._emit(OutOfMemoryDoubted(consumer=name, room_was_mib=room, needed_mib=needed))
             return None
         with self._lock:
             self._failures = replace(self._failures, seen=self._failures.seen + 1)
-        log.warning(
-            "out of memory",
-            extra={
-                "consumer": name,
-                "room_was_mib": shortage.room_mib,
-                "needed_mib": shortage.needed_mib,
-            },
-        )
+        self._emit(OutOfMemory(consumer=name, room_was_mib=room, needed_mib=needed))
         return shortage
 
     def healed(self, shortage: Shortage) -> None:
@@ -146,7 +133,7 @@ class Shortages:
             self._guess(shortage)
         with self._lock:
             self._failures = replace(self._failures, healed=self._failures.healed + 1)
-        log.info("out of memory healed", extra={"consumer": name})
+        self._emit(OutOfMemoryHealed(consumer=name))
 
     def not_retried(self, shortage: Shortage) -> None:
         """There was no second run. What fails alone on the card would fail with any room, so

@@ -8,54 +8,44 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gpumanager.events import Event
+from gpumanager.events import BroughtBack, Evicted, JobEnded, Loaded, Recorded
 
 _GPU, _LINE, _MOVES = 1, 2, 3
 _TRACKS = {_GPU: "GPU", _LINE: "line", _MOVES: "evictions and loads"}
-_LASTING = frozenset({"evicted", "loaded", "brought_back"})
 
 
-def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
+def chrome_trace(events: Iterable[Recorded]) -> dict[str, Any]:
     """Jobs as spans on the GPU's track, and their waits on the line's, one below the other;
     evictions and loads as spans on a track of theirs; all else as marks."""
     rows: list[dict[str, Any]] = [
         _named("process_name", pid, 0, name) for pid, name in _TRACKS.items()
     ]
-    for event in events:
-        end_us = event.at.timestamp() * 1e6
-        if event.name == "job":
-            rows += _job(event, end_us)
-        elif event.name in _LASTING:
-            took = event.fields.get("ms", 0) * 1000
-            name = f"{event.name} {event.fields.get('consumer', '')}"
-            rows.append(_span(name, _MOVES, 1, end_us - took, took, event))
+    for recorded in events:
+        event, args = recorded.event, dict(recorded.fields)
+        end_us = recorded.at.timestamp() * 1e6
+        name = f"{event.name} {args.get('consumer', '')}".strip()
+        if isinstance(event, JobEnded):
+            rows += _job(event, end_us, args)
+        elif isinstance(event, Evicted | Loaded | BroughtBack):
+            took = event.ms * 1000
+            rows.append(_span(name, _MOVES, 1, end_us - took, took, args))
         else:
-            rows.append(
-                {
-                    "name": f"{event.name} {event.fields.get('consumer', '')}".strip(),
-                    "ph": "i",
-                    "s": "g",
-                    "ts": end_us,
-                    "pid": _GPU,
-                    "tid": 1,
-                    "args": dict(event.fields),
-                }
-            )
+            mark = {"ph": "i", "s": "g", "ts": end_us, "pid": _GPU, "tid": 1}
+            rows.append({"name": name, **mark, "args": args})
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
 
 
-def _job(event: Event, end_us: float) -> list[dict[str, Any]]:
-    fields = event.fields
-    run, prepare, wait = (fields[f"{what}_ms"] * 1000 for what in ("run", "prepare", "wait"))
-    name = f"{fields['consumer']} {fields['kind']}"
-    granted = end_us - run - prepare
+def _job(job: JobEnded, end_us: float, args: dict[str, Any]) -> list[dict[str, Any]]:
+    name = f"{job.consumer} {job.kind}"
+    wait, on_gpu = job.wait_ms * 1000, (job.prepare_ms + job.run_ms) * 1000
+    granted = end_us - on_gpu
     # Whoever waits at the same time gets a row of his own: the ticket is as good as any.
-    waits = _span(name, _LINE, fields["ticket"], granted - wait, wait, event)
-    return [waits, _span(name, _GPU, 1, granted, prepare + run, event)]
+    waits = _span(name, _LINE, job.ticket, granted - wait, wait, args)
+    return [waits, _span(name, _GPU, 1, granted, on_gpu, args)]
 
 
 def _span(
-    name: str, pid: int, tid: int, start_us: float, took_us: float, event: Event
+    name: str, pid: int, tid: int, start_us: float, took_us: float, args: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -64,7 +54,7 @@ def _span(
         "dur": took_us,
         "pid": pid,
         "tid": tid,
-        "args": dict(event.fields),
+        "args": args,
     }
 
 

@@ -126,6 +126,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_client_that_leaves_before_the_head_of_a_streamed_answer(
     patient: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "gpumanager.access")
     broker, studio = patient.broker, patient.studio
     with broker.raw() as client:
         client.request("POST", "/v1/llm", b"{}")
@@ -148,6 +149,7 @@ def test_a_client_that_leaves_before_the_head_of_a_streamed_answer(
 def test_a_client_that_leaves_in_mid_answer(
     patient: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "gpumanager.access")
     patient.studio.begin.set()
     with patient.broker.raw() as client:
         client.request("POST", "/v1/llm", b"{}").until(b"\r\n\r\n")

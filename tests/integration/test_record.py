@@ -14,6 +14,7 @@ from gpumanager.clock import SystemClock
 from gpumanager.keys import ApiKey
 from gpumanager.web import metrics
 from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.events import job
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
 
@@ -224,7 +225,7 @@ def test_clients_have_only_so_many_labels(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(metrics, "MOST_CLIENTS", 2)
     clients = metrics.Clients(lambda: {"line": []})
     for name in ("a", "b", "c", "d", "a"):
-        clients.had_the_gpu({"client": name, "run_ms": 500.0})
+        clients.had_the_gpu(job(client=name, run_ms=500.0))
     text = generate_latest(clients.registry).decode()
     found = {
         sample.labels["client"]: sample.value

@@ -197,6 +197,7 @@ def test_a_job_goes_where_its_kind_is_routed_after_a_reload_that_came_in_between
 def test_a_client_that_still_reads_its_answer_is_no_reason_to_keep_a_consumer(
     setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "gpumanager.access")
     size = 16 * 1024 * 1024
     setting.consumer.script = lambda peer, _: peer.send(answer(bytes(size)))
     with setting.broker.raw() as client:

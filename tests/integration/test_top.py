@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from gpumanager.cli import top
+from gpumanager.events import Pinned
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
@@ -170,15 +171,15 @@ def test_the_terminal_is_given_back(broker: LiveBroker) -> None:
 def test_the_newest_events_come_first_however_many_there_are(broker: LiveBroker) -> None:
     log = broker.broker.events
     for number in range(2500):
-        log.note("job", {"consumer": "it", "mark": f"m{number}"})
+        log.emit(Pinned(consumer=f"m{number}"))
     with shown(broker, 50) as terminal:
-        terminal.shows("mark=m2499")
-        marks = [line for line in terminal.lines() if "mark=" in line]
-        assert "mark=m2499" in marks[0]
-        assert "mark=m2498" in marks[1]
-        log.note("job", {"consumer": "it", "mark": "the-latest"})
-        terminal.shows("mark=the-latest")
-        assert "the-latest" in next(line for line in terminal.lines() if "mark=" in line)
+        terminal.shows("consumer=m2499")
+        marks = [line for line in terminal.lines() if "consumer=m" in line]
+        assert "consumer=m2499" in marks[0]
+        assert "consumer=m2498" in marks[1]
+        log.emit(Pinned(consumer="m-latest"))
+        terminal.shows("consumer=m-latest")
+        assert "m-latest" in next(line for line in terminal.lines() if "consumer=m" in line)
         assert any("earlier" in line for line in terminal.lines())
 
 

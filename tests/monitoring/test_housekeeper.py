@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import pytest
 import yaml
 
 from gpumanager.config import parse_config
 from gpumanager.errors import BrokerError, ConsumerUnreachable, InsufficientVram
+from gpumanager.events import Event, HousekeepingFailed
 from gpumanager.ledger import Balance
 from gpumanager.model import Job
 from gpumanager.monitoring.housekeeper import Housekeeper
@@ -31,6 +30,7 @@ class House:
 
     def __init__(self, consumers: dict[str, dict[str, Any]], **top: Any) -> None:
         self.clock = FakeClock()
+        self.told: list[Event] = []
         filled = {
             name: {"url": "http://127.0.0.1:1", "unload": "/u", "load": "/l", **settings}
             for name, settings in consumers.items()
@@ -39,7 +39,9 @@ class House:
         self.registry = Registry(dict.fromkeys(consumers, False), self.clock)
         self.line = locked(max_queue=9, max_wait=60, clock=self.clock)
         scheduler = Evicting(self.line, self, self.clock)
-        self.keeper = Housekeeper(config, self.registry, scheduler, self, self.clock)
+        self.keeper = Housekeeper(
+            config, self.registry, scheduler, self, self.clock, self.told.append
+        )
         self.did: list[str] = []
         self.failing: BrokerError | None = None
         self.victims: tuple[str, ...] = ()
@@ -177,13 +179,14 @@ def test_who_was_used_before_the_turn_came_is_not_idle() -> None:
     assert house.pass_time(59) == []
 
 
-def test_an_unload_that_fails_is_told_and_put_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unload_that_fails_is_told_and_put_off() -> None:
     house = House(IDLE)
     house.used("tts")
     house.failing = ConsumerUnreachable("tts could not be unloaded")
-    with caplog.at_level(logging.WARNING):
-        assert house.pass_time(100) == ["unload tts"]
-    assert "housekeeping failed" in caplog.text
+    assert house.pass_time(100) == ["unload tts"]
+    assert house.told[0] == HousekeepingFailed(
+        what="idle-unload", consumer="tts", reason="tts could not be unloaded"
+    )
 
 
 def test_who_is_to_be_resident_is_loaded_again_after_quiet() -> None:
@@ -193,14 +196,13 @@ def test_who_is_to_be_resident_is_loaded_again_after_quiet() -> None:
     assert house.pass_time(30) == ["room for tts", "load tts"]
 
 
-def test_a_restore_that_fails_is_tried_once_in_each_quiet_time(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_restore_that_fails_is_tried_once_in_each_quiet_time() -> None:
     house = House({"tts": {}, "llm": {}}, default_resident=["tts"], restore_after=30)
     house.failing = InsufficientVram("tts needs 3000 MiB")
-    with caplog.at_level(logging.WARNING):
-        assert house.pass_time(300) == ["room for tts"]
-    assert "housekeeping failed" in caplog.text
+    assert house.pass_time(300) == ["room for tts"]
+    (failed,) = house.told
+    assert isinstance(failed, HousekeepingFailed)
+    assert (failed.what, failed.consumer) == ("restore", "tts")
     house.used("llm")
     assert house.pass_time(300) == ["room for tts"]
 

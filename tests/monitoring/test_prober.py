@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.events import CameBack, Event
 from gpumanager.ledger import held
 from gpumanager.model import ConsumerState, Parked, ProbeReport
 from gpumanager.monitoring.prober import Prober
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
+from tests.support.events import ignore
 
 TIMEOUT = ConsumerTimeout("mvoice: no answer within 3 s")
 REFUSED = ConsumerUnreachable("mvoice refused the connection", nothing_listens=True)
@@ -48,8 +49,13 @@ def registry() -> Registry:
 
 
 @pytest.fixture
-def prober(probes: ScriptedProbes, registry: Registry) -> Prober:
-    return Prober("mvoice", probes, registry, lambda name, parked: None, interval=5.0)
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def prober(probes: ScriptedProbes, registry: Registry, told: list[Event]) -> Prober:
+    return Prober("mvoice", probes, registry, lambda name, parked: None, told.append, interval=5.0)
 
 
 def test_a_good_answer_makes_it_healthy(
@@ -127,18 +133,16 @@ def test_one_that_went_and_came_back_is_a_fresh_process(
 
 
 def test_transitions_are_events_and_nothing_else_is(
-    prober: Prober, probes: ScriptedProbes, caplog: pytest.LogCaptureFixture
+    prober: Prober, probes: ScriptedProbes, told: list[Event]
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        prober.probe()
-        prober.probe()
-        probes.answer = BROKEN
-        prober.probe()
-        prober.probe()
-        probes.answer = ProbeReport()
-        prober.probe()
-    events = [record.message for record in caplog.records]
-    assert events == ["consumer healthy", "consumer unhealthy", "consumer healthy"]
+    prober.probe()
+    prober.probe()
+    probes.answer = BROKEN
+    prober.probe()
+    prober.probe()
+    probes.answer = ProbeReport()
+    prober.probe()
+    assert [event.name for event in told] == ["healthy", "unhealthy", "healthy"]
 
 
 def test_a_time_out_while_the_broker_has_it_load_says_nothing(
@@ -160,17 +164,16 @@ SUSPENDED = Parked("checkpoint", ((11, 1.0),))
 
 @pytest.mark.parametrize(("how", "loaded"), [(None, False), ("resumed", True), ("replaced", False)])
 def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
-    probes: ScriptedProbes, how: Any, loaded: bool, caplog: pytest.LogCaptureFixture
+    probes: ScriptedProbes, how: Any, loaded: bool, told: list[Event]
 ) -> None:
     """Only its CUDA calls are stopped: /health goes on answering."""
     registry = Registry({"mvoice": False}, FakeClock())
     registry.park("mvoice", SUSPENDED)
-    prober = Prober("mvoice", probes, registry, lambda name, parked: how, interval=5.0)
-    with caplog.at_level(logging.INFO):
-        prober.probe()
+    prober = Prober("mvoice", probes, registry, lambda name, parked: how, told.append, interval=5.0)
+    prober.probe()
     state = registry.get("mvoice")
     assert (state.parked, state.loaded) == (SUSPENDED if how is None else None, loaded)
-    assert ("consumer healthy" in caplog.text) is False
+    assert told == ([] if how is None else [CameBack(consumer="mvoice", how=how)])
 
 
 def test_a_stopped_process_that_ends_is_one_that_is_gone(
@@ -195,5 +198,5 @@ def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) ->
         registry.park(name, SUSPENDED)
         return "resumed"
 
-    Prober("mvoice", probes, registry, returned, interval=5.0).probe()
+    Prober("mvoice", probes, registry, returned, ignore, interval=5.0).probe()
     assert registry.get("mvoice").parked == SUSPENDED

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
 
+from gpumanager import events
 from gpumanager.footprint import Declared, Figure
 from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, GpuState, Holdings, MemoryReading, ProbeReport
@@ -14,6 +14,7 @@ from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable
 from gpumanager.monitoring.sampler import Sampler
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
+from tests.support.events import ignore
 
 READING = MemoryReading(8000, 1000, 7000)
 
@@ -32,11 +33,13 @@ class ScriptedCard:
         pass
 
 
-def make(*answers: MemoryReading | str) -> tuple[Sampler, Registry, FakeClock]:
+def make(
+    *answers: MemoryReading | str, emit: events.Emit = ignore
+) -> tuple[Sampler, Registry, FakeClock]:
     clock = FakeClock()
     registry = Registry({}, clock)
     memory = GpuMemory(ScriptedCard(*answers), clock)
-    return Sampler(memory, registry, Learned(()), clock, interval=2.0), registry, clock
+    return Sampler(memory, registry, Learned(()), clock, emit, interval=2.0), registry, clock
 
 
 def test_a_sample_is_published_with_its_time() -> None:
@@ -77,26 +80,26 @@ def test_a_failing_field_shows_as_err_beside_the_figures() -> None:
     assert registry.gpu.err == "name: Unknown Error"
 
 
-def test_a_lost_card_shows_as_err_keeps_no_stale_figures_and_recovers(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    sampler, registry, clock = make(READING, "GPU is lost", READING)
-    with caplog.at_level(logging.INFO):
-        sampler.sample()
-        before = registry.gpu.sampled_at
-        clock.advance(2)
-        sampler.sample()
-        assert registry.gpu.reading is None
-        assert registry.gpu.err == "GPU is lost"
-        assert registry.gpu.sampled_at == before
-        assert registry.gpu.last == READING  # as what was so before, no more
-        sampler.sample()  # put off
-        assert registry.gpu.last == READING
-        clock.advance(2)
-        sampler.sample()
+def test_a_lost_card_shows_as_err_keeps_no_stale_figures_and_recovers() -> None:
+    told: list[events.Event] = []
+    sampler, registry, clock = make(READING, "GPU is lost", READING, emit=told.append)
+    sampler.sample()
+    before = registry.gpu.sampled_at
+    clock.advance(2)
+    sampler.sample()
+    assert registry.gpu.reading is None
+    assert registry.gpu.err == "GPU is lost"
+    assert registry.gpu.sampled_at == before
+    assert registry.gpu.last == READING  # as what was so before, no more
+    sampler.sample()  # put off
+    assert registry.gpu.last == READING
+    clock.advance(2)
+    sampler.sample()
     assert registry.gpu == GpuState(READING, clock.monotonic())
-    events = [record.message for record in caplog.records]
-    assert events == ["gpu unavailable", "gpu available"]
+    assert told == [
+        events.GpuUnavailable(reason="GPU is lost"),
+        events.GpuAvailable(),
+    ]
 
 
 def attributed(**held: int) -> MemoryReading:
@@ -109,7 +112,7 @@ def test_what_loaded_consumers_hold_is_learned() -> None:
     registry = Registry({"tts": True, "llm": False}, clock)
     learned = Learned(["tts", "llm"])
     memory = GpuMemory(ScriptedCard(attributed(tts=3000, llm=500)), clock, Told())
-    Sampler(memory, registry, learned, clock, interval=2.0).look()
+    Sampler(memory, registry, learned, clock, ignore, interval=2.0).look()
     assert learned.needed("tts", Declared()).mib == 3000
     assert learned.figures("llm").peak is None  # a residue is no footprint
 
@@ -120,7 +123,7 @@ def test_who_has_released_most_in_the_end_may_be_asked_again(mib: int, lifted: b
     registry = Registry({"tts": False}, clock)
     registry.quarantine("tts", "gave nothing back", 1600)
     memory = GpuMemory(ScriptedCard(attributed(tts=mib)), clock, Told())
-    Sampler(memory, registry, Learned(["tts"]), clock, interval=2.0).look()
+    Sampler(memory, registry, Learned(["tts"]), clock, ignore, interval=2.0).look()
     assert (registry.get("tts").quarantine == "") is lifted
 
 
@@ -130,7 +133,7 @@ def test_what_an_unloaded_one_holds_is_the_most_that_it_keeps(at_rest: bool) -> 
     registry = Registry({"tts": False}, clock)
     learned.unloaded("tts", 1.0, 900)
     memory = GpuMemory(ScriptedCard(attributed(tts=300)), clock, Told())
-    sampler = Sampler(memory, registry, learned, clock, interval=2.0)
+    sampler = Sampler(memory, registry, learned, clock, ignore, interval=2.0)
     if at_rest:
         sampler.look()
     else:
@@ -143,7 +146,7 @@ def test_while_a_job_runs_samples_come_more_often() -> None:
     clock = FakeClock()
     registry = Registry({"tts": False}, clock)
     memory = GpuMemory(ScriptedCard(READING, READING), clock)
-    sampler = Sampler(memory, registry, Learned(["tts"]), clock, interval=2.0)
+    sampler = Sampler(memory, registry, Learned(["tts"]), clock, ignore, interval=2.0)
     registry.job_started("tts")
     assert sampler.sample() == 0.5
     registry.job_finished("tts")
@@ -161,7 +164,12 @@ def learn(
     if active:
         registry.job_started("tts")
     sampler = Sampler(
-        GpuMemory(ScriptedCard(*readings), clock, Told()), registry, learned, clock, interval=2.0
+        GpuMemory(ScriptedCard(*readings), clock, Told()),
+        registry,
+        learned,
+        clock,
+        ignore,
+        interval=2.0,
     )
     for _ in readings:
         sampler.look()

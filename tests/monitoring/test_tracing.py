@@ -6,15 +6,14 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
-from gpumanager.events import Event
 from gpumanager.monitoring import tracing
 from tests.support.broker import live_broker
+from tests.support.events import AT, evicted, job, recorded
 from tests.support.sockets import ScriptedConsumer, answer
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
@@ -23,7 +22,6 @@ memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_expo
 proto = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-AT = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -36,15 +34,9 @@ def spans() -> Iterator[tuple[tracing.Tracing, Any]]:
     tracer.close()
 
 
-def job(**more: Any) -> Event:
-    fields = {"consumer": "voice", "kind": "tts", "ticket": 3, "request_id": "r", "status": 200}
-    times = {"wait_ms": 1500.0, "prepare_ms": 250.0, "run_ms": 2000.0}
-    return Event(1, AT, "job", "info", {**fields, **times, **more})
-
-
 def test_a_jobs_spans_hang_together(spans: tuple[tracing.Tracing, Any]) -> None:
     tracer, exporter = spans
-    tracer.take_note(job(traceparent=f"00-{TRACE}-{PARENT}-01"))
+    tracer.take_note(recorded(job(traceparent=f"00-{TRACE}-{PARENT}-01")))
     line, prepare, run, whole = exporter.get_finished_spans()
     assert (line.name, prepare.name, run.name) == ("line", "prepare", "run")
     assert whole.name == "voice tts"
@@ -62,8 +54,8 @@ def test_a_jobs_spans_hang_together(spans: tuple[tracing.Tracing, Any]) -> None:
 
 def test_a_failed_job_is_marked_and_needs_no_parent(spans: tuple[tracing.Tracing, Any]) -> None:
     tracer, exporter = spans
-    tracer.take_note(job(failure="consumer_timeout"))
-    tracer.take_note(Event(2, AT, "evicted", "info", {"consumer": "voice"}))
+    tracer.take_note(recorded(job(failure="consumer_timeout")))
+    tracer.take_note(recorded(evicted()))
     whole = exporter.get_finished_spans()[-1]
     assert len(exporter.get_finished_spans()) == 4
     assert whole.parent is None

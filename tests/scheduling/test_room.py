@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +23,7 @@ from gpumanager.errors import (
     InsufficientVram,
     NoConsumer,
 )
+from gpumanager.events import Event, Evicted, TriedAnyway
 from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import InUse, Registry
@@ -91,10 +91,11 @@ class Bench:
         self.live = LiveConfig(parse_config(yaml.safe_dump(config)))
         self.config = self.live.seen
         self.queue: list[str] = []
+        self.told: list[Event] = []
         self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
         self.learned = Learned(consumers)
         self.census = Census(self.config, self.learned, self.clock.monotonic())
-        admission = Admission(self.registry, Breakers(self.clock), retry_s=5)
+        admission = Admission(self.registry, Breakers(self.clock, self.told.append), retry_s=5)
         self.room = RoomMaker(
             self.config,
             self.registry,
@@ -104,6 +105,7 @@ class Bench:
             self.measure,
             admission.check,
             self.clock,
+            self.told.append,
             lambda: self.queue,
         )
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
@@ -580,15 +582,13 @@ def test_a_card_that_is_lost_while_waiting_for_it_hands_over_to_the_ledger() -> 
     assert bench.calls == ["unload tts"]
 
 
-def test_evictions_are_events(caplog: pytest.LogCaptureFixture) -> None:
+def test_evictions_are_events() -> None:
     bench = Bench(THREE, total=9000)
     bench.resident("tts", used=5)
-    with caplog.at_level(logging.INFO):
-        bench.make_room("llm")
-    (event,) = [record for record in caplog.records if record.message == "evicted"]
-    fields = vars(event)
-    assert (fields["consumer"], fields["target"], fields["mib"]) == ("tts", "llm", 3000)
-    assert (fields["rung"], fields["outcome"]) == ("http", "released")
+    bench.make_room("llm")
+    (event,) = evictions(bench)
+    assert (event.consumer, event.target, event.mib) == ("tts", "llm", 3000)
+    assert (event.rung, event.outcome) == ("http", "released")
 
 
 def test_what_is_assumed_gives_way_to_the_first_probes() -> None:
@@ -653,9 +653,12 @@ def attributed(consumers: dict[str, dict[str, Any]], *, total: int, **top: Any) 
     return bench
 
 
-def outcome(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    events = [vars(record) for record in caplog.records if record.message == "evicted"]
-    return [(event["rung"], event["outcome"]) for event in events]
+def evictions(bench: Bench) -> list[Evicted]:
+    return [event for event in bench.told if isinstance(event, Evicted)]
+
+
+def outcome(bench: Bench) -> list[tuple[str, str]]:
+    return [(event.rung, event.outcome) for event in evictions(bench)]
 
 
 def test_the_room_itself_is_what_the_processes_hold() -> None:
@@ -666,14 +669,13 @@ def test_the_room_itself_is_what_the_processes_hold() -> None:
     assert bench.calls == []
 
 
-def test_what_leaks_goes_to_its_next_rung(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_leaks_goes_to_its_next_rung() -> None:
     bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=9000)
     bench.lag = None
     bench.resident("tts", used=50)
-    with caplog.at_level(logging.INFO):
-        bench.make_room("llm")
+    bench.make_room("llm")
     assert bench.calls == ["unload tts", "unit tts"]
-    assert outcome(caplog) == [("http", "leaked"), ("unit", "released")]
+    assert outcome(bench) == [("http", "leaked"), ("unit", "released")]
     state = bench.registry.get("tts")
     assert (state.parked, state.quarantine, state.loaded) == (Parked("unit"), "", False)
     assert bench.room.evictions == 1
@@ -949,7 +951,7 @@ def in_two_steps(bench: Bench, slow: str, first: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("others", [True, False])
 def test_a_release_that_begins_small_is_waited_for_and_poisons_nothing(
-    others: bool, caplog: pytest.LogCaptureFixture
+    others: bool,
 ) -> None:
     """A fifth at once, the rest 1.2 s later."""
     bench = attributed(THREE, total=8500)
@@ -959,11 +961,10 @@ def test_a_release_that_begins_small_is_waited_for_and_poisons_nothing(
         if others:
             bench.resident("stt", used=10)
         bench.calls.clear()
-        with caplog.at_level(logging.INFO):
-            bench.make_room("llm")
+        bench.make_room("llm")
         assert bench.calls == ["unload tts"]
         assert bench.learned.figures("tts").residue_mib in (None, 0)
-    assert outcome(caplog) == [("http", "released")] * 3
+    assert outcome(bench) == [("http", "released")] * 3
 
 
 def test_what_comes_late_is_waited_for_before_anybody_is_refused() -> None:
@@ -989,7 +990,7 @@ def test_a_release_that_was_enough_before_its_end_teaches_no_residue() -> None:
     assert bench.learned.figures("tts").residue_mib is None
 
 
-def test_what_a_victim_keeps_is_known_the_next_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_victim_keeps_is_known_the_next_time() -> None:
     bench = attributed(THREE, total=6500)
     bench.keeps["tts"] = 900
     bench.resident("tts", used=50)
@@ -1001,11 +1002,10 @@ def test_what_a_victim_keeps_is_known_the_next_time(caplog: pytest.LogCaptureFix
     bench.resident("tts", used=50)
     bench.foreign = 1400
     began = bench.clock.monotonic()
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        bench.make_room("stt")  # needs 100 of it, and no wait for what is known to stay
+    bench.told.clear()
+    bench.make_room("stt")  # needs 100 of it, and no wait for what is known to stay
     assert bench.clock.monotonic() - began < 1
-    assert outcome(caplog) == [("http", "released")]
+    assert outcome(bench) == [("http", "released")]
 
 
 def test_what_a_victim_kept_once_refuses_nobody_untried() -> None:
@@ -1018,24 +1018,23 @@ def test_what_a_victim_kept_once_refuses_nobody_untried() -> None:
     assert bench.learned.figures("tts").residue_mib == 0
 
 
-def test_what_is_declared_to_stay_is_not_expected_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_declared_to_stay_is_not_expected_back() -> None:
     llm = {"vram_resident_mib": 7000, "floor_mib": 5800}
     bench = attributed({"llm": llm, "tts": {"vram_resident_mib": 1000}}, total=7500)
     bench.keeps["llm"] = 5800
     bench.resident("llm", used=50)
-    with caplog.at_level(logging.INFO):
-        bench.make_room("tts")
-    assert outcome(caplog) == [("http", "released")]
+    bench.make_room("tts")
+    assert outcome(bench) == [("http", "released")]
 
 
-def test_a_thief_is_named_and_the_plan_made_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_thief_is_named_and_the_plan_made_anew() -> None:
     bench = attributed(THREE, total=8500)
     bench.stolen = 3000
     bench.resident("tts", used=50)
     bench.resident("stt", used=10)
-    with caplog.at_level(logging.INFO), pytest.raises(InsufficientVram):
+    with pytest.raises(InsufficientVram):
         bench.make_room("llm")
-    assert outcome(caplog) == [("http", "stolen")]
+    assert outcome(bench) == [("http", "stolen")]
     assert bench.registry.get("tts").quarantine == ""
     assert bench.registry.get("stt").loaded  # its 2000 would not be enough either
 
@@ -1641,9 +1640,7 @@ def test_an_eviction_in_a_gap_is_judged_when_that_is_over() -> None:
     assert "tts" not in bench.holds
 
 
-def test_what_it_holds_is_measured_when_the_wait_is_over(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_what_it_holds_is_measured_when_the_wait_is_over() -> None:
     """A render of somebody else took more than was there before it."""
     bench = attributed(telling("aborts"), total=9000)
     bench.resident("tts", used=50)
@@ -1654,10 +1651,9 @@ def test_what_it_holds_is_measured_when_the_wait_is_over(
             bench.holds["tts"] = 4000
 
     bench.on_pause = it_takes_more
-    with caplog.at_level(logging.INFO):
-        bench.make_room("llm")
-    (event,) = [vars(each) for each in caplog.records if each.message == "evicted"]
-    assert (event["mib"], event["expected_mib"]) == (4000, 4000)
+    bench.make_room("llm")
+    (event,) = evictions(bench)
+    assert (event.mib, event.expected_mib) == (4000, 4000)
 
 
 def test_who_works_for_somebody_else_is_waited_for_before_a_job_is_tried_with_less() -> None:
@@ -1681,13 +1677,11 @@ def test_what_was_seen_to_stay_does_not_keep_a_job_from_being_tried_alone() -> N
     assert bench.calls == ["unload tts"]
 
 
-def test_a_job_that_is_tried_all_the_same_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_job_that_is_tried_all_the_same_is_told_of() -> None:
     bench = attributed({**THREE, "llm": {"vram_resident_mib": 6900}}, total=7000)
     assert bench.room.preview("llm").fits
-    with caplog.at_level(logging.INFO):
-        bench.make_room("llm")
-    (told,) = [vars(each) for each in caplog.records if each.message == "tried all the same"]
-    assert (told["consumer"], told["needed_mib"], told["short_mib"]) == ("llm", 6900, 100)
+    bench.make_room("llm")
+    assert TriedAnyway(consumer="llm", needed_mib=6900, short_mib=100) in bench.told
 
 
 def test_a_card_that_is_gone_for_long_is_not_waited_for() -> None:

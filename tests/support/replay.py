@@ -23,6 +23,7 @@ from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.scheduling.room import RoomMaker
 from tests.support.clock import FakeClock
+from tests.support.events import ignore
 
 CARD_MIB = 12_000
 SAMPLE_S = 1.0
@@ -110,6 +111,7 @@ class Replay:
             self.measure,
             lambda name: None,
             self.clock,
+            ignore,
             self.queue.upcoming,
         )
         self.told: list[Told] = []

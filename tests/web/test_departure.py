@@ -11,6 +11,7 @@ import yaml
 from gpumanager.clock import SystemClock
 from gpumanager.config import ConsumerConfig, parse_config
 from gpumanager.errors import BrokerError, Cancelled, ConsumerUnreachable
+from gpumanager.events import CancelFailed, Event, StillBusy
 from gpumanager.web import departure
 from gpumanager.web.departure import Departure
 from tests.support.threads import PATIENCE_S, Outcome, eventually
@@ -57,6 +58,7 @@ class FakeCalls:
         self.answer = threading.Event()
         self.answer.set()
         self.busy_answers: list[bool | BrokerError | None] = []
+        self.told_of: list[Event] = []
 
     def cancel(self, name: str) -> None:
         self.told.release()
@@ -74,7 +76,7 @@ def make(**consumer: Any) -> tuple[Departure, FakeExchange, FakeCalls]:
     document = {"consumers": {"m": {"url": "http://127.0.0.1:1", **consumer}}}
     config: ConsumerConfig = parse_config(yaml.safe_dump(document)).consumers["m"]
     exchange, calls = FakeExchange(), FakeCalls()
-    made = Departure("m", config, exchange, calls, SystemClock())  # type: ignore[arg-type]
+    made = Departure("m", config, exchange, calls, SystemClock(), calls.told_of.append)  # type: ignore[arg-type]
     return made, exchange, calls
 
 
@@ -230,16 +232,15 @@ def test_one_that_was_not_even_reached_is_at_rest() -> None:
     assert not calls.told.acquire(blocking=False)
 
 
-def test_one_that_was_told_is_given_time_to_end_even_if_its_own_is_up(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    one, exchange, _ = make(**TOLD, timeouts={"total": 0.001})
+def test_one_that_was_told_is_given_time_to_end_even_if_its_own_is_up() -> None:
+    one, exchange, calls = make(**TOLD, timeouts={"total": 0.001})
     threading.Event().wait(0.01)
     exchange.end(timed_out=True)
     exchange.ends = False
     one.settle()
     assert exchange.did == ["await its end"]
-    assert "still busy" in caplog.text
+    failed = CancelFailed(consumer="m", reason="answered 500")
+    assert calls.told_of == [failed, StillBusy(consumer="m")]
 
 
 def test_without_a_thread_to_be_had_the_jobs_own_tells_the_consumer(

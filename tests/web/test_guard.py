@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gpumanager.clock import SystemClock
-from gpumanager.events import EventLog
 from gpumanager.web.guard import Guard
 from gpumanager.web.record import record_of, shown
+from tests.support.events import ignore
 
 ENVIRON = {"REQUEST_METHOD": "POST", "PATH_INFO": "/v1/tts", "HTTP_X_REQUEST_ID": "abc"}
 App = Callable[[dict[str, Any], Any], Any]
@@ -32,7 +32,7 @@ class Server:
             record_of(environ).stack.callback(lambda: self.given_back.append("gpu"))
             return app(environ, start_response)
 
-        self.guard = Guard(holding, SystemClock(), EventLog(SystemClock()))
+        self.guard = Guard(holding, SystemClock(), ignore)
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         self.status, self.headers = status, headers

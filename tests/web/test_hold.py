@@ -13,7 +13,7 @@ from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.config import parse_config
 from gpumanager.errors import ConsumerTimeout, ConsumerUnhealthy, ConsumerUnreachable
-from gpumanager.events import EventLog
+from gpumanager.events import Event
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
@@ -23,6 +23,7 @@ from gpumanager.web.place import Places
 from gpumanager.web.record import RequestRecord
 from gpumanager.web.security import Keyring
 from tests.support.clock import FakeClock
+from tests.support.events import ignore
 from tests.web.test_departure import FakeCalls, FakeExchange
 
 OVERDUE = ConsumerTimeout("no answer within 5 s", consumer="m")
@@ -35,8 +36,8 @@ class Held:
         document = {"consumers": {"m": {"url": "http://127.0.0.1:1", **consumer}}}
         self.clock = FakeClock()
         self.registry = Registry({"m": True}, self.clock)
-        self.breakers = Breakers(self.clock)
-        self.events = EventLog(self.clock)
+        self.events: list[Event] = []
+        self.breakers = Breakers(self.clock, ignore)
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
         self.after: list[str] = []
         means = Means(
@@ -46,12 +47,12 @@ class Held:
             breakers=self.breakers,
             calls=FakeCalls(),
             clock=self.clock,
-            events=self.events,
+            emit=self.events.append,
             after_job=self.after.append,
         )
         config = parse_config(yaml.safe_dump(document))
         places = Places(config, self.registry, self.scheduler, Keyring([]))
-        self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0)
+        self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0, ignore)
         self.exchange: Any = FakeExchange()
         self.hold = Hold(means, places.open("m"), self.record)
         self.hold.take_ticket(Job("m", "tts")).wait()
@@ -76,8 +77,8 @@ class Held:
         assert self.registry.get("m").active == 0
         self.registry.reshape({}, ["m"], list)  # nobody works with the consumer
         assert self.after == ["m"]
-        (event,) = self.events.since(0).events
-        return dict(event.fields)
+        (event,) = self.events
+        return event.fields
 
 
 def test_a_job_that_never_began_gives_up_its_place() -> None:
@@ -85,7 +86,7 @@ def test_a_job_that_never_began_gives_up_its_place() -> None:
     job.hold.end()
     job.hold.end()
     assert job.on_the_gpu == 0
-    assert job.events.since(0).events == ()
+    assert job.events == []
     job.registry.reshape({}, ["m"], list)
 
 

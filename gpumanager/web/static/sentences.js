@@ -23,7 +23,7 @@ const advice = (code) => (CODES[code] ?? ["", ""])[1];
 
 /** How the memory came back: [sentence, advice]. */
 function evicted(e) {
-  const how = METHODS[e.method ?? e.rung] ?? e.method ?? e.rung ?? "a call";
+  const how = METHODS[e.rung] ?? e.rung;
   const whom = e.target && e.target !== e.consumer ? ` to make room for ${e.target}` : "";
   const began = `${e.consumer} was unloaded${whom}`;
   const took = e.ms === undefined ? "" : ` in ${lasting(e.ms)}`;
@@ -63,8 +63,13 @@ const changed = (e) => ["added", "removed", "changed", "keys"].filter((what) => 
 
 const SENTENCES = {
   job, evicted,
-  eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method ?? e.rung] ?? "its method"}: ${e.reason}.`,
+  eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.rung] ?? "its method"}: ${e.reason}.`,
     "Its next eviction method is tried; see evict in the config."],
+  left_alone: (e) => [`${e.consumer} was not unloaded for ${e.target}, since it works on a job of somebody else.`, ""],
+  loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else while it was unloaded, and is asked once more.`,
+    "Find out who uses it without the broker."],
+  tried_anyway: (e) => [`${e.consumer} is tried though ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
+  came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, is back by somebody else's doing.`, ""],
   loaded: (e) => [`${e.consumer} was loaded in ${lasting(e.ms)}.`, ""],
   brought_back: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
@@ -84,7 +89,8 @@ const SENTENCES = {
   truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
   quarantined: (e) => [`${e.consumer} keeps its memory, whatever was tried: ${e.reason}.`,
     "Restart it, or unload it here to try once more."],
-  still_busy: (e) => [`${e.consumer} works on, though its client has left.`, "The GPU stays held until it is done."],
+  still_busy: (e) => [`${e.consumer} still worked on a job when its time was up; the GPU went to the next all the same.`,
+    "Raise timeouts.total, if such jobs take so long."],
   cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The GPU stays held until it is done."],
   housekeeping_failed: (e) => [`${e.consumer} could not be ${e.what === "restore" ? "loaded again in a quiet time" : "unloaded for being idle"}: ${e.reason}.`, ""],
   pinned: (e) => [`${e.consumer} was pinned: it is not evicted.`, ""],
