@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpumanager.cli.group import CONFIG_HELP, config_file, key_option, main
-from gpumanager.config import Config, ConfigError, load_config
+from gpumanager.config import CONFIG_ENV, Config, ConfigError, load_config
 from gpumanager.keys import KeysError, load_keys
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ _SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "
 )
 @key_option
 def doctor(path: str | None, key: str | None) -> None:
-    """What is wrong with this box: driver, other brokers, open ports, services that do not
-    release. Exit code 1 if anything is bad."""
+    """What is wrong with this box: driver, other brokers, open ports, consumers that do not
+    release. Without --config it is about the broker that runs. Exit code 1 if anything is bad."""
     file = config_file(path)
     try:
         config = load_config(file)
+        if path is None and (other := _of_running_broker(config, file, key)) is not None:
+            file, config = other, load_config(other)
         keys = len(load_keys(os.environ, config.auth.keys_file))
     except (ConfigError, KeysError) as error:
         click.echo(str(error), err=True)
@@ -46,6 +48,19 @@ def doctor(path: str | None, key: str | None) -> None:
             click.echo(f"    → {finding.remedy}")
         levels.add(finding.level)
     sys.exit(1 if "bad" in levels else 0)
+
+
+def _of_running_broker(config: Config, file: str, key: str | None) -> str | None:
+    """The config that the broker at this config's address was started from, where that is another
+    one: nobody has said which is meant, and that one is in use."""
+    from gpumanager.setup.brokers import RunningBroker, occupant
+
+    if os.environ.get(CONFIG_ENV):
+        return None
+    there = occupant(config, key)
+    if not isinstance(there, RunningBroker) or there.config_file is None or there.serves(file):
+        return None
+    return there.config_file if os.path.exists(there.config_file) else None
 
 
 def _findings(config: Config, file: str, keys: int, key: str | None) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ ELSEWHERE = {
     r"pipx uninstall m?gpumanager": "would need pipx",
     r"git pull": "would change what is tested",
     r"(systemctl|rm) .*": "is about the user's own home",
+    r"gpumanager check ~/\.config/.*": "tests/test_cli.py",
     r"docker compose .*": "tests/test_deploy.py checks the file; there may be no engine",
     r"gpumanager setup.*": "tests/integration/test_setup.py",
     r"GPUMANAGER_API_KEYS=.* gpumanager serve": "tests/integration/test_serving.py",

@@ -469,6 +469,14 @@ def test_what_setup_wrote_is_found_by_serve_check_and_doctor(box: Box, tmp_path:
     assert f"config: {box.config}" in done.stdout
     assert "3 consumers are well" in done.stdout
     assert "taken by" not in done.stdout
+    # In a clone the example's config is found first; the one in use is what counts.
+    clone = tmp_path / "clone"
+    (clone / "config").mkdir(parents=True)
+    (clone / "config" / "consumers.yaml").write_text(f"listen: 127.0.0.1:{box.port}\n")
+    done = box.run("doctor", cwd=clone)
+    assert f"config: {box.config}" in done.stdout
+    done = box.run("doctor", "--config", "config/consumers.yaml", cwd=clone)
+    assert "is taken by a broker with the config" in done.stdout
 
 
 def test_doctor_counts_brokers_by_what_they_serve(box: Box) -> None:
