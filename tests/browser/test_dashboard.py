@@ -323,6 +323,23 @@ def test_load_power_and_temperature_show_where_the_card_tells(opened: Open) -> N
         it.broker.delete("/v1/queue/1")
 
 
+@pytest.mark.parametrize("measured", [True, False], ids=["lost", "never had"])
+def test_a_card_that_is_lost_needs_attention_and_one_without_a_driver_does_not(
+    opened: Open, measured: bool
+) -> None:
+    def unmeasured(status: dict[str, Any]) -> None:
+        status["gpu"] |= {"source": "ledger", "err": "NVML: Shared Library Not Found"}
+        if not measured:
+            del status["gpu"]["last_sample"]
+
+    with scene() as it:
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, unmeasured)
+        page.wait("#gpu-err", "Shared Library Not Found")
+        wrong = "1 thing needs" if measured else "Nothing needs your attention"
+        page.wait("#attention", wrong)
+
+
 def test_every_event_has_its_sentence(opened: Open) -> None:
     happened: list[dict[str, Any]] = [
         {"event": "evicted", "target": "ollama", "rung": "http", "outcome": outcome, "mib": 2800,

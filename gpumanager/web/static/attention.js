@@ -24,7 +24,9 @@ export function troubles(status, now) {
     found.push({key: c.name, tone: state.tone, remedy: REMEDIES[state.word] ?? "",
       text: `${c.name}: ${[state.word, state.when].filter(Boolean).join(" ")}${state.why ? ": " + state.why : ""}`});
   }
-  if (gpu.err) found.push({key: "gpu", tone: "warn", text: `The card: ${gpu.err}`, remedy: "gpumanager doctor says why."});
+  // Where the card was never measured and the declared figures decide, somebody chose it so.
+  const chosen = gpu.source === "ledger" && !gpu.last_sample;
+  if (gpu.err && !chosen) found.push({key: "gpu", tone: "warn", text: `The card: ${gpu.err}`, remedy: "gpumanager doctor says why."});
   else if (gpu.source === "unknown") {
     found.push({key: "gpu", tone: "warn", text: "The card's size is not known, so nothing is decided by memory.",
       remedy: "Set gpu.total_mib in the config."});
