@@ -21,7 +21,6 @@ from gpumanager.errors import (
     ConsumerTimeout,
     ConsumerUnhealthy,
     ConsumerUnreachable,
-    InsufficientVram,
     NoConsumer,
 )
 from gpumanager.events import BroughtBack, Emit, Loaded, TriedAnyway
@@ -33,6 +32,7 @@ from gpumanager.scheduling.census import Census, Look
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.evictor import Controls, Evictor, Parks
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
+from gpumanager.scheduling.refusal import refusal, short_mib
 from gpumanager.scheduling.rest import BUSY_LIMIT_S
 from gpumanager.scheduling.settling import FIRST_POLL_S, LONGEST_POLL_S
 from gpumanager.scheduling.victims import Resident, candidates
@@ -278,7 +278,14 @@ class RoomMaker:
                 if now.plan.attempt:
                     self._note_attempt(now)
                     break
-                raise self._insufficient(now, leaking)
+                raise refusal(
+                    self._config,
+                    now,
+                    self._census,
+                    self._registry.snapshot(),
+                    self._measure(),
+                    leaking,
+                )
             victim = now.plan.victims[0]
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
@@ -391,39 +398,6 @@ class RoomMaker:
             TriedAnyway(
                 consumer=now.target,
                 needed_mib=now.needed_mib,
-                short_mib=_short(now, self._config.gpu.reserved_mib),
+                short_mib=short_mib(now, self._config.gpu.reserved_mib),
             )
         )
-
-    def _insufficient(self, now: Look, leaking: Sequence[str] = ()) -> InsufficientVram:
-        target = now.target
-        why = "".join(f"{name} was unloaded, but gave nothing back; " for name in leaking)
-        return InsufficientVram(
-            f"{why}{target} needs {now.needed_mib} MiB and is "
-            f"{now.plan.short_mib or _short(now, self._config.gpu.reserved_mib)} MiB short: "
-            f"{now.balance.free_mib} of {now.balance.total_mib} MiB are free, "
-            f"{self._config.gpu.reserved_mib} of them reserved; "
-            f"held by {', '.join(self._holders(target)) or 'nobody'}",
-            consumer=target,
-            retry_after=self._config.health_interval,
-        )
-
-    def _holders(self, target: str) -> list[str]:
-        """Who holds the memory, for a person to read: consumers, then the largest of the others."""
-        census = self._census
-        states, reading = self._registry.snapshot(), self._measure()
-        figures = census.held(states, reading)
-        named = {name: each.mib for name, each in figures.items() if each.mib}
-        listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name != target]
-        others = census.balance(states, reading).used_mib - sum(named.values())
-        holdings = None if reading is None else reading.holdings
-        for process in () if holdings is None else holdings.foreign:
-            listed.append(f"{process.name or 'process'} (pid {process.pid}) {process.mib} MiB")
-            others -= process.mib
-        if others > 0:
-            listed.append(f"others {others} MiB")
-        return listed
-
-
-def _short(now: Look, reserved_mib: int) -> int:
-    return now.needed_mib - now.held_mib - (now.balance.free_mib - reserved_mib)
