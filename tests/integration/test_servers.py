@@ -706,6 +706,7 @@ def test_one_that_leaks_is_quarantined_and_the_next_goes(card: SimulatedCard) ->
         assert not status_of(broker, "small")["loaded"]
 
 
+@pytest.mark.usefixtures("impatient")
 def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it(card: SimulatedCard) -> None:
     consumers = {
         "leaky": {"fake": "plain", "mib": 4000},
@@ -724,6 +725,13 @@ def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it(card: Simulat
         assert status_of(broker, "small")["loaded"]
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's job waits for memory that is overdue."""
+    monkeypatch.setattr("gpumanager.scheduling.census.LATE_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_vllm_that_was_slow_once_is_asked_again(card: SimulatedCard) -> None:
     """It keeps more than a bare process, which is no reason to stay in quarantine."""
     settled = {"path": "/is_sleeping", "until": "is_sleeping == `true`", "timeout": 0.5}
