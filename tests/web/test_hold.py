@@ -4,11 +4,13 @@ what becomes of the job."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import gpumanager
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
 from gpumanager.config import parse_config
@@ -197,3 +199,14 @@ def test_one_whose_following_could_not_even_begin_is_over_with_its_request() -> 
         job.hold.follow(fail)
     job.hold.end()
     job.is_over()
+
+
+def test_nothing_else_gives_the_gpu_back() -> None:
+    """A ticket is closed by its place alone, and a place given up by who opened it: a hold, or an
+    operator's call, which has no job to settle."""
+    package = Path(gpumanager.__file__).parent
+    sources = {path.name: path.read_text("utf-8") for path in (package / "web").rglob("*.py")}
+    closing = {name for name, text in sources.items() if "ticket.close" in text}
+    giving_up = {name for name, text in sources.items() if "place.give_up(" in text}
+    assert closing == {"place.py"}
+    assert giving_up == {"hold.py", "operations.py"}
