@@ -3,7 +3,8 @@
 
 - config.md from the config's models,
 - presets.md from the presets' files and what setup knows of the servers,
-- http.md from the OpenAPI description and the error classes.
+- http.md from the OpenAPI description and the error classes,
+- events.md from the declared events.
 
 A test fails while a page is not what this writes.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import MISSING
 from importlib.resources import files
 from inspect import getdoc
 from pathlib import Path
@@ -23,6 +25,7 @@ from pydantic import BaseModel
 from gpumanager import __version__
 from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
+from gpumanager.events import EVENTS, FIELDS, PRIVATE, fields_of
 from gpumanager.setup.services import known_services
 from gpumanager.web.openapi import describe
 
@@ -58,7 +61,12 @@ TITLES = {
 
 def pages() -> dict[str, str]:
     """The text of every page by its file's name."""
-    return {"config.md": config_page(), "presets.md": presets_page(), "http.md": http_page()}
+    return {
+        "config.md": config_page(),
+        "presets.md": presets_page(),
+        "http.md": http_page(),
+        "events.md": events_page(),
+    }
 
 
 # -- the config ----------------------------------------------------------------------------------
@@ -285,7 +293,9 @@ def http_page() -> str:
     parts += ["## Fields\n"]
     for name, shape in document["components"]["schemas"].items():
         if shape.get("properties"):
-            parts += [f"### {name}\n", "| Field | Type | Always there |", "|---|---|---|"]
+            parts.append(f"### {name}\n")
+            parts += [shape["description"] + "\n"] if "description" in shape else []
+            parts += ["| Field | Type | Always there |", "|---|---|---|"]
             for key, each in shape["properties"].items():
                 there = "yes" if key in shape.get("required", ()) else "no"
                 parts.append(f"| `{key}` | {_type(each)} | {there} |")
@@ -314,6 +324,48 @@ def _type(shape: dict[str, Any]) -> str:
     kinds = kind if isinstance(kind, list) else [kind]
     time = " (RFC 3339)" if shape.get("format") == "date-time" else ""
     return " or ".join(str(each) for each in kinds) + time
+
+
+# -- events --------------------------------------------------------------------------------------
+
+
+def events_page() -> str:
+    """Every event, and every field of one."""
+    described = describe(parse_config("{}"), __version__, keys=False)["components"]["schemas"]
+    parts = [
+        WRITTEN,
+        "# Events\n",
+        "What the broker tells of: in `/v1/events`, in `events.file`, in `gpumanager events` and "
+        "on the dashboard, and, under the logger `gpumanager.events`, in the log. `/metrics`, "
+        "`/v1/trace` and OpenTelemetry's spans are made from the same. In JSON each is a flat "
+        "object: `number`, which rises by one, `time`, `event`, `level`, and the fields below. "
+        "Those in parentheses are left out where there is nothing to say. Where a reader has "
+        "missed events that are kept no more, `events.file` and `gpumanager events --json` have "
+        '`{"event": "missed", "count": …}` in their place.\n',
+        "| Event | Level | When | Fields | In the log as |",
+        "|---|---|---|---|---|",
+    ]
+    types: dict[str, str] = {}
+    for event, shape in zip(EVENTS.values(), described["Event"]["oneOf"], strict=True):
+        del shape["properties"]["event"]
+        types |= {name: _type(each) for name, each in shape["properties"].items()}
+        fields = ", ".join(
+            f"(`{name}`)" if each.default is not MISSING else f"`{name}`"
+            for name, each in fields_of(event).items()
+        )
+        logged = "the request's own line" if event.message is None else f"`{event.message}`"
+        cells = (f"`{event.name}`", event.usual_level, shape["description"], fields, logged)
+        parts.append(f"| {' | '.join(cells)} |")
+    parts += [
+        "\n## Fields\n",
+        "The same name says the same in every event. A key with the role `client` sees "
+        f"{', '.join(f'`{name}`' for name in sorted(PRIVATE))} in events of its own jobs only.\n",
+        "| Field | Type | What |",
+        "|---|---|---|",
+        *(f"| `{name}` | {types[name]} | {said} |" for name, said in FIELDS.items()),
+        "",
+    ]
+    return "\n".join(parts)
 
 
 def main() -> None:

@@ -103,7 +103,12 @@ class Breakers:
             )
         if pause:
             self._emit(
-                BreakerOpen(consumer=name, failures=failures, pause_s=pause, reason=reason or None)
+                BreakerOpen(
+                    consumer=name,
+                    failures=failures,
+                    pause_ms=round(pause * 1000),
+                    reason=reason or None,
+                )
             )
 
     def abandoned(self, name: str) -> None:

@@ -38,29 +38,27 @@ FIELDS = {
     "run_ms": "time that the job held the GPU after that",
     "ms": "how long it took",
     "target": "the consumer that room was made for; the same one, if it was just to be unloaded",
-    "rung": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
+    "method": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
     "outcome": "what became of its memory",
     "mib": "what it gave back",
     "expected_mib": "what it was to give back",
-    "thief": "who took the memory that it gave back",
+    "taken_by": "who took the memory that it gave back",
     "reason": "why, in words",
-    "seconds": "after so long it is asked again",
     "models": "the models, by name",
     "failures": "how many in a row",
-    "pause_s": "for so long its jobs are refused",
-    "room_was_mib": "what the consumer held, and what was free",
+    "pause_ms": "for so long it is left alone: sent no jobs, or not asked to unload",
+    "available_mib": "what the consumer held, and what was free",
     "needed_mib": "what was taken for enough",
     "short_mib": "what is missing by the figures",
     "how": "`resumed`: the same process; `replaced`: another one",
-    "what": "`restore` or `idle-unload`",
     "added": "consumers that the config has now",
     "removed": "consumers that it has no more",
     "changed": "consumers with other settings",
     "keys": "other keys that were changed",
-    "timeout_s": "what running jobs are given to finish",
+    "timeout_ms": "what running jobs are given to finish",
     "version": "the broker's version",
 }
-"""What each field says. Names tell the unit: `_ms` (or just `ms`), `_s`, `_mib` (or just `mib`)."""
+"""What each field says. Names tell the unit: `_ms` (or just `ms`), `_mib` (or just `mib`)."""
 
 PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
 """Fields that tell who somebody is."""
@@ -179,7 +177,7 @@ class Refused(Event):
         return self.consumer is not None
 
 
-@declared("truncated", "answer truncated", "warning")
+@declared("answer_truncated", "answer truncated", "warning")
 class AnswerTruncated(Event):
     """An answer broke off after its beginning had been sent."""
 
@@ -211,7 +209,7 @@ class OutOfMemory(Event):
     """A job ran out of the card's memory."""
 
     consumer: str
-    room_was_mib: int
+    available_mib: int
     needed_mib: int
 
 
@@ -221,11 +219,11 @@ class OutOfMemoryDoubted(Event):
     another card's memory, or the machine's. Nothing is done about it."""
 
     consumer: str
-    room_was_mib: int
+    available_mib: int
     needed_mib: int
 
 
-@declared("healed", "out of memory healed")
+@declared("out_of_memory_healed", "out of memory healed")
 class OutOfMemoryHealed(Event):
     """A job that ran out of memory was run once more, alone on the card, and succeeded."""
 
@@ -242,12 +240,12 @@ class Evicted(Event):
 
     consumer: str
     target: str
-    rung: str
+    method: str
     outcome: Outcome
     mib: int
     expected_mib: int
     ms: int
-    thief: str | None = None
+    taken_by: str | None = None
 
     @property
     def level(self) -> Level:
@@ -261,7 +259,7 @@ class EvictionFailed(Event):
 
     consumer: str
     target: str
-    rung: str
+    method: str
     reason: str
 
 
@@ -272,11 +270,11 @@ class Quarantined(Event):
 
     consumer: str
     reason: str
-    seconds: int
+    pause_ms: int
 
 
-@declared("left_alone", "left alone at work")
-class LeftAlone(Event):
+@declared("eviction_skipped", "eviction skipped")
+class EvictionSkipped(Event):
     """A consumer was not unloaded, since it works on a job of somebody else: another one is."""
 
     consumer: str
@@ -307,8 +305,8 @@ class Loaded(Event):
     ms: int
 
 
-@declared("brought_back", "brought back")
-class BroughtBack(Event):
+@declared("resumed", "resumed")
+class Resumed(Event):
     """A consumer that the broker had stopped was started again."""
 
     consumer: str
@@ -320,8 +318,8 @@ class HousekeepingFailed(Event):
     """What is done in quiet times could not be done: unload who is idle, or load again who is to
     be resident."""
 
-    what: str
     consumer: str
+    kind: str
     reason: str
 
 
@@ -359,7 +357,7 @@ class BreakerOpen(Event):
 
     consumer: str
     failures: int
-    pause_s: float
+    pause_ms: int
     reason: str | None = None
 
 
@@ -378,14 +376,14 @@ class OnCpu(Event):
     models: str
 
 
-@declared("gpu_lost", "gpu unavailable", "warning")
+@declared("gpu_unavailable", "gpu unavailable", "warning")
 class GpuUnavailable(Event):
     """The card cannot be measured any more, or not whole."""
 
     reason: str
 
 
-@declared("gpu_found", "gpu available")
+@declared("gpu_available", "gpu available")
 class GpuAvailable(Event):
     """The card can be measured again."""
 
@@ -404,10 +402,10 @@ class Started(Event):
 class Draining(Event):
     """The broker shuts down: it refuses new jobs, and finishes those that run."""
 
-    timeout_s: float
+    timeout_ms: int
 
 
-@declared("reloaded", "config reloaded")
+@declared("config_reloaded", "config reloaded")
 class ConfigReloaded(Event):
     """The config was read anew and applied."""
 
@@ -417,7 +415,7 @@ class ConfigReloaded(Event):
     keys: tuple[str, ...] = ()
 
 
-@declared("not_reloaded", "config not reloaded", "error")
+@declared("config_not_reloaded", "config not reloaded", "error")
 class ConfigNotReloaded(Event):
     """The config was read anew after a SIGHUP, and not applied."""
 

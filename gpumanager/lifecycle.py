@@ -56,7 +56,7 @@ class Lifecycle:
         self._draining.set()
         self._when_draining()
         timeout = self._drain_timeout()
-        self._emit(Draining(timeout_s=timeout))
+        self._emit(Draining(timeout_ms=round(timeout * 1000)))
         self._scheduler.drain()
         finished = self._scheduler.wait_idle(timeout)
         if not finished:

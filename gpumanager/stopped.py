@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.events import BroughtBack, Evicted, Loaded, Recorded
+from gpumanager.events import Evicted, Loaded, Recorded, Resumed
 from gpumanager.model import ConsumerState, Parked
 from gpumanager.processes import still_there, with_birth
 from gpumanager.registry import Registry
@@ -48,12 +48,12 @@ class Stopped:
     def concerned(self, recorded: Recorded) -> bool:
         """Whether what happened may have changed what `now` says."""
         event = recorded.event
-        if not isinstance(event, Evicted | Loaded | BroughtBack):
+        if not isinstance(event, Evicted | Loaded | Resumed):
             return False
         consumer = self._config.consumers.get(event.consumer)
         if consumer is None:
             return False
-        stopped = isinstance(event, Evicted) and event.rung != UNLOADED
+        stopped = isinstance(event, Evicted) and event.method != UNLOADED
         return stopped or _can_be_loaded(consumer)
 
 

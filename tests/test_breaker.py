@@ -98,7 +98,7 @@ def test_opening_and_closing_are_events(breakers: Breakers, told: list[Event]) -
     breakers.succeeded("mvoice")
     breakers.succeeded("mvoice")
     assert told == [
-        BreakerOpen(consumer="mvoice", failures=FAILURES_TO_OPEN, pause_s=1.0),
+        BreakerOpen(consumer="mvoice", failures=FAILURES_TO_OPEN, pause_ms=1000),
         BreakerClosed(consumer="mvoice"),
     ]
 

@@ -73,13 +73,13 @@ def test_it_is_unloaded_still_if_its_process_is_the_same(
 @pytest.mark.parametrize(
     ("event", "concerned"),
     [
-        (evicted("sglang", rung="http"), True),
+        (evicted("sglang", method="http"), True),
         (Loaded(consumer="sglang", ms=1), True),
-        (evicted("lazy", rung="http"), False),
-        (evicted("lazy", rung="unit"), True),
+        (evicted("lazy", method="http"), False),
+        (evicted("lazy", method="unit"), True),
         (Healthy(consumer="sglang"), False),
-        (evicted("removed", rung="unit"), False),
-        (Draining(timeout_s=1), False),
+        (evicted("removed", method="unit"), False),
+        (Draining(timeout_ms=1), False),
     ],
 )
 def test_what_is_worth_writing_at_once(event: Event, concerned: bool) -> None:

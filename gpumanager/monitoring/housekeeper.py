@@ -123,7 +123,7 @@ class Housekeeper:
                     ticket.close()
         except BrokerError as error:
             self._emit(
-                HousekeepingFailed(what=job.kind, consumer=job.consumer, reason=error.message)
+                HousekeepingFailed(consumer=job.consumer, kind=job.kind, reason=error.message)
             )
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_MS = 2000
-_PHASES = ("line", "prepare", "run")
+_PHASES = ("queue", "prepare", "run")
 
 
 class Tracing:

@@ -14,7 +14,14 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Rung
 from gpumanager.errors import BrokerError, ConsumerUnreachable
-from gpumanager.events import Emit, Evicted, EvictionFailed, LeftAlone, LoadedMeanwhile, Quarantined
+from gpumanager.events import (
+    Emit,
+    Evicted,
+    EvictionFailed,
+    EvictionSkipped,
+    LoadedMeanwhile,
+    Quarantined,
+)
 from gpumanager.learning import Learned
 from gpumanager.model import CONTEXT_MIB, MemoryReading, Parked, ProbeReport
 from gpumanager.registry import Registry
@@ -130,7 +137,7 @@ class Evictor:
                     EvictionFailed(
                         consumer=name,
                         target=ticket.job.consumer,
-                        rung=rung.name,
+                        method=rung.name,
                         reason=error.message,
                     )
                 )
@@ -172,7 +179,7 @@ class Evictor:
         most = round(MOST * release.expected_mib)
         ends_mib = max(CONTEXT_MIB, (held or 0) + release.mib - most)
         seconds = self._registry.quarantine(name, reason, ends_mib)
-        self._emit(Quarantined(consumer=name, reason=reason, seconds=round(seconds)))
+        self._emit(Quarantined(consumer=name, reason=reason, pause_ms=round(seconds * 1000)))
 
     def _last_seen(self) -> MemoryReading | None:
         """The card as it was before it went out of view, if that was just now and may pass."""
@@ -181,7 +188,7 @@ class Evictor:
         return gpu.last if self._clock.monotonic() - seen_at <= GAP_S else None
 
     def _left_alone(self, name: str, ticket: Ticket) -> Release:
-        self._emit(LeftAlone(consumer=name, target=ticket.job.consumer))
+        self._emit(EvictionSkipped(consumer=name, target=ticket.job.consumer))
         return Release("busy")
 
     def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
@@ -220,11 +227,11 @@ class Evictor:
             Evicted(
                 consumer=name,
                 target=target,
-                rung=rung.name,
+                method=rung.name,
                 outcome=release.outcome,
                 mib=release.mib,
                 expected_mib=release.expected_mib,
                 ms=round(release.seconds * 1000),
-                thief=release.thief or None,
+                taken_by=release.thief or None,
             )
         )

@@ -23,7 +23,7 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     NoConsumer,
 )
-from gpumanager.events import BroughtBack, Emit, Loaded, TriedAnyway
+from gpumanager.events import Emit, Loaded, Resumed, TriedAnyway
 from gpumanager.learning import Learned
 from gpumanager.ledger import held
 from gpumanager.model import MemoryReading
@@ -357,7 +357,7 @@ class RoomMaker:
             if not resumed:
                 self._await_ready(target, ticket)
         self._registry.unpark(target, resumed=resumed)
-        self._emit(BroughtBack(consumer=target, ms=self._note_load(target, began)))
+        self._emit(Resumed(consumer=target, ms=self._note_load(target, began)))
 
     def _await_ready(self, target: str, ticket: Ticket) -> None:
         limit = self._config.consumers[target].ready_timeout

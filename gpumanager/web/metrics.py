@@ -25,7 +25,6 @@ from prometheus_client.registry import Collector
 from gpumanager.config import Config
 from gpumanager.errors import ClientGone
 from gpumanager.events import (
-    BroughtBack,
     Event,
     Evicted,
     JobEnded,
@@ -34,6 +33,7 @@ from gpumanager.events import (
     OutOfMemoryHealed,
     Recorded,
     Refused,
+    Resumed,
 )
 
 MIB = 1024 * 1024
@@ -86,7 +86,7 @@ class Metrics:
             )
 
         self._jobs = counter("jobs", "Jobs that had the GPU and are over.", [*job, "outcome"])
-        self._waits = seconds("job_wait", "Time in line of jobs that got the GPU.", job)
+        self._waits = seconds("job_wait", "Time in the queue of jobs that got the GPU.", job)
         self._runs = seconds("job_run", "Time that jobs held the GPU.", job)
         self._refusals = counter(
             "refusals", "Requests answered with an error of the broker's own.", ["consumer", "code"]
@@ -106,7 +106,7 @@ class Metrics:
         )
         self._disconnects = counter(
             "disconnects",
-            "Clients that left: while in line, while their job ran, or during its answer.",
+            "Clients that left: while in the queue, while their job ran, or during its answer.",
             ["consumer", "phase"],
         )
         self._clients = Clients(snapshot) if by_client else None
@@ -139,13 +139,13 @@ class Metrics:
             case JobEnded():
                 self._take_job(event)
             case Refused(code=ClientGone.code):
-                self._disconnects.labels(event.consumer or "", "line").inc()
+                self._disconnects.labels(event.consumer or "", "queue").inc()
             case Refused():
                 self._refusals.labels(event.consumer or "", event.code).inc()
             case Evicted():
                 self._evictions.labels(event.consumer, event.outcome).inc()
                 self._releases.labels(event.consumer).observe(event.ms / 1000)
-            case Loaded() | BroughtBack():
+            case Loaded() | Resumed():
                 self._loads.labels(event.consumer).observe(event.ms / 1000)
             case OutOfMemory():
                 self._out_of_memory.labels(event.consumer).inc()
@@ -231,7 +231,7 @@ class _Now(Collector):
 
     def _line(self, status: Mapping[str, Any]) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
-            "gpumanager_queue_depth", "Jobs in line.", labels=["consumer", "kind"]
+            "gpumanager_queue_depth", "Jobs in the queue.", labels=["consumer", "kind"]
         )
         counts = dict.fromkeys(((name, kind) for kind, name in status["routing"].items()), 0)
         for entry in status["line"]:
@@ -275,7 +275,7 @@ class _Now(Collector):
         yield held
         yield GaugeMetricFamily(
             "gpumanager_gpu_measured",
-            "Whether the card's memory is measured, not reckoned.",
+            "Whether the card's memory is measured, not estimated.",
             float(gpu["source"] == "measured"),
         )
 

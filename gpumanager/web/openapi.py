@@ -4,10 +4,12 @@ it cannot fall behind them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from dataclasses import MISSING
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpumanager import errors
 from gpumanager.config import KINDS, Config
+from gpumanager.events import EVENTS, FIELDS, PRIVATE, Event, Level, fields_of
 from gpumanager.model import Outcome
 
 _KIND_WORDS = {
@@ -360,6 +362,33 @@ def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) ->
     }
 
 
+def _event(event: type[Event]) -> dict[str, Any]:
+    """What tells who somebody is, others may not see."""
+    types = get_type_hints(event)
+    fields = fields_of(event)
+    properties = {name: {**_typed(types[name]), "description": FIELDS[name]} for name in fields}
+    required = [
+        name for name, each in fields.items() if each.default is MISSING and name not in PRIVATE
+    ]
+    return {
+        "description": " ".join((event.__doc__ or "").split()),
+        "properties": {"event": {"const": event.name}, **properties},
+        "required": required,
+    }
+
+
+def _typed(hint: Any) -> dict[str, Any]:
+    """The schema of an event's field; one that may be None is left out then."""
+    choices = [each for each in get_args(hint) if each is not type(None)]
+    if get_origin(hint) is Literal:
+        return {"enum": choices}
+    if get_origin(hint) is tuple:
+        return {"type": "array", "items": _typed(choices[0])}
+    if choices:
+        return _typed(choices[0])
+    return {"type": {str: "string", int: "integer", float: "number"}[hint]}
+
+
 def _schemas() -> dict[str, Any]:
     text, flag = {"type": "string"}, {"type": "boolean"}
     times = _object(dict.fromkeys(("p50", "p95", "count"), _COUNT))
@@ -464,7 +493,18 @@ def _schemas() -> dict[str, Any]:
                 "events": {"type": "array", "items": _ref("Event")},
             }
         ),
-        "Event": _object({"number": _COUNT, "time": _TIME, "event": text, "level": text}),
+        "Event": {
+            **_object(
+                {
+                    "number": _COUNT,
+                    "time": _TIME,
+                    "event": text,
+                    "level": {"enum": list(get_args(Level))},
+                }
+            ),
+            "description": "What else there is of each event: [events.md](events.md).",
+            "oneOf": [_event(each) for each in EVENTS.values()],
+        },
         "History": _object({"samples": {"type": "array", "items": _ref("Sample")}}),
         "Sample": _object(
             {

@@ -114,11 +114,11 @@ class Shortages:
         shortage = self._assess(name, consumer)
         room, needed = shortage.room_mib, shortage.needed_mib
         if not shortage.likely:
-            self._emit(OutOfMemoryDoubted(consumer=name, room_was_mib=room, needed_mib=needed))
+            self._emit(OutOfMemoryDoubted(consumer=name, available_mib=room, needed_mib=needed))
             return None
         with self._lock:
             self._failures = replace(self._failures, seen=self._failures.seen + 1)
-        self._emit(OutOfMemory(consumer=name, room_was_mib=room, needed_mib=needed))
+        self._emit(OutOfMemory(consumer=name, available_mib=room, needed_mib=needed))
         return shortage
 
     def healed(self, shortage: Shortage) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gpumanager.events import BroughtBack, Evicted, JobEnded, Loaded, Recorded
+from gpumanager.events import Evicted, JobEnded, Loaded, Recorded, Resumed
 
-_GPU, _LINE, _MOVES = 1, 2, 3
-_TRACKS = {_GPU: "GPU", _LINE: "line", _MOVES: "evictions and loads"}
+_GPU, _QUEUE, _MOVES = 1, 2, 3
+_TRACKS = {_GPU: "GPU", _QUEUE: "queue", _MOVES: "evictions and loads"}
 
 
 def chrome_trace(events: Iterable[Recorded]) -> dict[str, Any]:
-    """Jobs as spans on the GPU's track, and their waits on the line's, one below the other;
+    """Jobs as spans on the GPU's track, and their waits on the queue's, one below the other;
     evictions and loads as spans on a track of theirs; all else as marks."""
     rows: list[dict[str, Any]] = [
         _named("process_name", pid, 0, name) for pid, name in _TRACKS.items()
@@ -26,7 +26,7 @@ def chrome_trace(events: Iterable[Recorded]) -> dict[str, Any]:
         name = f"{event.name} {args.get('consumer', '')}".strip()
         if isinstance(event, JobEnded):
             rows += _job(event, end_us, args)
-        elif isinstance(event, Evicted | Loaded | BroughtBack):
+        elif isinstance(event, Evicted | Loaded | Resumed):
             took = event.ms * 1000
             rows.append(_span(name, _MOVES, 1, end_us - took, took, args))
         else:
@@ -40,7 +40,7 @@ def _job(job: JobEnded, end_us: float, args: dict[str, Any]) -> list[dict[str, A
     wait, on_gpu = job.wait_ms * 1000, (job.prepare_ms + job.run_ms) * 1000
     granted = end_us - on_gpu
     # Whoever waits at the same time gets a row of his own: the ticket is as good as any.
-    waits = _span(name, _LINE, job.ticket, granted - wait, wait, args)
+    waits = _span(name, _QUEUE, job.ticket, granted - wait, wait, args)
     return [waits, _span(name, _GPU, 1, granted, on_gpu, args)]
 
 

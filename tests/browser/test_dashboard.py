@@ -342,28 +342,29 @@ def test_a_card_that_is_lost_needs_attention_and_one_without_a_driver_does_not(
 
 def test_every_event_has_its_sentence(opened: Open) -> None:
     happened: list[dict[str, Any]] = [
-        {"event": "evicted", "target": "ollama", "rung": "http", "outcome": outcome, "mib": 2800,
-         "expected_mib": 3000, "ms": 12, "thief": "a game (pid 7)"}
+        {"event": "evicted", "target": "ollama", "method": "http", "outcome": outcome, "mib": 2800,
+         "expected_mib": 3000, "ms": 12, "taken_by": "a game (pid 7)"}
         for outcome in ("released", "partial", "leaked", "stolen", "unverified", "gone")
     ]  # fmt: skip
     happened += [
-        {"event": "eviction_failed", "target": "ollama", "rung": "unit", "reason": "no such unit"},
-        {"event": "left_alone", "target": "ollama"},
+        {"event": "eviction_failed", "target": "ollama", "method": "unit",
+         "reason": "no such unit"},
+        {"event": "eviction_skipped", "target": "ollama"},
         {"event": "tried_anyway", "needed_mib": 2800, "short_mib": 100},
         {"event": "loaded", "ms": 2000},
-        {"event": "brought_back", "ms": 2000},
+        {"event": "resumed", "ms": 2000},
         {"event": "unhealthy", "reason": "it refused the connection"},
         {"event": "on_cpu", "models": "llama3:8b"},
-        {"event": "breaker_open", "failures": 3, "pause_s": 2.0},
-        {"event": "out_of_memory", "room_was_mib": 2800},
-        {"event": "out_of_memory_doubted", "room_was_mib": 2800, "needed_mib": 2000},
-        {"event": "gpu_lost", "reason": "power: Unknown Error"},
-        {"event": "truncated", "reason": "it closed the connection"},
+        {"event": "breaker_open", "failures": 3, "pause_ms": 2000},
+        {"event": "out_of_memory", "available_mib": 2800},
+        {"event": "out_of_memory_doubted", "available_mib": 2800, "needed_mib": 2000},
+        {"event": "gpu_unavailable", "reason": "power: Unknown Error"},
+        {"event": "answer_truncated", "reason": "it closed the connection"},
         {"event": "quarantined", "reason": "gave back 0 of 2800 MiB"},
         {"event": "cancel_failed", "reason": "it answered 500", "job": "7"},
-        {"event": "housekeeping_failed", "what": "restore", "reason": "the card is full"},
-        {"event": "not_reloaded", "reason": "consumers.voice.url: is missing"},
-        {"event": "reloaded", "changed": ["voice"]},
+        {"event": "housekeeping_failed", "kind": "restore", "reason": "the card is full"},
+        {"event": "config_not_reloaded", "reason": "consumers.voice.url: is missing"},
+        {"event": "config_reloaded", "changed": ["voice"]},
         {"event": "started", "version": "1.0"},
         {"event": "refused", "code": "insufficient_vram", "status": 503},
         {"event": "job", "kind": "tts", "client": "alice", "status": 200, "wait_ms": 2000,
@@ -372,8 +373,9 @@ def test_every_event_has_its_sentence(opened: Open) -> None:
     ]  # fmt: skip
     happened += [
         {"event": name}
-        for name in ("healthy", "breaker_closed", "healed", "gpu_found", "still_busy", "draining",
-                     "pinned", "unpinned", "loaded_meanwhile", "came_back")
+        for name in ("healthy", "breaker_closed", "out_of_memory_healed", "gpu_available",
+                     "still_busy", "draining", "pinned", "unpinned", "loaded_meanwhile",
+                     "came_back")
     ]  # fmt: skip
     with scene() as it:
         page = opened(it.broker.url)

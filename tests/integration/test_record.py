@@ -84,7 +84,7 @@ def test_refusals_are_counted_by_code_and_kept_if_they_were_for_a_consumer() -> 
         assert metric(broker, "gpumanager_refusals_total", code="not_found") == 1
 
 
-@pytest.mark.parametrize("phase", ["line", "run", "answer"])
+@pytest.mark.parametrize("phase", ["queue", "run", "answer"])
 def test_clients_that_leave_are_counted_by_phase(phase: str) -> None:
     go_on = threading.Event()
     running = threading.Event()
@@ -101,7 +101,7 @@ def test_clients_that_leave_are_counted_by_phase(phase: str) -> None:
             with broker.raw() as first:
                 first.request("POST", "/v1/tts", b"{}")
                 assert running.wait(10)
-                if phase == "line":
+                if phase == "queue":
                     with broker.raw() as second:
                         second.request("POST", "/v1/tts", b"{}")
                         broker.await_waiting(1)

@@ -84,7 +84,7 @@ def test_the_line_stays_and_what_comes_after_sees_the_new_config(setting: Settin
     assert broker.post("/v1/tts", data=b"{}").text == "/new\n"
     assert broker.get("/v1/status").json()["consumers"][0]["priority"] == 7
     events = [e["event"] for e in broker.get("/v1/events").json()["events"]]
-    assert "reloaded" in events
+    assert "config_reloaded" in events
 
 
 def test_a_consumer_can_come_and_go(setting: Setting) -> None:

@@ -185,7 +185,7 @@ def test_an_unload_that_fails_is_told_and_put_off() -> None:
     house.failing = ConsumerUnreachable("tts could not be unloaded")
     assert house.pass_time(100) == ["unload tts"]
     assert house.told[0] == HousekeepingFailed(
-        what="idle-unload", consumer="tts", reason="tts could not be unloaded"
+        consumer="tts", kind="idle-unload", reason="tts could not be unloaded"
     )
 
 
@@ -202,7 +202,7 @@ def test_a_restore_that_fails_is_tried_once_in_each_quiet_time() -> None:
     assert house.pass_time(300) == ["room for tts"]
     (failed,) = house.told
     assert isinstance(failed, HousekeepingFailed)
-    assert (failed.what, failed.consumer) == ("restore", "tts")
+    assert (failed.kind, failed.consumer) == ("restore", "tts")
     house.used("llm")
     assert house.pass_time(300) == ["room for tts"]
 

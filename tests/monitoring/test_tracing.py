@@ -37,15 +37,15 @@ def spans() -> Iterator[tuple[tracing.Tracing, Any]]:
 def test_a_jobs_spans_hang_together(spans: tuple[tracing.Tracing, Any]) -> None:
     tracer, exporter = spans
     tracer.take_note(recorded(job(traceparent=f"00-{TRACE}-{PARENT}-01")))
-    line, prepare, run, whole = exporter.get_finished_spans()
-    assert (line.name, prepare.name, run.name) == ("line", "prepare", "run")
+    waited, prepare, run, whole = exporter.get_finished_spans()
+    assert (waited.name, prepare.name, run.name) == ("queue", "prepare", "run")
     assert whole.name == "voice tts"
     assert f"{whole.context.trace_id:032x}" == TRACE
     assert f"{whole.parent.span_id:016x}" == PARENT
-    assert {each.parent.span_id for each in (line, prepare, run)} == {whole.context.span_id}
+    assert {each.parent.span_id for each in (waited, prepare, run)} == {whole.context.span_id}
     assert run.end_time == whole.end_time == int(AT.timestamp() * 1e9)
-    assert line.start_time == whole.start_time
-    lasted = [each.end_time - each.start_time for each in (line, prepare, run, whole)]
+    assert waited.start_time == whole.start_time
+    lasted = [each.end_time - each.start_time for each in (waited, prepare, run, whole)]
     assert [ns // 1_000_000 for ns in lasted] == [1500, 250, 2000, 3750]
     assert whole.attributes["gpumanager.consumer"] == "voice"
     assert whole.attributes["http.response.status_code"] == 200
@@ -123,7 +123,7 @@ def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     about = {each.key: each.value.string_value for each in resource.resource.attributes}
     assert about["service.name"] == "my-broker"
     names = [span.name for scope in resource.scope_spans for span in scope.spans]
-    assert sorted(names) == ["it tts", "line", "prepare", "run"]
+    assert sorted(names) == ["it tts", "prepare", "queue", "run"]
     assert {span.trace_id.hex() for scope in resource.scope_spans for span in scope.spans} == {
         TRACE
     }

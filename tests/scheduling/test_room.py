@@ -588,7 +588,7 @@ def test_evictions_are_events() -> None:
     bench.make_room("llm")
     (event,) = evictions(bench)
     assert (event.consumer, event.target, event.mib) == ("tts", "llm", 3000)
-    assert (event.rung, event.outcome) == ("http", "released")
+    assert (event.method, event.outcome) == ("http", "released")
 
 
 def test_what_is_assumed_gives_way_to_the_first_probes() -> None:
@@ -658,7 +658,7 @@ def evictions(bench: Bench) -> list[Evicted]:
 
 
 def outcome(bench: Bench) -> list[tuple[str, str]]:
-    return [(event.rung, event.outcome) for event in evictions(bench)]
+    return [(event.method, event.outcome) for event in evictions(bench)]
 
 
 def test_the_room_itself_is_what_the_processes_hold() -> None:

@@ -30,6 +30,6 @@ def refused(consumer: str | None, code: str = "queue_full") -> Refused:
 
 
 def evicted(consumer: str = "voice", **more: Any) -> Evicted:
-    what: dict[str, Any] = {"target": "llm", "rung": "http", "outcome": "released"}
+    what: dict[str, Any] = {"target": "llm", "method": "http", "outcome": "released"}
     figures: dict[str, Any] = {"mib": 1000, "expected_mib": 1000, "ms": 100}
     return Evicted(**{"consumer": consumer, **what, **figures, **more})

@@ -137,7 +137,7 @@ function lanes(f, view) {
       if (e.wait_ms > 50) wait(e.consumer, granted - e.wait_ms, granted);
       if (f.x(began) - f.x(granted) >= 1) block(e.consumer, granted, began, "before", words.text);
       block(e.consumer, began, e.at, words.trouble ? "failed" : "", `${clockExact(e.at)} ${words.text}`);
-    } else if (words.trouble || ["evicted", "loaded", "brought_back"].includes(e.event)) {
+    } else if (words.trouble || ["evicted", "loaded", "resumed"].includes(e.event)) {
       marks.push([e, words]);
     }
   }

@@ -23,7 +23,7 @@ const advice = (code) => (CODES[code] ?? ["", ""])[1];
 
 /** How the memory came back: [sentence, advice]. */
 function evicted(e) {
-  const how = METHODS[e.rung] ?? e.rung;
+  const how = METHODS[e.method] ?? e.method;
   const whom = e.target && e.target !== e.consumer ? ` to make room for ${e.target}` : "";
   const began = `${e.consumer} was unloaded${whom}`;
   const took = e.ms === undefined ? "" : ` in ${lasting(e.ms)}`;
@@ -34,7 +34,7 @@ function evicted(e) {
       "It is expected to keep the rest the next time, too; floor_mib in the config says so from the start."];
     case "leaked": return [`${began}, but gave back ${of} after ${how}.`,
       "Give it another eviction method that can: evict in the config."];
-    case "stolen": return [`${began}, but ${e.thief ?? "another process"} took the memory at once.`,
+    case "stolen": return [`${began}, but ${e.taken_by ?? "another process"} took the memory at once.`,
       "End that process, or put it behind the broker as a consumer."];
     case "unverified": return [`${began}; the card cannot be measured, so whether its memory came back is unknown.`, ""];
     case "gone": return [`${e.consumer} had ended already${whom ? " when it was to make room for " + e.target : ""}.`, ""];
@@ -63,41 +63,41 @@ const changed = (e) => ["added", "removed", "changed", "keys"].filter((what) => 
 
 const SENTENCES = {
   job, evicted,
-  eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.rung] ?? "its method"}: ${e.reason}.`,
+  eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method] ?? "its method"}: ${e.reason}.`,
     "Its next eviction method is tried; see evict in the config."],
-  left_alone: (e) => [`${e.consumer} was not unloaded for ${e.target}, since it works on a job of somebody else.`, ""],
+  eviction_skipped: (e) => [`${e.consumer} was not unloaded for ${e.target}, since it works on a job of somebody else.`, ""],
   loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else while it was unloaded, and is asked once more.`,
     "Find out who uses it without the broker."],
   tried_anyway: (e) => [`${e.consumer} is tried though ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
   came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, is back by somebody else's doing.`, ""],
   loaded: (e) => [`${e.consumer} was loaded in ${lasting(e.ms)}.`, ""],
-  brought_back: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
+  resumed: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
   unhealthy: (e) => [`${e.consumer} does not answer: ${e.reason}.`, "Start it; until then its jobs are refused."],
   on_cpu: (e) => [`${e.consumer} runs partly on the CPU: ${e.models}.`,
     "Raise its vram_resident_mib, then unload it."],
-  breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(1000 * e.pause_s)}.`,
+  breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(e.pause_ms)}.`,
     "Look at the consumer's own log."],
   breaker_closed: (e) => [`${e.consumer} works again.`, ""],
-  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, though there was room for ${mib(e.room_was_mib)}.`,
+  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, though there was room for ${mib(e.available_mib)}.`,
     "Declare more: vram_resident_mib."],
-  out_of_memory_doubted: (e) => [`${e.consumer} says that it ran out of memory, but had room for ${mib(e.room_was_mib)}, where ${mib(e.needed_mib)} were enough before.`,
+  out_of_memory_doubted: (e) => [`${e.consumer} says that it ran out of memory, but had room for ${mib(e.available_mib)}, where ${mib(e.needed_mib)} were enough before.`,
     "Look at the consumer's own log: another card, or the machine's memory?"],
-  healed: (e) => [`The job of ${e.consumer} was run once more, with the others unloaded, and succeeded.`, ""],
-  gpu_lost: (e) => [`The card does not tell everything: ${e.reason}.`, "gpumanager doctor says what to do."],
-  gpu_found: () => ["The card tells everything again.", ""],
-  truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
+  out_of_memory_healed: (e) => [`The job of ${e.consumer} was run once more, with the others unloaded, and succeeded.`, ""],
+  gpu_unavailable: (e) => [`The card does not tell everything: ${e.reason}.`, "gpumanager doctor says what to do."],
+  gpu_available: () => ["The card tells everything again.", ""],
+  answer_truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
   quarantined: (e) => [`${e.consumer} keeps its memory, whatever was tried: ${e.reason}.`,
     "Restart it, or unload it here to try once more."],
   still_busy: (e) => [`${e.consumer} still worked on a job when its time was up; the GPU went to the next all the same.`,
     "Raise timeouts.total, if such jobs take so long."],
   cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The GPU stays held until it is done."],
-  housekeeping_failed: (e) => [`${e.consumer} could not be ${e.what === "restore" ? "loaded again in a quiet time" : "unloaded for being idle"}: ${e.reason}.`, ""],
+  housekeeping_failed: (e) => [`${e.consumer} could not be ${e.kind === "restore" ? "loaded again in a quiet time" : "unloaded for being idle"}: ${e.reason}.`, ""],
   pinned: (e) => [`${e.consumer} was pinned: it is not evicted.`, ""],
   unpinned: (e) => [`${e.consumer} was unpinned: it may be evicted.`, ""],
   forgotten: (e) => [`What was learned of ${e.consumer} was forgotten.`, ""],
-  reloaded: (e) => [`The config was read anew: ${changed(e) || "nothing changed"}.`, ""],
-  not_reloaded: (e) => [`The config was not read anew: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
+  config_reloaded: (e) => [`The config was read anew: ${changed(e) || "nothing changed"}.`, ""],
+  config_not_reloaded: (e) => [`The config was not read anew: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
   draining: () => ["The broker shuts down: it refuses new jobs and finishes those that run.", ""],
   started: (e) => [`The broker started, version ${e.version}.`, ""],
   refused: (e) => e.code === "client_gone" ? [`The client of a job of ${e.consumer} left before its turn.`, ""] : [`A job${e.consumer ? " of " + e.consumer : ""} was refused: ${because(e.code)}.`, advice(e.code)],
@@ -115,8 +115,8 @@ function unknown(e) {
     + (fields.length ? ` (${fields.join(", ")})` : "") + ".", ""];
 }
 
-const WRONG = new Set(["refused", "unhealthy", "breaker_open", "quarantined", "out_of_memory", "truncated",
-  "gpu_lost", "on_cpu", "eviction_failed", "not_reloaded", "still_busy", "cancel_failed", "housekeeping_failed"]);
+const WRONG = new Set(["refused", "unhealthy", "breaker_open", "quarantined", "out_of_memory", "answer_truncated",
+  "gpu_unavailable", "on_cpu", "eviction_failed", "config_not_reloaded", "still_busy", "cancel_failed", "housekeeping_failed"]);
 
 /** The events that have a sentence of their own. */
 export const KNOWN = Object.keys(SENTENCES);
@@ -131,6 +131,6 @@ export function inWords(e) {
   const trouble = Boolean(failed || (WRONG.has(e.event) && !cancelled) || ["warning", "error"].includes(e.level));
   const tone = e.level === "error" || (trouble && ["job", "refused", "unhealthy", "breaker_open"].includes(e.event))
     ? "bad" : trouble ? "warn" : "";
-  const glyph = trouble ? "×" : {evicted: "▼", loaded: "▲", brought_back: "▲", job: "■"}[e.event] ?? "·";
+  const glyph = trouble ? "×" : {evicted: "▼", loaded: "▲", resumed: "▲", job: "■"}[e.event] ?? "·";
   return {text: text.replace(/\.\.$/, "."), remedy, tone, trouble, glyph};
 }
