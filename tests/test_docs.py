@@ -58,6 +58,13 @@ def test_every_preset_has_its_line() -> None:
     assert sorted(re.findall(r"`([\w-]+)`", " ".join(rows))) == sorted(names())
 
 
+def test_the_number_of_presets_is_right_wherever_it_stands() -> None:
+    texts = [*DOCUMENTS, (ROOT / "config" / "consumers.yaml").read_text()]
+    told = [n for text in texts for n in re.findall(r"(?:\[|each of )(\d+) servers", text)]
+    told += [n for text in texts for n in re.findall(r"\b(\d+) presets\b", text)]
+    assert told.count(str(len(names()))) == len(told) >= 3
+
+
 def test_the_rungs_of_the_documents_load() -> None:
     text = (ROOT / "docs" / "vram.md").read_text()
     (rungs,) = re.findall(r"```yaml\n(evict:.*?)```", text, re.DOTALL)

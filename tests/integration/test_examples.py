@@ -90,6 +90,33 @@ def test_the_shell_says_what_the_broker_said() -> None:
     assert run("speak.sh", url="http://127.0.0.1:1").returncode == 2
 
 
+def test_the_shell_transcribes_a_recording(tmp_path: Path) -> None:
+    asked: list[Received] = []
+
+    def transcribe(peer: Connection, request: Received) -> None:
+        asked.append(request)
+        peer.send(answer(b"Hello.\n", headers=("Content-Type: text/plain",)))
+
+    recording = tmp_path / "a, b;c.wav"
+    recording.write_bytes(WAV)
+    with (
+        ScriptedConsumer(transcribe) as consumer,
+        live_broker(config(consumer.url, stt="/inference")) as broker,
+    ):
+        done = run("transcribe.sh", str(recording), url=broker.url, MODEL="small")
+    assert (done.returncode, done.stdout) == (0, "Hello.\n"), done.stderr
+    for part in (b'name="file"', b"\r\n\r\n" + WAV, b'name="model"\r\n\r\nsmall'):
+        assert part in asked[0].body
+
+
+def test_the_shell_says_why_it_cannot_transcribe(tmp_path: Path) -> None:
+    done = run("transcribe.sh", str(tmp_path / "none.wav"), url="http://127.0.0.1:1")
+    assert (done.returncode, "none.wav cannot be read" in done.stderr) == (1, True)
+    with live_broker("{}") as broker:
+        done = run("transcribe.sh", str(EXAMPLES / "ask.py"), url=broker.url)
+    assert (done.returncode, "no_consumer" in done.stderr) == (1, True)
+
+
 def test_python_streams_an_answer() -> None:
     lines = b"".join(
         json.dumps({"message": {"content": word}}).encode() + b"\n" for word in ("Blue", " light")

@@ -201,6 +201,7 @@ def test_a_home_that_takes_nothing(tmp_path: Path) -> None:
         ("openai_sdk.py", ["Why?"]),
         ("speak.sh", ["-o", os.devnull, "Hello"]),
         ("comfyui.sh", ["{workflow}"]),
+        ("transcribe.sh", ["{workflow}"]),
     ],
 )
 def test_an_example_without_a_broker(name: str, words: list[str], tmp_path: Path) -> None:
