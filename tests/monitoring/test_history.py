@@ -22,8 +22,9 @@ def make() -> tuple[MemoryHistory, Registry, FakeClock]:
 
 
 def test_what_is_assumed_before_anybody_looked_at_the_card_is_no_history() -> None:
-    history, registry, _ = make()
-    registry.set_gpu(GpuState())
+    clock = FakeClock()
+    registry = Registry({"voice": False}, clock)
+    history = MemoryHistory(parse_config(CONFIG), registry, clock)
     history.take()
     assert history.samples() == ()
     registry.set_gpu(GpuState(err="NVML: no driver"))
