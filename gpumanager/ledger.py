@@ -90,9 +90,13 @@ def held(
     loaded, which is credited with nothing. One that the broker has unloaded just before `now` is
     credited with no more than it keeps, `keeps_mib`: the rest may be on its way back. While the
     card cannot be read, one that is loaded holds what it held in the `last` reading, if that is
-    more than it declares.
+    more than it declares, and one that is not what it keeps.
     """
     known = _held(name, state, declared_mib, reading, last)
+    if reading is None and last is not None and not state.loaded:
+        # What it keeps unloaded shows in no report of its own.
+        kept = min(last.measured_mib(name) or 0, keeps_mib)
+        known = replace(known, mib=max(known.mib, kept), surely_mib=max(known.surely_mib, kept))
     if now is not None and is_releasing(state, now):
         return replace(known, surely_mib=min(known.surely_mib, keeps_mib))
     return known

@@ -37,7 +37,10 @@ def test_while_the_card_cannot_be_read_the_last_reading_is_the_ledgers_base() ->
     loaded = ConsumerState(loaded=True)
     assert held("tts", loaded, 0, None, last=last) == Held(5000, 5000, "declared")
     assert held("tts", loaded, 6000, None, last=last) == Held(6000, 6000, "declared")
-    assert held("tts", ConsumerState(loaded=False), 0, None, last=last).mib == 0
+    asleep = ConsumerState(loaded=False, resident_mib=0)
+    assert held("tts", asleep, 6000, None, last=last).mib == 0
+    assert held("tts", asleep, 6000, None, last=last, keeps_mib=1200).mib == 1200
+    assert held("tts", asleep, 6000, None, keeps_mib=1200).mib == 0  # nobody ever measured it
 
 
 def test_what_is_on_its_way_back_is_held_but_not_its_own() -> None:
