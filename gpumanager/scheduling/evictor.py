@@ -104,16 +104,15 @@ class Evictor:
         fits: Callable[[], bool] | None = None,
         elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
-        """Unload the consumer, climbing its `evict` rungs until one gives its memory back; None
-        if not one of them could be carried out.
+        """Unload the consumer by one eviction method after the other, until one gives its memory
+        back; None if not one of them could be carried out.
 
         `held_mib` is what it is taken to hold, `floor_mib` what it may keep. `fits` says whether
-        the room is enough now: until it is, a release that looks complete is given a little
-        longer, in case more comes; None does without that. `elsewhere` says whether somebody else
-        could go instead: then one that works on a job of somebody else is left alone; without,
-        the end of that job is waited for. One that gave nothing back, by any
-        rung, though it held something, is put into quarantine. Raises the error the ticket was
-        cancelled with.
+        the room is enough now: until it is, a release is given longer, in case more comes; None
+        does without that. `elsewhere` says whether somebody else could go instead: then one that
+        works on a job of somebody else is left alone; without, the end of that job is waited for.
+        One that gave nothing back, by any method, though it held something, is put into
+        quarantine. Raises the error the ticket was cancelled with.
         """
         release: Release | None = None
         tried = []

@@ -133,7 +133,7 @@ def plan_eviction(
 
 def candidates(residents: Iterable[Resident]) -> list[Resident]:
     """Those that could be unloaded, and would give something back: more than a bare process
-    holds, if they say that they have nothing loaded."""
+    holds, if they are not known to be loaded."""
     return [resident for resident in residents if _gives(resident)]
 
 
