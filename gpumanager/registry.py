@@ -308,6 +308,10 @@ class Registry:
         if self._consumers[name].leaks:
             self._change(name, lambda state: replace(state, quarantine="", leaks=0))
 
+    def came_back(self, name: str) -> None:
+        """All of its memory was seen to be back: what it holds from now on was loaded since."""
+        self._change(name, lambda state: replace(state, unloaded_at=None))
+
     def end_quarantines(self) -> None:
         """Those whose time is over may be asked again."""
         now = self._clock.monotonic()

@@ -34,6 +34,9 @@ from gpumanager.scheduling.settling import Settling, Unloaded
 MOST = 0.5
 """Of what was expected: if so much has come back in the end, it was slow, and no leak."""
 
+MOST_ASKED = 3
+"""How often one is asked again that jobs of somebody else have loaded meanwhile."""
+
 GAP_S = 60.0
 """A card that could be read so lately is looked for again before its word is done without."""
 
@@ -120,7 +123,7 @@ class Evictor:
         if elsewhere is not None and self._rest.is_busy(name, consumer) and elsewhere():
             return self._left_alone(name, ticket)
         rungs = list(usable(consumer, self._registry.get(name)) or consumer.rungs)
-        asked_again = False
+        times_asked = 0
         while rungs:
             rung = rungs.pop(0)
             began = self._clock.monotonic()
@@ -150,14 +153,14 @@ class Evictor:
                 expected,
                 certain=holds is not None,
                 call=consumer.settled if rung.http else None,
-                again=bool(rung.http) and not asked_again,
+                again=bool(rung.http) and times_asked < MOST_ASKED,
             )
             release = self._settling.wait(unloaded, ticket, fits, elsewhere if rung.http else None)
             seconds = self._clock.monotonic() - began
             release = replace(release, seconds=seconds, certain=unloaded.certain)
-            if unloaded.again and self._settling.loaded_again(name, release):
+            if release.ask_again:
                 self._emit(LoadedMeanwhile(consumer=name))
-                asked_again = True
+                times_asked += 1
                 rungs.insert(0, rung)
                 continue
             self._take_note(name, rung, release, ticket.job.consumer)
@@ -165,6 +168,9 @@ class Evictor:
                 return release
             if release.outcome != "leaked":
                 self._registry.release(name)
+                residue = release.residue_mib
+                if release.complete and residue is not None and residue <= floor_mib:
+                    self._registry.came_back(name)
                 return release
         if release is not None and release.certain:
             self._quarantine(name, release, tried)

@@ -110,7 +110,8 @@ class Release:
     it was waited for to its end, so that what it still holds is what it keeps. `unverified`: the
     card cannot be measured; `gone`: its process had ended already. `certain` is False where nobody
     measured what it held before, so that one that gave nothing back may have had nothing. `busy`:
-    it works on a job of somebody else, and was left alone, or has yet to come to it."""
+    it works on a job of somebody else, and was left alone, or has yet to come to it. `ask_again`: a
+    job of somebody else has loaded it after the unload."""
 
     outcome: Outcome
     mib: int = 0
@@ -119,6 +120,7 @@ class Release:
     thief: str = ""
     seconds: float = 0.0
     certain: bool = True
+    ask_again: bool = False
     more_until: float = 0.0
 
     @property

@@ -254,6 +254,7 @@ class RoomMaker:
         leaking: list[str] = []
         left_alone: set[str] = set()  # at work for somebody else, since another one could go
         waited_for: set[str] = set()
+        gone: set[str] = set()
         more_until = 0.0
         patient_until: float | None = None
         while True:
@@ -296,6 +297,9 @@ class RoomMaker:
             release = self._evict(victim, ticket, fits, others)
             if others and release and release.outcome == "busy" and release.seconds < BUSY_LIMIT_S:
                 left_alone.add(victim.name)
+            if release is not None and release.complete and victim.name not in gone:
+                gone.add(victim.name)  # somebody else may have it load again, once
+                tried.discard(victim.name)
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
                 leaking.append(victim.name)

@@ -80,9 +80,9 @@ class Settling:
         `elsewhere` says that another one could go instead.
 
         `fits` says whether the room is enough now: until it is, a release in several steps is
-        waited for to its end, if what it held was measured. One that says by then that it is
-        loaded is not waited for, if it may be asked again. Raises the error the ticket was
-        cancelled with.
+        waited for to its end, if what it held was measured. One that worked on a job of somebody
+        else after the unload, or says that it is loaded, is not waited for, if it may be asked
+        again (`ask_again`): that job has loaded it. Raises the error the ticket was cancelled with.
         """
         now = self._clock.monotonic()
         watch = _Watch(unloaded, _Word(unloaded.call, now), now, self._limit(unloaded.call))
@@ -103,11 +103,6 @@ class Settling:
                 return release
             ticket.pause(delay)
             delay = max(delay, min(LONGEST_POLL_S, 2 * delay))
-
-    def loaded_again(self, name: str, release: Release) -> bool:
-        """Whether it gave nothing back because a job of somebody else, who uses it beside the
-        broker, came right after the unload: then it says that it is loaded."""
-        return release.outcome == "leaked" and self._registry.get(name).loaded
 
     def _limit(self, call: Settled | None) -> float:
         own = 0.0 if call is None else call.timeout
@@ -151,9 +146,12 @@ class Settling:
         if fits is not None and not begun and waited and fits():
             # Somebody else made room meanwhile: whatever this one does, the job can run.
             return replace(more, outcome="partial")
-        again = watch.unloaded.again and waited and self.loaded_again(name, release)
-        if again and not self._works(name):
-            return release
+        if watch.unloaded.again and not begun and now >= watch.look_at:
+            watch.look_at = now + BUSY_POLL_S
+            if self._works(name):
+                watch.worked = True
+            elif watch.worked or self._registry.get(name).loaded:
+                return replace(release, ask_again=True)
         if not watch.overdue(now):
             return None
         if release.complete or not self._works(name):
@@ -173,6 +171,8 @@ class _Watch:
         self.began = now
         self.deadline = now + limit
         self.busy_deadline = now + BUSY_LIMIT_S
+        self.look_at = now + STABLE_S
+        self.worked = False
         self._limit = limit
         self._last_mib = 0
         self._changed_at = now
