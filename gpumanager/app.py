@@ -18,7 +18,7 @@ from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.errors import BadRequest
-from gpumanager.events import ConfigReloaded, Recorded, Started
+from gpumanager.events import ConfigReloaded, Started
 from gpumanager.keys import GUARD_IT, ApiKey, KeysError, load_keys, unguarded
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
@@ -26,7 +26,7 @@ from gpumanager.monitoring import tracing
 from gpumanager.monitoring.attribution import Attributor
 from gpumanager.monitoring.containers import ContainedConsumers
 from gpumanager.monitoring.eventfile import EventFile
-from gpumanager.monitoring.eventlog import EventLog
+from gpumanager.monitoring.eventlog import EventLog, Recorded
 from gpumanager.monitoring.history import EVERY_S, MemoryHistory
 from gpumanager.monitoring.housekeeper import Housekeeper
 from gpumanager.monitoring.memory import Card, GpuMemory, open_card
@@ -288,7 +288,7 @@ class Broker:
 
     def _save_soon(self, recorded: Recorded) -> None:
         """A broker that is killed now must not forget whom it has just stopped."""
-        if self._saving is not None and self._stopped.concerned(recorded):
+        if self._saving is not None and self._stopped.concerned(recorded.event):
             self._saving.wake()
 
     def _save_state(self) -> float:

@@ -7,12 +7,10 @@ Fields mean the same in every event; `FIELDS` says what. A field that is None or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import Field, dataclass
-from datetime import datetime
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
-from gpumanager.clock import rfc3339
 from gpumanager.model import Outcome
 
 Level = Literal["info", "warning", "error"]
@@ -87,27 +85,6 @@ class Event:
         """What there is to tell; it can be expressed in JSON."""
         told = {name: each for name, each in vars(self).items() if each is not None and each != ()}
         return {k: list(each) if isinstance(each, tuple) else each for k, each in told.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """An event as it was recorded: with its number, 0 if it is not kept, and its time. `fields` are
-    those that the reader may see."""
-
-    number: int
-    at: datetime
-    event: Event
-    fields: Mapping[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """The event as one flat object."""
-        return {
-            "number": self.number,
-            "time": rfc3339(self.at),
-            "event": self.event.name,
-            "level": self.event.level,
-            **self.fields,
-        }
 
 
 EVENTS: dict[str, type[Event]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.events import Evicted, Loaded, Recorded, Resumed
+from gpumanager.events import Event, Evicted, Loaded, Resumed
 from gpumanager.model import ConsumerState, Parked
 from gpumanager.processes import still_there, with_birth
 from gpumanager.registry import Registry
@@ -45,9 +45,8 @@ class Stopped:
             elif not parked.processes or still_there(parked.processes):
                 self._registry.set_loaded(name, False)
 
-    def concerned(self, recorded: Recorded) -> bool:
+    def concerned(self, event: Event) -> bool:
         """Whether what happened may have changed what `now` says."""
-        event = recorded.event
         if not isinstance(event, Evicted | Loaded | Resumed):
             return False
         consumer = self._config.consumers.get(event.consumer)

@@ -6,11 +6,14 @@ import ast
 import json
 import logging
 import re
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
-from gpumanager.config import EventsConfig
+from gpumanager.config import EventsConfig, parse_config
 from gpumanager.events import (
     EVENTS,
     FIELDS,
@@ -19,15 +22,15 @@ from gpumanager.events import (
     Event,
     Loaded,
     Pinned,
-    Recorded,
     Started,
     Unhealthy,
     fields_of,
 )
 from gpumanager.monitoring.eventfile import EventFile
-from gpumanager.monitoring.eventlog import EventLog
+from gpumanager.monitoring.eventlog import EventLog, Recorded
+from gpumanager.web.openapi import describe
 from tests.support.clock import FakeClock
-from tests.support.events import evicted, refused
+from tests.support.events import evicted, recorded, refused
 
 PACKAGE = Path(__file__).parent.parent / "gpumanager"
 SENTENCES = PACKAGE / "web" / "static" / "sentences.js"
@@ -108,6 +111,34 @@ def test_the_dashboard_has_a_sentence_for_every_event_and_knows_its_fields() -> 
         own[name] = text[text.index(f"function {name}(e) {{") :].partition("\n}")[0]
     for name, code in own.items():
         assert set(re.findall(r"\be\.(\w+)", code)) <= {*fields_of(EVENTS[name])}, name
+
+
+VALUES: dict[str, Any] = {"string": "x", "integer": 7, "number": 0.5, "array": ["x"]}
+
+
+@pytest.mark.parametrize("event", EVENTS.values(), ids=list(EVENTS))
+def test_what_is_told_is_what_is_described(event: type[Event]) -> None:
+    document = describe(parse_config("{}"), "1", keys=False)
+    schema = Draft202012Validator({**document, "$ref": "#/components/schemas/Event"})
+    (shapes,) = (
+        each["properties"]
+        for each in document["components"]["schemas"]["Event"]["oneOf"]
+        if each["properties"]["event"]["const"] == event.name
+    )
+    values = {
+        name: shapes[name]["enum"][0] if "enum" in shapes[name] else VALUES[shapes[name]["type"]]
+        for name in fields_of(event)
+    }
+    told = recorded(event(**values)).as_json()
+    schema.validate(told)
+    assert not schema.is_valid({**told, "event": "another"})
+    for name in values:
+        assert not schema.is_valid({**told, name: {}}), name
+    needed = {name for name, each in fields_of(event).items() if each.default is MISSING}
+    least = recorded(event(**{name: values[name] for name in needed})).as_json()
+    schema.validate({name: each for name, each in least.items() if name not in PRIVATE})
+    for name in needed - PRIVATE:
+        assert not schema.is_valid({key: each for key, each in least.items() if key != name}), name
 
 
 # -- the log of them -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from gpumanager.model import Parked, ProbeReport
 from gpumanager.registry import Registry
 from gpumanager.stopped import Stopped
 from tests.support.clock import FakeClock
-from tests.support.events import evicted, recorded
+from tests.support.events import evicted
 
 ME = os.getpid()
 MY_BIRTH = psutil.Process(ME).create_time()
@@ -84,4 +84,4 @@ def test_it_is_unloaded_still_if_its_process_is_the_same(
 )
 def test_what_is_worth_writing_at_once(event: Event, concerned: bool) -> None:
     stopped, _ = make(sglang=SLEEPER, lazy={"unload": "/free"})
-    assert stopped.concerned(recorded(event)) is concerned
+    assert stopped.concerned(event) is concerned

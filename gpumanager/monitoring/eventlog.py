@@ -6,11 +6,13 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from gpumanager.clock import Clock
-from gpumanager.events import Event, Recorded
+from gpumanager.clock import Clock, rfc3339
+from gpumanager.events import Event
 
 log = logging.getLogger("gpumanager.events")
 
@@ -18,6 +20,27 @@ KEPT = 5000
 """Events in memory: an hour of jobs of a second each, with what happens around them."""
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event as it was recorded: with its number, 0 if it is not kept, and its time. `fields` are
+    those that the reader may see."""
+
+    number: int
+    at: datetime
+    event: Event
+    fields: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The event as one flat object."""
+        return {
+            "number": self.number,
+            "time": rfc3339(self.at),
+            "event": self.event.name,
+            "level": self.event.level,
+            **self.fields,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gpumanager.events import JobEnded, Recorded
+from gpumanager.events import JobEnded
+from gpumanager.monitoring.eventlog import Recorded
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

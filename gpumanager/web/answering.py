@@ -11,7 +11,6 @@ from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
-from gpumanager.events import AnswerTruncated
 from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of, request_id
 
 if TYPE_CHECKING:
@@ -77,13 +76,8 @@ class OneSendTask(WSGITask):
             super().execute()
         except OSError as error:
             # What is to be sent is kept in files, too.
-            reason = f"it cannot be kept for its client: {error.strerror}"
             record = record_of(self.get_environment())
-            record.emit(
-                AnswerTruncated(
-                    consumer=record.consumer, request_id=record.request_id, reason=reason
-                )
-            )
+            record.truncated(f"it cannot be kept for its client: {error.strerror}")
             channel.abandon()
             raise
         except BaseException:

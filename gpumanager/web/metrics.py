@@ -31,10 +31,10 @@ from gpumanager.events import (
     Loaded,
     OutOfMemory,
     OutOfMemoryHealed,
-    Recorded,
     Refused,
     Resumed,
 )
+from gpumanager.monitoring.eventlog import Recorded
 
 MIB = 1024 * 1024
 PENDING = 500

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpumanager.events import Emit
+from gpumanager.events import AnswerTruncated, Emit
 from gpumanager.keys import Role
 
 RECORD_KEY = "gpumanager.record"
@@ -65,6 +65,11 @@ class RequestRecord:
     def whose(self) -> str | None:
         """The key whose jobs this request may see whole and cancel; None: everybody's."""
         return self.key if self.role == "client" else None
+
+    def truncated(self, reason: str) -> None:
+        """Its answer broke off."""
+        request_id, name = self.request_id, self.consumer
+        self.emit(AnswerTruncated(consumer=name, request_id=request_id, reason=reason))
 
     def server_timing(self) -> str | None:
         """The `Server-Timing` of a job that was granted the GPU, None for any other request."""

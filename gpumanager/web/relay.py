@@ -10,7 +10,6 @@ from typing import IO, TYPE_CHECKING, cast
 from flask import Response
 
 from gpumanager.errors import BrokerError, ClientGone
-from gpumanager.events import AnswerTruncated
 from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
@@ -128,13 +127,7 @@ class RelayedBody:
         except BrokerError as error:
             record = record_of(self._environ)
             if not isinstance(error, ClientGone):
-                record.emit(
-                    AnswerTruncated(
-                        consumer=error.consumer,
-                        request_id=record.request_id,
-                        reason=error.message,
-                    )
-                )
+                record.truncated(error.message)
             self._on_break(error)
             if record.goes_on:
                 end_answer(self._environ)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from gpumanager.errors import Forbidden
-from gpumanager.events import PRIVATE, Recorded
+from gpumanager.events import PRIVATE
+from gpumanager.monitoring.eventlog import Recorded
 from gpumanager.web.record import RequestRecord
 
 NAMELESS = {"client": "-", "request_id": "-"}
