@@ -110,7 +110,7 @@ def _lines(results: Results) -> str:
         if measure.startswith("line:")
     ]
     heads = ["waiting", f"{SERIAL} ms", "gpumanager ms"]
-    return _rows("Hand-over by the length of the line, jobs of 5 ms", heads, rows)
+    return _rows("Idle gap by the length of the queue, jobs of 5 ms", heads, rows)
 
 
 def _events(results: Results) -> str:

@@ -44,7 +44,7 @@ class Policy(Protocol):
         """The waiting job to start now, or None. Asked again after each grant.
 
         `waiting` comes in the order of arrival; a policy that looks no further than the head
-        costs the same for any length of the line.
+        costs the same for any length of the queue.
         """
 
 
