@@ -38,22 +38,22 @@ FIELDS = {
     "target": "the consumer that room was made for; the same one, if it was just to be unloaded",
     "method": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
     "outcome": "what became of its memory",
-    "mib": "what it gave back",
-    "expected_mib": "what it was to give back",
+    "mib": "how much memory it gave back",
+    "expected_mib": "how much it was expected to give back",
     "taken_by": "who took the memory that it gave back",
     "reason": "why, in words",
     "models": "the models, by name",
     "failures": "how many in a row",
-    "pause_ms": "for so long it is left alone: sent no jobs, or not asked to unload",
-    "available_mib": "what the consumer held, and what was free",
-    "needed_mib": "what was taken for enough",
-    "short_mib": "what is missing by the figures",
+    "pause_ms": "how long it is sent no jobs, or is not asked to unload",
+    "available_mib": "how much memory the consumer held, plus what was free",
+    "needed_mib": "how much memory was taken to be enough",
+    "short_mib": "how much memory is missing, by the figures",
     "how": "`resumed`: the same process; `replaced`: another one",
     "added": "consumers that the config has now",
     "removed": "consumers that it has no more",
     "changed": "consumers with other settings",
     "keys": "other keys that were changed",
-    "timeout_ms": "what running jobs are given to finish",
+    "timeout_ms": "how long running jobs may take to finish",
     "version": "the broker's version",
 }
 """What each field says. Names tell the unit: `_ms` (or just `ms`), `_mib` (or just `mib`)."""
@@ -242,8 +242,8 @@ class EvictionFailed(Event):
 
 @declared("quarantined", "quarantined", "warning")
 class Quarantined(Event):
-    """A consumer gave nothing back, whatever method was tried: for a while nobody is to be helped
-    by unloading it."""
+    """A consumer gave no memory back, whatever method was tried. For a while it is not unloaded to
+    make room."""
 
     consumer: str
     reason: str
@@ -292,8 +292,8 @@ class Resumed(Event):
 
 @declared("housekeeping_failed", "housekeeping failed", "warning")
 class HousekeepingFailed(Event):
-    """What is done in quiet times could not be done: unload who is idle, or load again who is to
-    be resident."""
+    """In a quiet time an idle consumer could not be unloaded, or one of `default_resident` could
+    not be loaded again."""
 
     consumer: str
     kind: str
