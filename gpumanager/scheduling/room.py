@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +45,9 @@ FRESH_S = 2.0
 """For so long a sample of the card is good enough to see that a consumer holds what it needs."""
 
 READY_POLL_S = 0.25
+
+MOST_RETURNS = 3
+"""How often one is unloaded again for the same job, since somebody else had it load meanwhile."""
 
 
 class RoomMaker:
@@ -254,7 +258,7 @@ class RoomMaker:
         leaking: list[str] = []
         left_alone: set[str] = set()  # at work for somebody else, since another one could go
         waited_for: set[str] = set()
-        gone: set[str] = set()
+        gone: Counter[str] = Counter()
         more_until = 0.0
         patient_until: float | None = None
         while True:
@@ -297,8 +301,8 @@ class RoomMaker:
             release = self._evict(victim, ticket, fits, others)
             if others and release and release.outcome == "busy" and release.seconds < BUSY_LIMIT_S:
                 left_alone.add(victim.name)
-            if release is not None and release.complete and victim.name not in gone:
-                gone.add(victim.name)  # somebody else may have it load again, once
+            if release is not None and release.complete and gone[victim.name] < MOST_RETURNS:
+                gone[victim.name] += 1  # somebody else may have it load again
                 tried.discard(victim.name)
             more_until = max(more_until, 0.0 if release is None else release.more_until)
             if release is not None and release.outcome == "leaked" and release.certain:
