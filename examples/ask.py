@@ -1,9 +1,10 @@
-"""Ask an LLM through the broker with requests: wait in line, try again where that helps, stream.
+"""Ask an LLM through the broker with requests: wait in the queue, try again where that helps, and
+stream the answer.
 
     python examples/ask.py "Why is the sky blue?"
 
-For Ollama's /api/chat, which is where the preset sends `llm` jobs. GPUMANAGER_URL,
-GPUMANAGER_API_KEY and MODEL say where, who and which.
+It uses Ollama's /api/chat, to which the preset sends `llm` jobs. Environment: GPUMANAGER_URL (the
+broker), GPUMANAGER_API_KEY (your key), MODEL (Ollama's name of the model).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ TRIES = 4
 
 
 def post(kind: str, body: Any) -> requests.Response:
-    """Send a job. What the broker says may be tried again is, as late as it says. Raises
-    SystemExit with the reason."""
-    # The longest wait in line; the time-outs here only have to be longer.
+    """Send a job. If the broker says that it may be tried again, try again after the time that it
+    says. Raises SystemExit with the reason."""
+    # The longest wait in the queue; the time-outs here only have to be longer.
     headers = {"Prefer": "wait=300"} | ({"Authorization": f"Bearer {KEY}"} if KEY else {})
     for left in reversed(range(TRIES)):
         try:
@@ -36,7 +37,7 @@ def post(kind: str, body: Any) -> requests.Response:
         except requests.ConnectionError:
             sys.exit(f"no broker answers at {URL}: is it running? (gpumanager doctor)")
         except (requests.RequestException, ValueError) as error:
-            sys.exit(f"{URL} cannot be asked: {error}")
+            sys.exit(f"the request to {URL} failed: {error}")
         if answer.ok:
             return answer
         try:
@@ -50,7 +51,7 @@ def post(kind: str, body: Any) -> requests.Response:
 
 
 def words(question: str) -> Iterator[str]:
-    """The answer, piece by piece, as it comes."""
+    """The answer, piece by piece, as it arrives."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
     with post("llm", body) as answer:
         try:
@@ -60,7 +61,7 @@ def words(question: str) -> Iterator[str]:
         except requests.RequestException as error:
             sys.exit(f"\nthe answer broke off: {error}")
         except (ValueError, AttributeError):
-            sys.exit(f"this is no answer of Ollama's /api/chat: {line[:200]!r}")
+            sys.exit(f"this is not an answer of Ollama's /api/chat: {line[:200]!r}")
 
 
 if __name__ == "__main__":

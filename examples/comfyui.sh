@@ -1,11 +1,11 @@
 #!/bin/sh
-# Render a ComfyUI workflow through the broker, wait for it, fetch the pictures.
+# Render a ComfyUI workflow through the broker, wait until it is done, and fetch the pictures.
 #
 #   examples/comfyui.sh workflow.json [FOLDER]
 #
-# workflow.json is what ComfyUI's "Export (API)" writes. The job waits its turn at the broker, which
-# holds the GPU until the render is over; the pictures are ComfyUI's own to give, and need no GPU.
-# Needs curl and jq. GPUMANAGER_URL, GPUMANAGER_API_KEY, COMFYUI_URL say where and who.
+# workflow.json is what ComfyUI's "Export (API)" writes. The job waits in the broker's queue, and holds the
+# GPU until it is rendered. The script fetches the pictures from ComfyUI itself, which needs no GPU.
+# Needs curl and jq. Environment: GPUMANAGER_URL (the broker), GPUMANAGER_API_KEY (your key), COMFYUI_URL.
 set -eu
 url=${GPUMANAGER_URL:-http://127.0.0.1:8770}
 comfyui=${COMFYUI_URL:-http://127.0.0.1:8188}
@@ -26,7 +26,7 @@ id=$(printf '%s' "$answer" | jq -r '.prompt_id // empty')
 tries=0
 until curl --silent --fail "$comfyui/history/$id" | jq -e --arg id "$id" '.[$id]' > "$dir/done"; do
   tries=$((tries + 1))
-  [ $tries -lt 1200 ] || { echo "not rendered after ten minutes: $id" >&2; exit 1; }
+  [ $tries -lt 1200 ] || { echo "the job $id is not rendered after ten minutes" >&2; exit 1; }
   sleep 0.5
 done
 

@@ -1,11 +1,12 @@
-"""The OpenAI SDK through the broker: chat and speech with the same client, each in its turn.
+"""Use the OpenAI SDK through the broker: chat and speech with one client, each in its turn.
 
     pip install openai
     python examples/openai_sdk.py "Why is the sky blue?"
 
-The SDK asks for /v1/chat/completions; the broker's routes are named by kind. A hook of the SDK's
-HTTP client maps the one to the other. The consumers have to speak OpenAI's API on those routes,
-which vLLM, llama-server, SGLang, LocalAI, Kokoro and Speaches do by their presets, and Ollama with
+The SDK uses paths such as /v1/chat/completions; the broker's routes are named by kind. A hook in
+the SDK's HTTP client replaces the one by the other. The consumers have to speak OpenAI's API on
+these routes. vLLM, llama-server, SGLang, LocalAI, Kokoro and Speaches do so with their presets,
+Ollama with
 
     paths: {llm: /v1/chat/completions}
 """
@@ -36,8 +37,8 @@ def to_the_broker(request: Any) -> None:
 
 
 def client() -> OpenAI:
-    """The SDK's client, by way of the broker. Waiting in line counts against its time-out; its own
-    retries heed the broker's Retry-After."""
+    """The SDK's client, which asks the broker. The wait in the queue counts towards its time-out;
+    its own retries follow the broker's Retry-After."""
     return OpenAI(
         base_url=f"{URL}/v1",
         api_key=os.environ.get("GPUMANAGER_API_KEY", "none"),
@@ -47,7 +48,7 @@ def client() -> OpenAI:
 
 
 def main() -> None:
-    """Ask, and print the answer as it comes."""
+    """Ask, and print the answer as it arrives."""
     question = " ".join(sys.argv[1:]) or "Why is the sky blue?"
     stream = client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": question}], stream=True
@@ -63,5 +64,5 @@ if __name__ == "__main__":
         main()
     except APIConnectionError as error:
         sys.exit(f"no broker answers at {URL}: is it running? (gpumanager doctor; {error})")
-    except APIError as error:  # what the broker or the service said
+    except APIError as error:  # what the broker or the consumer answered
         sys.exit(str(error))

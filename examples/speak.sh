@@ -1,10 +1,10 @@
 #!/bin/sh
-# Speak a sentence: have it rendered through the broker, fetch the audio, play it.
+# Speak a sentence: render it through the broker, fetch the audio, and play it.
 #
 #   examples/speak.sh "Hello from the broker"
 #   examples/speak.sh -o hello.wav "Hello from the broker"      # save, do not play
 #
-# Needs curl. GPUMANAGER_URL and GPUMANAGER_API_KEY say where the broker is and who asks.
+# Needs curl. Environment: GPUMANAGER_URL (the broker), GPUMANAGER_API_KEY (your key).
 set -eu
 url=${GPUMANAGER_URL:-http://127.0.0.1:8770}
 out=
@@ -20,7 +20,7 @@ shift $((OPTIND - 1))
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT INT TERM
 
-# A file keeps the key out of the list of processes.
+# The key is in a file, so that it does not show in the list of processes.
 : > "$dir/headers"
 [ -z "${GPUMANAGER_API_KEY:-}" ] || printf 'Authorization: Bearer %s\n' "$GPUMANAGER_API_KEY" > "$dir/headers"
 
@@ -38,7 +38,7 @@ if grep -qi '^content-type: *audio/' "$dir/head"; then
   audio=$dir/answer
 else
   path=$(sed -n 's/.*"audio_url": *"\([^"]*\)".*/\1/p' "$dir/answer")
-  [ -n "$path" ] || { echo "no audio in the answer: $(cat "$dir/answer")" >&2; exit 1; }
+  [ -n "$path" ] || { echo "the answer has no audio: $(cat "$dir/answer")" >&2; exit 1; }
   audio=$dir/audio
   curl --silent --show-error --fail -H "@$dir/headers" -o "$audio" "$url$path"
 fi
@@ -53,5 +53,5 @@ for player in "pw-play" "paplay" "aplay -q" "ffplay -nodisp -autoexit -loglevel 
     exit
   fi
 done
-echo "nothing to play it with (pw-play, paplay, aplay, ffplay, afplay); use -o FILE" >&2
+echo "found no program that plays audio (pw-play, paplay, aplay, ffplay, afplay); use -o FILE" >&2
 exit 1

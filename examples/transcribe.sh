@@ -1,11 +1,11 @@
 #!/bin/sh
-# Transcribe a recording through the broker: print its text.
+# Transcribe a recording through the broker, and print its text.
 #
 #   examples/transcribe.sh hello.wav
 #   MODEL=Systran/faster-whisper-small examples/transcribe.sh hello.wav
 #
-# Sends the form that whisper.cpp's server and all with OpenAI's API take. Needs curl. GPUMANAGER_URL,
-# GPUMANAGER_API_KEY and MODEL say where, who and which.
+# Sends the form that whisper.cpp's server and all servers with OpenAI's API accept. Needs curl.
+# Environment: GPUMANAGER_URL (the broker), GPUMANAGER_API_KEY (your key), MODEL.
 set -eu
 url=${GPUMANAGER_URL:-http://127.0.0.1:8770}
 [ $# -eq 1 ] || { echo "usage: $0 FILE" >&2; exit 2; }
@@ -14,7 +14,8 @@ url=${GPUMANAGER_URL:-http://127.0.0.1:8770}
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT INT TERM
 
-# Files keep the key out of the list of processes, and a name with a comma out of curl's way.
+# The key is in a file, so that it does not show in the list of processes; the recording is copied, since
+# curl cannot send a file with a comma in its name.
 : > "$dir/headers"
 [ -z "${GPUMANAGER_API_KEY:-}" ] || printf 'Authorization: Bearer %s\n' "$GPUMANAGER_API_KEY" > "$dir/headers"
 cp "$1" "$dir/recording"
