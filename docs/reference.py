@@ -232,7 +232,9 @@ def presets_page() -> str:
         )
         config = parse_config(example + "}\n").consumers[name]
         kinds = ", ".join(f"`{kind}` → `{route.path}`" for kind, route in config.paths.items())
-        unloads = "by a call" if config.unload else "not by a call: give it an eviction method (`evict`)"
+        unloads = (
+            "by a call" if config.unload else "not by a call: give it an eviction method (`evict`)"
+        )
         parts += [
             f"## {name}\n",
             f"{head}\n",
