@@ -17,6 +17,7 @@ from tests.support.sockets import Answer, Connection, RawClient, Received, Scrip
 from tests.support.threads import PATIENCE_S, eventually
 
 QUICK = {"connect": 0.4, "first_byte": 0.4, "idle": 0.4, "total": 1.0}
+PATIENT = {"connect": 10.0, "first_byte": 10.0, "idle": 10.0, "total": 20.0}
 LOADED = b'{"loaded": %s, "gpu_resident_mib": %d}'
 
 
@@ -65,7 +66,7 @@ class Stage:
 
 
 @contextmanager
-def stage(on_disconnect: str = "native") -> Iterator[Stage]:
+def stage(on_disconnect: str = "native", timeouts: dict[str, float] = QUICK) -> Iterator[Stage]:
     broken: dict[str, Script] = {}
     holder: list[Stage] = []
 
@@ -92,7 +93,7 @@ def stage(on_disconnect: str = "native") -> Iterator[Stage]:
     def script(connection: Connection, received: Received) -> None:
         routes[received.line.split()[1]](connection, received)
 
-    quick = {"timeout": 0.4}
+    quick = {"timeout": timeouts["first_byte"]}
     with ScriptedConsumer(script) as consumer:
         config = {
             "gpu": {"total_mib": 1500, "reserved_mib": 100},
@@ -106,7 +107,7 @@ def stage(on_disconnect: str = "native") -> Iterator[Stage]:
                     "load": {"path": "/load", **quick},
                     "unload": "/unload-target",
                     "vram_resident_mib": 1000,
-                    "timeouts": QUICK,
+                    "timeouts": timeouts,
                     "on_disconnect": on_disconnect,
                 },
                 "victim": {
@@ -168,13 +169,13 @@ def standing_at(on: Stage, phase: str, finish: threading.Event) -> Iterator[RawC
     """A job of the target that has got as far as `phase`, and stays there until `finish`."""
 
     def hold(connection: Connection, received: Received) -> None:
-        finish.wait(0.3)
+        finish.wait(PATIENCE_S)
         connection.send(answer())
 
     def hold_answer(connection: Connection, received: Received) -> None:
         if phase == "mid-body":
             connection.send(faults.HEAD + b"Content-Length: 9\r\n\r\nfirst")
-            finish.wait(0.3)
+            finish.wait(PATIENCE_S)
             connection.send(b"last")
         else:
             hold(connection, received)
@@ -202,9 +203,10 @@ def standing_at(on: Stage, phase: str, finish: threading.Event) -> Iterator[RawC
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_client_that_leaves(phase: str, on_disconnect: str) -> None:
     finish = threading.Event()
-    with stage(on_disconnect) as on:
+    with stage(on_disconnect, PATIENT) as on:
         with standing_at(on, phase, finish) as client:
             client.sock.close()
+            finish.set()
             if phase == "waiting":
                 on.broker.await_waiting(0)
         on.broken.clear()
@@ -216,10 +218,11 @@ def test_a_client_that_leaves(phase: str, on_disconnect: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_operator_who_cancels(phase: str, on_disconnect: str) -> None:
     finish = threading.Event()
-    with stage(on_disconnect) as on:
+    with stage(on_disconnect, PATIENT) as on:
         with standing_at(on, phase, finish) as client:
             ticket = on.broker.get("/v1/queue").json()["line"][-1]["ticket"]
             assert on.broker.delete(f"/v1/queue/{ticket}").status_code == 200
+            finish.set()
             got = client.answer()
             if phase == "mid-body":
                 assert not got.complete
