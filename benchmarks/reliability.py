@@ -85,7 +85,7 @@ def crowd(clients: int) -> tuple[dict[str, Any], bool]:
             waiting.append(RawClient(running.port).request("POST", "/v1/tts", b"{}", named))
             if index % 50 == 0 or index == clients:
                 running.await_waiting(index)
-        line = [entry["request_id"] for entry in running.get("/v1/queue").json()["line"]]
+        line = [entry["request_id"] for entry in running.get("/v1/queue").json()["queue"]]
         cpu_before = cpu_seconds(running.pid)
         time.sleep(5)
         cpu_at_rest = (cpu_seconds(running.pid) - cpu_before) / 5

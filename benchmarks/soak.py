@@ -248,7 +248,7 @@ class Operator:
         self.surprises: list[str] = []
 
     def cancel_one(self) -> None:
-        line = self._session.get(f"{self._url}/v1/queue", timeout=30).json()["line"]
+        line = self._session.get(f"{self._url}/v1/queue", timeout=30).json()["queue"]
         if line:
             entry = self._rng.choice(line)
             self.cancelled.add(entry["request_id"])

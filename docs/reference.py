@@ -50,7 +50,7 @@ TITLES = {
     "LoadCall": "`consumers.NAME.load` and `warm`, and a call in `on_disconnect`",
     "UnloadCall": "`consumers.NAME.unload`",
     "Settled": "`consumers.NAME.settled`",
-    "Rung": "one of `consumers.NAME.evict`",
+    "EvictionMethod": "one of `consumers.NAME.evict`",
     "Done": "`consumers.NAME.done`",
     "Match": "`consumers.NAME.done.match`",
     "Poll": "`consumers.NAME.done.poll`",

@@ -35,7 +35,7 @@ from gpumanager.monitoring.sampler import Sampler
 from gpumanager.monitoring.worker import PeriodicWorker
 from gpumanager.notify import ALIVE, READY, STOPPING, Notifier
 from gpumanager.processes import ConsumerProcesses, SystemProcesses, programs_at
-from gpumanager.reclaim.ladder import Ladder
+from gpumanager.reclaim.stopping import Stopping
 from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.factory import build_scheduler
 from gpumanager.scheduling.room import RoomMaker
@@ -119,13 +119,15 @@ class Broker:
             emit,
             interval=config.gpu.sample_interval,
         )
-        self._ladder = Ladder(config, listening=consumer_processes.of, on_card=self._pids_on_card)
+        self._stopping = Stopping(
+            config, listening=consumer_processes.of, on_card=self._pids_on_card
+        )
         room = RoomMaker(
             config,
             self.registry,
             self.learned,
             calls,
-            self._ladder,
+            self._stopping,
             sampler.look,
             admission.check,
             clock,
@@ -322,7 +324,7 @@ class Broker:
                 name,
                 self._calls,
                 self.registry,
-                self._ladder.returned,
+                self._stopping.returned,
                 self.events.emit,
                 interval=config.health_interval,
             )

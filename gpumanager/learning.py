@@ -27,7 +27,7 @@ from gpumanager.footprint import (
     count,
     seconds,
 )
-from gpumanager.model import Parked
+from gpumanager.model import StoppedBy
 
 log = logging.getLogger(__name__)
 
@@ -254,22 +254,22 @@ class Learned:
 
 class StateFile:
     """What outlives the broker: what was learned, and which consumers it has stopped, or, by the
-    rung `http`, unloaded."""
+    method `http`, unloaded."""
 
     def __init__(
         self,
         path: Path,
         learned: Learned,
-        parked: Callable[[], Mapping[str, Parked]],
+        stopped_by: Callable[[], Mapping[str, StoppedBy]],
     ) -> None:
         self._path = path
         self._learned = learned
-        self._parked = parked
-        self._saved: tuple[int, Mapping[str, Parked]] = (0, {})
+        self._stopped_by = stopped_by
+        self._saved: tuple[int, Mapping[str, StoppedBy]] = (0, {})
         self._failed = False
         self._lock = threading.Lock()
 
-    def load(self) -> Mapping[str, Parked]:
+    def load(self) -> Mapping[str, StoppedBy]:
         """Restore what was learned; returns the consumers that were stopped. A file that cannot
         be understood is put aside, with a warning, and nothing is restored."""
         try:
@@ -284,12 +284,12 @@ class StateFile:
             if data["version"] not in _READ_VERSIONS:
                 raise ValueError(f"version {data['version']!r}")
             self._learned.restore(data["consumers"])
-            parked = {
-                name: Parked(str(entry["rung"]), _processes(entry["processes"]))
+            stopped_by = {
+                name: StoppedBy(str(entry["rung"]), _processes(entry["processes"]))
                 for name, entry in data["parked"].items()
             }
             for name, processes in data.get("unloaded", {}).items():  # a newer key
-                parked[name] = Parked(_UNLOADED, _processes(processes))
+                stopped_by[name] = StoppedBy(_UNLOADED, _processes(processes))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             aside = self._path.with_name(self._path.name + ".bad")
             with contextlib.suppress(OSError):
@@ -297,36 +297,39 @@ class StateFile:
             reason = f"not understood ({error}), put aside as {aside.name}"
             log.warning("state not read", extra={"file": str(self._path), "reason": reason})
             return {}
-        self._saved = (self._learned.changes, parked)
-        return parked
+        self._saved = (self._learned.changes, stopped_by)
+        return stopped_by
 
     def save(self) -> None:
         """Write it, if anything changed: whole or not at all. Never raises."""
         with self._lock:
-            parked, changes = dict(self._parked()), self._learned.changes
-            if (changes, parked) == self._saved:
+            stopped_by, changes = dict(self._stopped_by()), self._learned.changes
+            if (changes, stopped_by) == self._saved:
                 return
             try:
-                self._write(parked)
+                self._write(stopped_by)
             except OSError as error:
                 if not self._failed:
                     extra = {"file": str(self._path), "reason": str(error)}
                     log.warning("state not saved", extra=extra)
                 self._failed = True
             else:
-                self._saved, self._failed = (changes, parked), False
+                self._saved, self._failed = (changes, stopped_by), False
 
-    def _write(self, parked: Mapping[str, Parked]) -> None:
+    def _write(self, stopped_by: Mapping[str, StoppedBy]) -> None:
         data = {
+            # `parked` and `rung`: as older brokers have it. Stopped, and by which method.
             "version": _VERSION,
             "consumers": self._learned.as_data(),
             "parked": {
-                name: {"rung": each.rung, "processes": each.processes}
-                for name, each in parked.items()
-                if each.rung != _UNLOADED
+                name: {"rung": each.method, "processes": each.processes}
+                for name, each in stopped_by.items()
+                if each.method != _UNLOADED
             },
             "unloaded": {
-                name: each.processes for name, each in parked.items() if each.rung == _UNLOADED
+                name: each.processes
+                for name, each in stopped_by.items()
+                if each.method == _UNLOADED
             },
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)

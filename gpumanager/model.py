@@ -149,12 +149,12 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
-    """How the broker stopped a consumer: by which rung of its `evict` (`unit`, `container`,
+class StoppedBy:
+    """How the broker stopped a consumer: by which method of its `evict` (`unit`, `container`,
     `signal`, `checkpoint`). `processes` are those it has to bring back, each with its pid and
     the time it was started, in seconds since the epoch."""
 
-    rung: str
+    method: str
     processes: tuple[tuple[int, float], ...] = ()
 
 
@@ -172,7 +172,7 @@ class ConsumerState:
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
-    `parked` is set while the broker has stopped it to take its memory back; `quarantine` says
+    `stopped_by` is set while the broker has stopped it to take its memory back; `quarantine` says
     why it is not asked to release memory now, empty if it is; that lasts until `quarantine_until`,
     or until it holds no more than `quarantine_mib`. `leaks` counts how often in a row it gave
     nothing back. `residency_version` changes
@@ -196,7 +196,7 @@ class ConsumerState:
     last_error: str = ""
     residency_version: int = 0
     on_cpu: tuple[str, ...] = ()
-    parked: Parked | None = None
+    stopped_by: StoppedBy | None = None
     quarantine: str = ""
     quarantine_until: float = 0.0
     quarantine_mib: int = 0

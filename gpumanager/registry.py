@@ -16,7 +16,7 @@ from types import MappingProxyType
 from gpumanager.clock import Clock
 from gpumanager.errors import NoConsumer
 from gpumanager.ledger import is_releasing
-from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Parked, ProbeReport
+from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, ProbeReport, StoppedBy
 
 
 class InUse(Exception):
@@ -90,7 +90,7 @@ class Registry:
             removed = tuple(removed)
             for name in (*removed, *fresh):
                 state = self._consumers.get(name)
-                if self._users[name] > 0 or (state is not None and state.parked is not None):
+                if self._users[name] > 0 or (state is not None and state.stopped_by is not None):
                     raise InUse(name)
             changed = {}
             for name, loaded in fresh.items():
@@ -232,7 +232,7 @@ class Registry:
         """The card shows that it is loaded."""
         self._change(name, lambda state: replace(state, assumed=None))
 
-    def park(self, name: str, parked: Parked) -> None:
+    def mark_stopped(self, name: str, stopped_by: StoppedBy) -> None:
         """The broker stopped the consumer: that it does not answer says nothing from now on."""
         now = self._clock.monotonic()
         self._change(
@@ -247,14 +247,14 @@ class Registry:
                 resident_mib=0,
                 report_outdated=False,
                 on_cpu=(),
-                parked=parked,
+                stopped_by=stopped_by,
                 quarantine="",
                 leaks=0,
                 residency_version=state.residency_version + 1,
             ),
         )
 
-    def unpark(self, name: str, *, resumed: bool, seen_version: int | None = None) -> None:
+    def mark_started(self, name: str, *, resumed: bool, seen_version: int | None = None) -> None:
         """It was started again; `resumed`: it goes on where it was, with its model. Does nothing
         if `seen_version` is given, and is not its `residency_version` any more."""
         loaded = resumed or self._assumed_loaded[name]
@@ -270,18 +270,18 @@ class Registry:
                 assumed=assumed,
                 unloaded_at=None,
                 resident_mib=None,
-                parked=None,
+                stopped_by=None,
                 residency_version=state.residency_version + 1,
             )
 
         self._change(name, change)
 
-    def parked(self) -> Mapping[str, Parked]:
+    def stopped_by(self) -> Mapping[str, StoppedBy]:
         """The consumers that the broker has stopped."""
         return {
-            name: state.parked
+            name: state.stopped_by
             for name, state in self._consumers.items()
-            if state.parked is not None
+            if state.stopped_by is not None
         }
 
     def quarantine(self, name: str, reason: str, ends_mib: int = CONTEXT_MIB) -> float:
@@ -336,7 +336,7 @@ class Registry:
 
     def probe_succeeded(self, name: str, report: ProbeReport, *, seen_version: int) -> bool:
         """Take in a probe's answer; True if it is healthy from now on. Of a process that was
-        stopped by a checkpoint it says nothing: that ends with a restore (`unpark`).
+        stopped by a checkpoint it says nothing: that ends with a restore (`mark_started`).
 
         `seen_version` is the `residency_version` from before the probe was sent. Where it
         changed meanwhile, or a job runs, the answer's word on the residency may be out of date:
@@ -345,14 +345,14 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
-            if state.parked is not None and (
-                seen_version != state.residency_version or state.parked.rung == "checkpoint"
+            if state.stopped_by is not None and (
+                seen_version != state.residency_version or state.stopped_by.method == "checkpoint"
             ):
                 # From just before it was stopped; or only its CUDA calls were.
                 return replace(state, last_probe=now)
-            if state.parked is not None:  # somebody else has started it
+            if state.stopped_by is not None:  # somebody else has started it
                 state = self._as_assumed(name, state)
-            state = replace(state, healthy=True, last_error="", last_probe=now, parked=None)
+            state = replace(state, healthy=True, last_error="", last_probe=now, stopped_by=None)
             state = replace(state, tells=report.loaded is not None)
             if seen_version != state.residency_version or state.active:
                 return state
@@ -383,11 +383,11 @@ class Registry:
         now = self._clock.monotonic()
 
         def change(state: ConsumerState) -> ConsumerState:
-            if state.parked is not None and not (
-                process_gone and state.parked.rung == "checkpoint"  # that one had to go on
+            if state.stopped_by is not None and not (
+                process_gone and state.stopped_by.method == "checkpoint"  # that one had to go on
             ):
                 return replace(state, last_probe=now)
-            state = replace(state, healthy=False, last_error=error, last_probe=now, parked=None)
+            state = replace(state, healthy=False, last_error=error, last_probe=now, stopped_by=None)
             if not process_gone or state.active:
                 return state
             version = state.residency_version + 1
@@ -433,7 +433,7 @@ class Registry:
         with self._lock:
             before = self._consumers[name]
             after = change(before)
-            if (after.healthy, after.parked) != (before.healthy, before.parked):
+            if (after.healthy, after.stopped_by) != (before.healthy, before.stopped_by):
                 after = replace(after, health_since=self._clock.monotonic())
             self._consumers = MappingProxyType({**self._consumers, name: after})
         return before

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.events import Event, Evicted, Loaded, Resumed
-from gpumanager.model import ConsumerState, Parked
+from gpumanager.model import ConsumerState, StoppedBy
 from gpumanager.processes import still_there, with_birth
 from gpumanager.registry import Registry
 
@@ -25,24 +25,24 @@ class Stopped:
         self._registry = registry
         self._find = find
 
-    def now(self) -> Mapping[str, Parked]:
+    def now(self) -> Mapping[str, StoppedBy]:
         """The consumers that are stopped; and those, by `UNLOADED`, that were unloaded, have to be
         loaded before a job, and cannot tell."""
-        found = dict(self._registry.parked())
+        found = dict(self._registry.stopped_by())
         for name, consumer in self._config.consumers.items():
             if _has_to_be_loaded(consumer, self._registry.get(name)):
-                found[name] = Parked(UNLOADED, tuple(with_birth(self._find(name))))
+                found[name] = StoppedBy(UNLOADED, tuple(with_birth(self._find(name))))
         return found
 
-    def restore(self, stopped: Mapping[str, Parked]) -> None:
+    def restore(self, stopped: Mapping[str, StoppedBy]) -> None:
         """Take over what was so before the restart. One that was unloaded, and runs in another
         process by now, is as its start has left it."""
-        for name, parked in stopped.items():
+        for name, stopped_by in stopped.items():
             if name not in self._config.consumers:
                 continue
-            if parked.rung != UNLOADED:
-                self._registry.park(name, parked)
-            elif not parked.processes or still_there(parked.processes):
+            if stopped_by.method != UNLOADED:
+                self._registry.mark_stopped(name, stopped_by)
+            elif not stopped_by.processes or still_there(stopped_by.processes):
                 self._registry.set_loaded(name, False)
 
     def concerned(self, event: Event) -> bool:
@@ -65,6 +65,6 @@ def _has_to_be_loaded(consumer: ConsumerConfig, state: ConsumerState) -> bool:
         _can_be_loaded(consumer)
         and not state.loaded
         and not state.tells
-        and state.parked is None
+        and state.stopped_by is None
         and state.healthy is not False
     )

@@ -65,12 +65,12 @@ def test_the_number_of_presets_is_right_wherever_it_stands() -> None:
     assert told.count(str(len(names()))) == len(told) >= 3
 
 
-def test_the_rungs_of_the_documents_load() -> None:
+def test_the_methods_of_the_documents_load() -> None:
     text = (ROOT / "docs" / "vram.md").read_text()
-    (rungs,) = re.findall(r"```yaml\n(evict:.*?)```", text, re.DOTALL)
-    consumer = {"url": "http://127.0.0.1:1", "unload": "/u", **yaml.safe_load(rungs)}
+    (eviction_methods,) = re.findall(r"```yaml\n(evict:.*?)```", text, re.DOTALL)
+    consumer = {"url": "http://127.0.0.1:1", "unload": "/u", **yaml.safe_load(eviction_methods)}
     config = parse_config(yaml.safe_dump({"consumers": {"it": consumer}}))
-    named = [rung.name for rung in config.consumers["it"].rungs]
+    named = [method.name for method in config.consumers["it"].eviction_methods]
     assert named == ["http", "unit", "container", "signal", "checkpoint"]
 
 

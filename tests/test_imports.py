@@ -57,7 +57,7 @@ def files_that_mention(library: str) -> set[str]:
         ("prometheus_client", {"web/metrics.py"}),
         ("opentelemetry", {"monitoring/tracing.py"}),
         ("rich", {"cli/top.py", "cli/views.py", "cli/watching.py"}),
-        ("psutil", {"processes.py", "reclaim/ladder.py", "reclaim/signals.py"}),
+        ("psutil", {"processes.py", "reclaim/stopping.py", "reclaim/signals.py"}),
         ("cuda.bindings.driver", {"reclaim/checkpoint.py"}),
     ],
 )

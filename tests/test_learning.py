@@ -11,7 +11,7 @@ import pytest
 
 from gpumanager.footprint import Declared, Figure
 from gpumanager.learning import Learned, StateFile, Times, state_path
-from gpumanager.model import Parked
+from gpumanager.model import StoppedBy
 
 
 def needed(learned: Learned, declared: int = 2800) -> int:
@@ -93,14 +93,14 @@ def filled() -> Learned:
 
 def test_all_of_it_is_there_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "state.json"
-    parked = {
-        "llm": Parked("checkpoint", ((17, 1763.25),)),
-        "tts": Parked("http", ((18, 1764.5),)),  # not stopped, but unloaded
+    stopped_by = {
+        "llm": StoppedBy("checkpoint", ((17, 1763.25),)),
+        "tts": StoppedBy("http", ((18, 1764.5),)),  # not stopped, but unloaded
     }
     before = filled()
-    StateFile(path, before, lambda: parked).save()
+    StateFile(path, before, lambda: stopped_by).save()
     after = Learned(["tts", "llm", "new"])
-    assert StateFile(path, after, dict).load() == parked
+    assert StateFile(path, after, dict).load() == stopped_by
     for name in ("tts", "llm"):
         assert after.figures(name) == before.figures(name)
     assert after.figures("new").peak is None
@@ -109,7 +109,7 @@ def test_all_of_it_is_there_again(tmp_path: Path) -> None:
 
 def test_a_file_that_does_not_speak_of_the_unloaded_is_read(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    stopped = {"llm": Parked("unit")}
+    stopped = {"llm": StoppedBy("unit")}
     StateFile(path, filled(), lambda: stopped).save()
     data = json.loads(path.read_text())
     assert data.pop("unloaded") == {}
@@ -128,13 +128,13 @@ def test_a_peak_that_no_job_has_ended_with_yet_is_kept_too(tmp_path: Path) -> No
 
 def test_it_is_written_only_if_there_is_something_new(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    learned, parked = filled(), dict[str, Parked]()
-    state = StateFile(path, learned, lambda: parked)
+    learned, stopped_by = filled(), dict[str, StoppedBy]()
+    state = StateFile(path, learned, lambda: stopped_by)
     state.save()
     path.unlink()
     state.save()
     assert not path.exists()
-    parked["llm"] = Parked("unit")
+    stopped_by["llm"] = StoppedBy("unit")
     state.save()
     assert path.exists()
     path.unlink()

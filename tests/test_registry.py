@@ -13,8 +13,8 @@ from gpumanager.model import (
     GpuState,
     Holdings,
     MemoryReading,
-    Parked,
     ProbeReport,
+    StoppedBy,
 )
 from gpumanager.registry import InUse, Registry
 from tests.support.clock import FakeClock
@@ -194,51 +194,51 @@ def test_a_return_that_was_seen_too_late_undoes_no_job() -> None:
 
 # -- stopped by the broker, and in quarantine ----------------------------------------------------
 
-PARKED = Parked("unit")
+PARKED = StoppedBy("unit")
 
 
 def test_who_was_stopped_is_not_unhealthy_for_not_answering() -> None:
     registry, _ = make()
     probe(registry)
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     assert not registry.probe_failed("mvoice", "refused", process_gone=True)
     state = registry.get("mvoice")
-    assert (state.healthy, state.parked, state.loaded, state.last_error) == (
+    assert (state.healthy, state.stopped_by, state.loaded, state.last_error) == (
         None,
         PARKED,
         False,
         "",
     )
-    assert registry.parked() == {"mvoice": PARKED}
-    registry.unpark("mvoice", resumed=False)
+    assert registry.stopped_by() == {"mvoice": PARKED}
+    registry.mark_started("mvoice", resumed=False)
     state = registry.get("mvoice")
-    assert (state.healthy, state.parked, state.loaded) == (True, None, True)  # as assumed
+    assert (state.healthy, state.stopped_by, state.loaded) == (True, None, True)  # as assumed
 
 
 def test_who_goes_on_where_it_was_has_its_model() -> None:
     registry, _ = make(loaded=False)
-    registry.park("mvoice", Parked("checkpoint"))
-    registry.unpark("mvoice", resumed=True)
+    registry.mark_stopped("mvoice", StoppedBy("checkpoint"))
+    registry.mark_started("mvoice", resumed=True)
     assert registry.get("mvoice").loaded
 
 
 def test_who_was_started_by_somebody_else_is_back() -> None:
     registry, _ = make()
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     assert probe(registry, True, 100)
-    assert registry.get("mvoice").parked is None
+    assert registry.get("mvoice").stopped_by is None
 
 
 def test_an_answer_from_just_before_it_was_stopped_brings_nobody_back() -> None:
     registry, _ = make()
     seen = registry.get("mvoice").residency_version
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     registry.probe_succeeded("mvoice", ProbeReport(True, 2800), seen_version=seen)
     state = registry.get("mvoice")
-    assert (state.parked, state.loaded, state.healthy) == (PARKED, False, None)
+    assert (state.stopped_by, state.loaded, state.healthy) == (PARKED, False, None)
 
 
-@pytest.mark.parametrize("how", ["probe", "job", "park"])
+@pytest.mark.parametrize("how", ["probe", "job", "stop"])
 def test_a_quarantine_ends_with_the_process(how: str) -> None:
     registry, _ = make()
     registry.quarantine("mvoice", "gave nothing back")
@@ -250,7 +250,7 @@ def test_a_quarantine_ends_with_the_process(how: str) -> None:
         registry.job_started("mvoice")
         registry.job_finished("mvoice", process_gone=True)
     else:
-        registry.park("mvoice", PARKED)
+        registry.mark_stopped("mvoice", PARKED)
     assert registry.get("mvoice").quarantine == ""
 
 
@@ -301,10 +301,10 @@ def test_it_is_known_since_when_a_consumer_is_down_stopped_or_back() -> None:
     clock.advance(5)
     registry.probe_failed("mvoice", "timed out")
     assert registry.get("mvoice").health_since == fell
-    registry.park("mvoice", Parked("unit"))
+    registry.mark_stopped("mvoice", StoppedBy("unit"))
     assert registry.get("mvoice").health_since == clock.monotonic()
     clock.advance(5)
-    registry.unpark("mvoice", resumed=False)
+    registry.mark_started("mvoice", resumed=False)
     assert registry.get("mvoice").health_since == clock.monotonic()
 
 
@@ -357,15 +357,15 @@ def test_a_fresh_process_is_known_as_little_as_at_the_start() -> None:
     assert registry.get("mvoice").assumed is None
     registry.process_returned("mvoice", seen_version=registry.get("mvoice").residency_version)
     assert registry.get("mvoice").assumed is not None
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     assert registry.get("mvoice").assumed is None
-    registry.unpark("mvoice", resumed=False)
+    registry.mark_started("mvoice", resumed=False)
     assert registry.get("mvoice").assumed is not None
 
 
 def test_one_that_somebody_else_started_may_have_its_model() -> None:
     registry, _ = make()
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     probe(registry)
     state = registry.get("mvoice")
     assert (state.loaded, state.assumed is not None) == (True, True)
@@ -405,7 +405,7 @@ def test_who_is_in_use_is_neither_removed_nor_moved() -> None:
 
 def test_one_that_the_broker_has_stopped_is_not_removed() -> None:
     registry, _ = make()
-    registry.park("comfyui", Parked("unit"))
+    registry.mark_stopped("comfyui", StoppedBy("unit"))
     with pytest.raises(InUse):
         registry.reshape({}, ["comfyui"], list)
 
@@ -444,9 +444,9 @@ def test_since_when_its_memory_may_be_on_its_way_back() -> None:
     assert registry.get("mvoice").unloaded_at == at
     registry.set_loaded("mvoice", True)
     assert registry.get("mvoice").unloaded_at is None
-    registry.park("mvoice", PARKED)
+    registry.mark_stopped("mvoice", PARKED)
     assert registry.get("mvoice").unloaded_at == clock.monotonic()
-    registry.unpark("mvoice", resumed=True)
+    registry.mark_started("mvoice", resumed=True)
     assert registry.get("mvoice").unloaded_at is None
     registry.set_loaded("mvoice", False)
     registry.probe_failed("mvoice", "refused", process_gone=True)

@@ -244,7 +244,7 @@ def consumer(**more: Any) -> dict[str, Any]:
         ({"healthy": False}, "down"),
         ({"probed": False}, "not probed"),
         ({"breaker": "open"}, "failing"),
-        ({"parked": "unit"}, "stopped (unit)"),
+        ({"stopped_by": "unit"}, "stopped (unit)"),
         ({"quarantine": "x"}, "does not release"),
         ({"on_cpu": ["m"]}, "partly on the CPU"),
     ],
@@ -273,7 +273,7 @@ def test_status_says_since_when_and_why_a_consumer_is_down() -> None:
                 last_error="ollama refused the connection",
             ),
             consumer(name="tei", breaker="open", breaker_since="2026-05-11T11:33:37.120Z"),
-            consumer(name="sd", healthy=False, parked="unit"),
+            consumer(name="sd", healthy=False, stopped_by="unit"),
         ],
     }
     assert shown(views.troubles(found)).splitlines() == [
@@ -302,7 +302,7 @@ def test_top_shows_memory_progress_the_line_and_events() -> None:
         "routing": {"tts": "it"},
         "consumers": [consumer()],
         "scheduler": {"total_jobs": 4, "evictions": 1, "queue_depth": 1},
-        "line": [entry, {**entry, "ticket": 2, "state": "waiting", "position": 1}],
+        "queue": [entry, {**entry, "ticket": 2, "state": "waiting", "position": 1}],
     }
     event = {"number": 1, "time": "2026-05-11T11:33:39.120Z", "event": "evicted", "level": "info"}
     text = shown(

@@ -11,7 +11,7 @@ import yaml
 
 from gpumanager.config import parse_config
 from gpumanager.events import Draining, Event, Healthy, Loaded
-from gpumanager.model import Parked, ProbeReport
+from gpumanager.model import ProbeReport, StoppedBy
 from gpumanager.registry import Registry
 from gpumanager.stopped import Stopped
 from tests.support.clock import FakeClock
@@ -33,10 +33,10 @@ def test_who_was_unloaded_and_cannot_tell_is_remembered_with_its_process() -> No
     stopped, registry = make(sglang=SLEEPER, lazy={"unload": "/free"}, unit={})
     for name in ("sglang", "lazy"):
         registry.set_loaded(name, False)
-    registry.park("unit", Parked("unit"))
+    registry.mark_stopped("unit", StoppedBy("unit"))
     assert stopped.now() == {
-        "sglang": Parked("http", ((ME, MY_BIRTH),)),
-        "unit": Parked("unit"),
+        "sglang": StoppedBy("http", ((ME, MY_BIRTH),)),
+        "unit": StoppedBy("unit"),
     }
 
 
@@ -64,10 +64,14 @@ def test_it_is_unloaded_still_if_its_process_is_the_same(
     """Or if that cannot be seen."""
     stopped, registry = make(sglang=SLEEPER, unit={})
     stopped.restore(
-        {"sglang": Parked("http", processes), "unit": Parked("unit"), "forgotten": Parked("unit")}
+        {
+            "sglang": StoppedBy("http", processes),
+            "unit": StoppedBy("unit"),
+            "forgotten": StoppedBy("unit"),
+        }
     )
     assert registry.get("sglang").loaded is loaded
-    assert registry.get("unit").parked == Parked("unit")
+    assert registry.get("unit").stopped_by == StoppedBy("unit")
 
 
 @pytest.mark.parametrize(

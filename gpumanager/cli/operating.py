@@ -77,7 +77,7 @@ def unload(broker: BrokerClient, consumer: str) -> None:
     """Unload a CONSUMER. Waits in line like a job. Exit code 1 if it gave nothing back."""
     answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/unload")
     text = f"{consumer}: {answer['outcome']}, {answer['mib']} MiB in {answer['ms'] / 1000:.1f} s"
-    click.echo(text + (f", taken by {answer['thief']}" if "thief" in answer else ""))
+    click.echo(text + (f", taken by {answer['taken_by']}" if "taken_by" in answer else ""))
     sys.exit(1 if answer["outcome"] in ("leaked", "busy") else 0)
 
 

@@ -80,7 +80,7 @@ def picture(
     inner = max(1, console.width - 4)
     memory = Panel(views.card(found, inner), title="memory", title_align="left")
     running = Panel(views.running(found, inner), title="running", title_align="left")
-    queue = _List(len(found["line"]), _HEAD)
+    queue = _List(len(found["queue"]), _HEAD)
     consumers = _List(len(found["consumers"]), _HEAD)
     lately = _List(len(events) if fit else min(LAST_EVENTS, len(events)), 0)
     left = (console.height if fit else 10**6) - 1
@@ -94,7 +94,7 @@ def picture(
     drawn = (
         (memory, memory),
         (running, running),
-        (queue, Panel(views.line(found["line"], queue.rows), title="queue")),
+        (queue, Panel(views.line(found["queue"], queue.rows), title="queue")),
         (consumers, Panel(views.services(found, consumers.rows), title="consumers")),
         (lately, Panel(views.lately(events, lately.rows), title="lately")),
     )

@@ -28,7 +28,7 @@ def console() -> Console:
 
 def status(found: Mapping[str, Any]) -> RenderableType:
     """The card, the services, the line."""
-    return Group(card(found), services(found), troubles(found), line(found["line"]))
+    return Group(card(found), services(found), troubles(found), line(found["queue"]))
 
 
 def gone(reason: str) -> RenderableType:
@@ -153,7 +153,7 @@ def card(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
 
 def running(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
     """What runs, and how far it should be."""
-    entries = [entry for entry in found["line"] if entry["state"] == "running"]
+    entries = [entry for entry in found["queue"] if entry["state"] == "running"]
     if not entries:
         return Text("nothing", style="dim")
     usual = {
@@ -198,8 +198,8 @@ def _more(cut: int, what: str) -> Text:
 
 
 def _state(consumer: Mapping[str, Any]) -> Text:
-    if "parked" in consumer:
-        return Text(f"stopped ({consumer['parked']})", style="dim")
+    if "stopped_by" in consumer:
+        return Text(f"stopped ({consumer['stopped_by']})", style="dim")
     if "quarantine" in consumer:
         return Text("does not release", style="yellow")
     if consumer["breaker"] != "closed":
@@ -220,7 +220,7 @@ def troubles(found: Mapping[str, Any]) -> RenderableType:
         what, since = "", None
         if consumer["breaker"] != "closed":
             what, since = "failing", consumer.get("breaker_since")
-        elif consumer["probed"] and not consumer["healthy"] and "parked" not in consumer:
+        elif consumer["probed"] and not consumer["healthy"] and "stopped_by" not in consumer:
             what, since = "down", consumer.get("health_since")
         if what:
             when = (

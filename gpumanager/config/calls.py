@@ -304,7 +304,7 @@ def _filled(value: Any, sign: str, with_: str) -> Any:
 _BELONGS = {"scope": "unit", "socket": "container", "start": "signal"}
 
 
-class Rung(Model):
+class EvictionMethod(Model):
     """One eviction method: a way to have a consumer give back the card's memory. `evict` lists
     them in the order in which the broker tries them. Each entry has exactly one of `http`,
     `unit`, `container`, `signal` and `checkpoint`; a bare `http` stands for `{http: true}`."""
@@ -339,9 +339,9 @@ class Rung(Model):
             raise ValueError(
                 f"must be http, or have exactly one of {', '.join(values.METHODS[1:])}"
             )
-        for key, rung in _BELONGS.items():
-            if key in value and chosen != [rung]:
-                raise ValueError(f"'{key}' belongs to {rung}")
+        for key, method in _BELONGS.items():
+            if key in value and chosen != [method]:
+                raise ValueError(f"'{key}' belongs to {method}")
         return value
 
     @property
@@ -350,7 +350,7 @@ class Rung(Model):
         return next(name for name in values.METHODS if getattr(self, name) is not None)
 
 
-HTTP = Rung(http=True)
+HTTP = EvictionMethod(http=True)
 
 _OUT_OF_MEMORY = (
     r"(CUDA|HIP|XPU|GPU|VRAM|device)\b.{0,80}\bout of (device )?memory",

@@ -52,7 +52,7 @@ _SHORT_FORMS: dict[Any, Callable[[JsonSchemaValue], JsonSchemaValue]] = {
     values.bare_path: _or(_PATH),
     values.bare_path_or_none: _or(_PATH),
     values.bare_expression: _or(_EXPRESSION),
-    values.bare_rung: _or({"const": "http"}),
+    values.bare_method: _or({"const": "http"}),
     values.listed: _one_or_list,
 }
 

@@ -167,8 +167,14 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
 
 
 def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found]:
-    rungs = consumer.get("evict")
-    listed = rungs if isinstance(rungs, list) else [] if rungs is None else [rungs]
+    eviction_methods = consumer.get("evict")
+    listed = (
+        eviction_methods
+        if isinstance(eviction_methods, list)
+        else []
+        if eviction_methods is None
+        else [eviction_methods]
+    )
     if consumer.get("unload") is None and ("http" in listed or {"http": True} in listed):
         yield (*here, "evict"), "holds http, but the consumer has no 'unload' call", ""
     if consumer.get("idle_unload") is not None:

@@ -29,6 +29,7 @@ from gpumanager.config.calls import (
     ContainerName,
     Done,
     Duration,
+    EvictionMethod,
     File,
     Health,
     Host,
@@ -40,7 +41,6 @@ from gpumanager.config.calls import (
     OutOfMemory,
     Probe,
     Route,
-    Rung,
     Seconds,
     Session,
     Settled,
@@ -75,7 +75,8 @@ _Unload = Annotated[UnloadCall | None, BeforeValidator(values.bare_path_or_none)
 _Probe = Annotated[Probe | None, BeforeValidator(values.bare_path_or_none)]
 _Settled = Annotated[Settled | None, BeforeValidator(values.bare_path_or_none)]
 _Evict = Annotated[
-    tuple[Annotated[Rung, BeforeValidator(values.bare_rung)], ...], BeforeValidator(values.listed)
+    tuple[Annotated[EvictionMethod, BeforeValidator(values.bare_method)], ...],
+    BeforeValidator(values.listed),
 ]
 _OnDisconnect = Annotated[
     Annotated[Literal["native", "none"], Tag("<word>")] | Annotated[LoadCall, Tag("<call>")],
@@ -155,7 +156,7 @@ class ConsumerConfig(Model):
         return Declared(self.vram_resident_mib, self.max_mib, self.elastic)
 
     @property
-    def rungs(self) -> tuple[Rung, ...]:
+    def eviction_methods(self) -> tuple[EvictionMethod, ...]:
         """The ways to take its memory back, in the order in which they are tried."""
         if self.evict is not None:
             return self.evict
@@ -164,9 +165,9 @@ class ConsumerConfig(Model):
     @property
     def container_named(self) -> tuple[str | None, str | None]:
         """The container it runs in, and the engine's socket; None where they are not named."""
-        for rung in self.evict or ():
-            if rung.container is not None and self.container in (None, rung.container):
-                return rung.container, rung.socket
+        for method in self.evict or ():
+            if method.container is not None and self.container in (None, method.container):
+                return method.container, method.socket
         return self.container, None
 
     @cached_property

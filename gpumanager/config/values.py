@@ -189,7 +189,7 @@ def bare_expression(value: object) -> object:
     return {"expr": value} if isinstance(value, str) else value
 
 
-def bare_rung(value: object) -> object:
+def bare_method(value: object) -> object:
     if value == "http":
         return {"http": True}
     if not isinstance(value, Mapping | BaseModel):

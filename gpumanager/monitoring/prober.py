@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.events import CameBack, Emit, Healthy, OnCpu, Unhealthy
-from gpumanager.model import ConsumerState, Parked, ProbeReport
+from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
 from gpumanager.registry import Registry
 
 
@@ -28,7 +28,7 @@ class Prober:
         name: str,
         probes: Probes,
         registry: Registry,
-        returned: Callable[[str, Parked], Literal["resumed", "replaced"] | None],
+        returned: Callable[[str, StoppedBy], Literal["resumed", "replaced"] | None],
         emit: Emit,
         *,
         interval: float,
@@ -64,12 +64,12 @@ class Prober:
         return self._interval
 
     def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
-        parked = before.parked
-        if parked is None or parked.rung != "checkpoint" or before.busy:
+        stopped_by = before.stopped_by
+        if stopped_by is None or stopped_by.method != "checkpoint" or before.busy:
             return
-        if (how := self._returned(self._name, parked)) is not None:
+        if (how := self._returned(self._name, stopped_by)) is not None:
             version = before.residency_version
-            self._registry.unpark(self._name, resumed=how == "resumed", seen_version=version)
+            self._registry.mark_started(self._name, resumed=how == "resumed", seen_version=version)
             self._emit(CameBack(consumer=self._name, how=how))
 
     def _failed(self, error: BrokerError, *, was_busy: bool) -> None:

@@ -77,7 +77,12 @@ class Sampler:
                 continue
             if state.assumed is not None and mib > CONTEXT_MIB:
                 self._registry.confirm(name)
-            if not state.loaded and not state.active and not state.busy and state.parked is None:
+            if (
+                not state.loaded
+                and not state.active
+                and not state.busy
+                and state.stopped_by is None
+            ):
                 self._learned.kept(name, mib, self._clock.monotonic())
             if state.quarantine and mib <= state.quarantine_mib:
                 self._registry.release(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from statistics import mean, median
 
-from gpumanager.config import Config, ConsumerConfig, Rung
+from gpumanager.config import Config, ConsumerConfig, EvictionMethod
 from gpumanager.learning import Figures, Learned, Times
 from gpumanager.ledger import Balance, Held, balance, disproved, held, is_releasing, plausible
 from gpumanager.model import CONTEXT_MIB, ConsumerState, MemoryReading
@@ -378,12 +378,12 @@ def _hopeful(states: Mapping[str, ConsumerState], target: str) -> Mapping[str, C
     return {**lucky, target: replace(lucky[target], unloaded_at=None)}
 
 
-def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[Rung, ...]:
+def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[EvictionMethod, ...]:
     """The eviction methods that may give something back: one that says that it has nothing
     loaded has nothing to unload, whatever its process holds."""
     if state.loaded or not state.tells:
-        return consumer.rungs
-    return tuple(rung for rung in consumer.rungs if not rung.http)
+        return consumer.eviction_methods
+    return tuple(method for method in consumer.eviction_methods if not method.http)
 
 
 def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, Rung
+from gpumanager.config import Config, EvictionMethod
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.events import (
     Emit,
@@ -23,7 +23,7 @@ from gpumanager.events import (
     Quarantined,
 )
 from gpumanager.learning import Learned
-from gpumanager.model import CONTEXT_MIB, MemoryReading, Parked, ProbeReport
+from gpumanager.model import CONTEXT_MIB, MemoryReading, ProbeReport, StoppedBy
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import usable
 from gpumanager.scheduling.interface import Release, Ticket
@@ -63,13 +63,13 @@ class Controls(Protocol):
         """Ask it how it is, and what it holds."""
 
 
-class Parks(Protocol):
+class Stops(Protocol):
     """Stops consumers, and starts them again. Both raise BrokerError on failure."""
 
-    def park(self, name: str, rung: Rung) -> Parked:
-        """Stop it by a rung other than `http`."""
+    def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
+        """Stop it by a method other than `http`."""
 
-    def bring_back(self, name: str, parked: Parked) -> bool:
+    def bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
         """Start it again; True if it can be used at once, False if it has yet to get ready."""
 
 
@@ -82,7 +82,7 @@ class Evictor:
         registry: Registry,
         learned: Learned,
         controls: Controls,
-        parks: Parks,
+        stops: Stops,
         measure: Callable[[], MemoryReading | None],
         clock: Clock,
         emit: Emit,
@@ -91,7 +91,7 @@ class Evictor:
         self._registry = registry
         self._learned = learned
         self._controls = controls
-        self._parks = parks
+        self._stops = stops
         self._measure = measure
         self._clock = clock
         self._emit = emit
@@ -122,16 +122,18 @@ class Evictor:
         consumer = self._config.consumers[name]
         if elsewhere is not None and self._rest.is_busy(name, consumer) and elsewhere():
             return self._left_alone(name, ticket)
-        rungs = list(usable(consumer, self._registry.get(name)) or consumer.rungs)
+        eviction_methods = list(
+            usable(consumer, self._registry.get(name)) or consumer.eviction_methods
+        )
         times_asked = 0
-        while rungs:
-            rung = rungs.pop(0)
+        while eviction_methods:
+            method = eviction_methods.pop(0)
             began = self._clock.monotonic()
             try:
-                self._rest.wait(name, consumer, rung, ticket)
+                self._rest.wait(name, consumer, method, ticket)
                 before = self._measure() or self._last_seen()
                 holds = self._what_it_holds(name, before)
-                self._carry_out(name, rung)
+                self._carry_out(name, method)
             except BrokerError as error:
                 if self._gone(name, error):
                     return Release("gone")
@@ -139,31 +141,33 @@ class Evictor:
                     EvictionFailed(
                         consumer=name,
                         target=ticket.job.consumer,
-                        method=rung.name,
+                        method=method.name,
                         reason=error.message,
                     )
                 )
                 continue
-            if rung.name not in tried:
-                tried.append(rung.name)
+            if method.name not in tried:
+                tried.append(method.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             unloaded = Unloaded(
                 name,
                 before,
                 expected,
                 certain=holds is not None,
-                call=consumer.settled if rung.http else None,
-                again=bool(rung.http) and times_asked < MOST_ASKED,
+                call=consumer.settled if method.http else None,
+                again=bool(method.http) and times_asked < MOST_ASKED,
             )
-            release = self._settling.wait(unloaded, ticket, fits, elsewhere if rung.http else None)
+            release = self._settling.wait(
+                unloaded, ticket, fits, elsewhere if method.http else None
+            )
             seconds = self._clock.monotonic() - began
             release = replace(release, seconds=seconds, certain=unloaded.certain)
             if release.ask_again:
                 self._emit(LoadedMeanwhile(consumer=name))
                 times_asked += 1
-                rungs.insert(0, rung)
+                eviction_methods.insert(0, method)
                 continue
-            self._take_note(name, rung, release, ticket.job.consumer)
+            self._take_note(name, method, release, ticket.job.consumer)
             if release.outcome == "busy":
                 return release
             if release.outcome != "leaked":
@@ -209,13 +213,13 @@ class Evictor:
         except BrokerError:
             return None
 
-    def _carry_out(self, name: str, rung: Rung) -> None:
+    def _carry_out(self, name: str, method: EvictionMethod) -> None:
         with self._registry.busy(name):
-            if rung.http:
+            if method.http:
                 self._controls.unload(name)
                 self._registry.set_loaded(name, False)
             else:
-                self._registry.park(name, self._parks.park(name, rung))
+                self._registry.mark_stopped(name, self._stops.stop(name, method))
 
     def _gone(self, name: str, error: BrokerError) -> bool:
         """Its process has ended, and took the memory along."""
@@ -224,19 +228,19 @@ class Evictor:
             return True
         return False
 
-    def _take_note(self, name: str, rung: Rung, release: Release, target: str) -> None:
+    def _take_note(self, name: str, method: EvictionMethod, release: Release, target: str) -> None:
         gave = release.mib > LEAKED_SHARE * release.expected_mib
-        kept = release.residue_mib if rung.http and gave else None
+        kept = release.residue_mib if method.http and gave else None
         self._learned.unloaded(name, release.seconds, kept, release.more_until)
         self._emit(
             Evicted(
                 consumer=name,
                 target=target,
-                method=rung.name,
+                method=method.name,
                 outcome=release.outcome,
                 mib=release.mib,
                 expected_mib=release.expected_mib,
                 ms=round(release.seconds * 1000),
-                taken_by=release.thief or None,
+                taken_by=release.taken_by or None,
             )
         )

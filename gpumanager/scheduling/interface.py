@@ -105,7 +105,7 @@ class Scheduler(Protocol):
 @dataclass(frozen=True, slots=True)
 class Release:
     """What became of an unload. `mib` is the victim's own drop, `expected_mib` what it was taken
-    to give back, `residue_mib` what it still holds, None where that cannot be told; `thief` says
+    to give back, `residue_mib` what it still holds, None where that cannot be told; `taken_by` says
     who took what it gave. `more_until` is the monotonic time until which more of it may come; 0 if
     it was waited for to its end, so that what it still holds is what it keeps. `unverified`: the
     card cannot be measured; `gone`: its process had ended already. `certain` is False where nobody
@@ -117,7 +117,7 @@ class Release:
     mib: int = 0
     expected_mib: int = 0
     residue_mib: int | None = None
-    thief: str = ""
+    taken_by: str = ""
     seconds: float = 0.0
     certain: bool = True
     ask_again: bool = False

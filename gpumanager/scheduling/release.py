@@ -31,14 +31,14 @@ def judge(name: str, before: MemoryReading, after: MemoryReading, expected_mib: 
     attributed = held is not None and holds is not None
     drop = held - holds if held is not None and holds is not None else freed
     mib = max(0, drop)
-    thief = ""
+    taken_by = ""
     if drop >= RELEASED_SHARE * expected_mib:
         outcome: Outcome = "released"
         if attributed and freed < STOLEN_SHARE * mib:
-            outcome, thief = "stolen", _who_grew(name, before, after)
+            outcome, taken_by = "stolen", _who_grew(name, before, after)
     else:
         outcome = "partial" if drop >= LEAKED_SHARE * expected_mib else "leaked"
-    return Release(outcome, mib, expected_mib, holds if attributed else None, thief)
+    return Release(outcome, mib, expected_mib, holds if attributed else None, taken_by)
 
 
 def _still_held(name: str, before: MemoryReading, after: MemoryReading) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import ConsumerConfig, Rung
+from gpumanager.config import ConsumerConfig, EvictionMethod
 from gpumanager.errors import BrokerError, ConsumerTimeout
 from gpumanager.model import MemoryReading
 from gpumanager.scheduling.interface import Ticket
@@ -50,8 +50,10 @@ class Rest:
         except BrokerError:
             return False
 
-    def wait(self, name: str, consumer: ConsumerConfig, rung: Rung, ticket: Ticket) -> None:
-        """Before `rung` is carried out: return when nobody's job would suffer from it. Raises
+    def wait(
+        self, name: str, consumer: ConsumerConfig, method: EvictionMethod, ticket: Ticket
+    ) -> None:
+        """Before `method` is carried out: return when nobody's job would suffer from it. Raises
         ConsumerTimeout if the consumer works on and on: what it works on is not the broker's to
         kill; else what asking it raises, or the error the ticket was cancelled with.
 
@@ -59,25 +61,25 @@ class Rest:
         until the card is hardly used, for a while.
         """
         call = consumer.unload
-        if rung.http and (call is None or call.when_busy in ("drains", "refuses")):
+        if method.http and (call is None or call.when_busy in ("drains", "refuses")):
             return
         if tells(consumer):
-            self._until_it_says_so(name, rung, ticket)
-        elif rung.http:
+            self._until_it_says_so(name, method, ticket)
+        elif method.http:
             self._until_the_card_is_quiet(ticket)
 
-    def _until_it_says_so(self, name: str, rung: Rung, ticket: Ticket) -> None:
+    def _until_it_says_so(self, name: str, method: EvictionMethod, ticket: Ticket) -> None:
         deadline = self._clock.monotonic() + BUSY_LIMIT_S
-        while self._busy(name, rung):
+        while self._busy(name, method):
             if self._clock.monotonic() >= deadline:
                 raise ConsumerTimeout(f"{name} is busy with a job of somebody else", consumer=name)
             ticket.pause(BUSY_POLL_S)
 
-    def _busy(self, name: str, rung: Rung) -> bool:
+    def _busy(self, name: str, method: EvictionMethod) -> bool:
         try:
             return self._asks.busy(name) is True
         except BrokerError:
-            if rung.http:
+            if method.http:
                 raise
             return False  # it hangs, which is a reason to stop it
 

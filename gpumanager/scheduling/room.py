@@ -31,7 +31,7 @@ from gpumanager.model import MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.scheduling.census import Census, Look
 from gpumanager.scheduling.estimate import Doing, Outlook
-from gpumanager.scheduling.evictor import Controls, Evictor, Parks
+from gpumanager.scheduling.evictor import Controls, Evictor, Stops
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.refusal import refusal, short_mib
 from gpumanager.scheduling.rest import BUSY_LIMIT_S
@@ -63,7 +63,7 @@ class RoomMaker:
         registry: Registry,
         learned: Learned,
         controls: Controls,
-        parks: Parks,
+        stops: Stops,
         measure: Callable[[], MemoryReading | None],
         admit: Callable[[str], None],
         clock: Clock,
@@ -74,13 +74,13 @@ class RoomMaker:
         self._registry = registry
         self._learned = learned
         self._controls = controls
-        self._parks = parks
+        self._stops = stops
         self._measure = measure
         self._admit = admit
         self._clock = clock
         self._emit = emit
         self._upcoming = upcoming
-        self._evictor = Evictor(config, registry, learned, controls, parks, measure, clock, emit)
+        self._evictor = Evictor(config, registry, learned, controls, stops, measure, clock, emit)
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
@@ -124,7 +124,7 @@ class RoomMaker:
         state = self._registry.get(consumer)
         return (
             self._clock.monotonic() >= self._probes_due
-            and state.parked is None
+            and state.stopped_by is None
             and (state.loaded or self._config.consumers[consumer].load is None)
             and state.healthy is not False
             and self._holds_enough(consumer)
@@ -152,7 +152,7 @@ class RoomMaker:
         ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with the reasons in the
         log, if none of its ways worked."""
         consumer = self._config.consumers[name]
-        if not consumer.rungs:
+        if not consumer.eviction_methods:
             raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
         if self._registry.get(name).active:  # only where nobody holds the GPU alone
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
@@ -196,7 +196,7 @@ class RoomMaker:
             needed_mib=now.needed_mib,
             held_mib=now.held_mib,
             balance=now.balance,
-            must_load=state.parked is not None or not (lazy or state.loaded),
+            must_load=state.stopped_by is not None or not (lazy or state.loaded),
         )
 
     def outlook(self) -> Outlook:
@@ -356,15 +356,15 @@ class RoomMaker:
 
     def _bring_back(self, target: str, ticket: Ticket) -> None:
         """Start the target again, if the broker has stopped it, and wait until it is ready."""
-        parked = self._registry.get(target).parked
-        if parked is None:
+        stopped_by = self._registry.get(target).stopped_by
+        if stopped_by is None:
             return
         began = self._clock.monotonic()
         with self._does("load", target), self._registry.busy(target):
-            resumed = self._parks.bring_back(target, parked)
+            resumed = self._stops.bring_back(target, stopped_by)
             if not resumed:
                 self._await_ready(target, ticket)
-        self._registry.unpark(target, resumed=resumed)
+        self._registry.mark_started(target, resumed=resumed)
         self._emit(Resumed(consumer=target, ms=self._note_load(target, began)))
 
     def _await_ready(self, target: str, ticket: Ticket) -> None:

@@ -125,7 +125,7 @@ def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) ->
 def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Finding]:
     """How the consumers are, by the running broker; and what their config lacks."""
     for name, consumer in config.consumers.items():
-        if not consumer.rungs and not consumer.pinned and not consumer.vram_managed:
+        if not consumer.eviction_methods and not consumer.pinned and not consumer.vram_managed:
             yield Finding(
                 "warning",
                 f"{name} has no way to be unloaded: what it holds is lost to the others",
@@ -170,7 +170,7 @@ def releases(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"{name} gave nothing back {count} times when it was unloaded",
-            "look at its log; another rung in its evict list is the way out",
+            "look at its log; another method in its evict list is the way out",
         )
 
 

@@ -197,7 +197,7 @@ class Clients(Collector):
         waiting = GaugeMetricFamily(
             "gpumanager_client_queue_depth", "Jobs of a client's in the queue.", labels=["client"]
         )
-        line = self._snapshot()["line"]
+        line = self._snapshot()["queue"]
         counts: PerClient[str] = PerClient(
             self._label(entry["client"]) for entry in line if entry["state"] == "waiting"
         )
@@ -234,7 +234,7 @@ class _Now(Collector):
             "gpumanager_queue_depth", "Jobs in the queue.", labels=["consumer", "kind"]
         )
         counts = dict.fromkeys(((name, kind) for kind, name in status["routing"].items()), 0)
-        for entry in status["line"]:
+        for entry in status["queue"]:
             if entry["state"] == "waiting":
                 place = entry["consumer"], entry["kind"]
                 counts[place] = counts.get(place, 0) + 1

@@ -398,7 +398,7 @@ def _schemas() -> dict[str, Any]:
             {"error": {"type": "string", "examples": error_codes}, "message": text},
             {"consumer": text, "retryable": flag},
         ),
-        "Queue": _object({"line": {"type": "array", "items": _ref("Entry")}}),
+        "Queue": _object({"queue": {"type": "array", "items": _ref("Entry")}}),
         "Entry": _object(
             {
                 "ticket": _COUNT,
@@ -428,7 +428,7 @@ def _schemas() -> dict[str, Any]:
                 "routing": {"type": "object", "additionalProperties": text},
                 "consumers": {"type": "array", "items": _ref("Consumer")},
                 "scheduler": _ref("Scheduler"),
-                "line": {"type": "array", "items": _ref("Entry")},
+                "queue": {"type": "array", "items": _ref("Entry")},
             }
         ),
         "Gpu": _object(
@@ -482,7 +482,7 @@ def _schemas() -> dict[str, Any]:
                 "mib": _COUNT,
                 "ms": _COUNT,
             },
-            {"thief": text},
+            {"taken_by": text},
         ),
         "Loaded": _object({"consumer": text, "loaded": flag, "ms": _COUNT}),
         "Events": _object(
@@ -567,7 +567,7 @@ def _schemas() -> dict[str, Any]:
                 "last_error": text,
                 "health_since": _TIME,
                 "breaker_since": _TIME,
-                "parked": {"enum": ["unit", "container", "signal", "checkpoint"]},
+                "stopped_by": {"enum": ["unit", "container", "signal", "checkpoint"]},
                 "quarantine": text,
                 "quarantine_until": _TIME,
                 "on_cpu": {"type": "array", "items": text},

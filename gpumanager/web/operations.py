@@ -60,7 +60,7 @@ class Operations:
             "mib": release.mib,
             "ms": round(release.seconds * 1000),
         }
-        return {**answer, "thief": release.thief} if release.thief else answer
+        return {**answer, "taken_by": release.taken_by} if release.taken_by else answer
 
     def load(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
         """Make room for a consumer and load it. Raises as above."""
@@ -147,8 +147,8 @@ class Operations:
 
     def _can_be_loaded(self, place: Place) -> None:
         name, consumer = place.name, place.config
-        parked = self._registry.get(name).parked is not None
-        if consumer.load is None and consumer.warm is None and not parked:
+        stopped_by = self._registry.get(name).stopped_by is not None
+        if consumer.load is None and consumer.warm is None and not stopped_by:
             raise NoConsumer(
                 f"consumer {name} has neither a load nor a warm call: it loads with its first job",
                 consumer=name,

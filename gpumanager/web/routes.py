@@ -137,7 +137,7 @@ def _control_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/queue", provide_automatic_options=False)
     def queue() -> Response:
-        return json_response({"line": services.status.line(_record().whose)})
+        return json_response({"queue": services.status.line(_record().whose)})
 
     @app.delete("/v1/queue/<int:ticket>", provide_automatic_options=False)
     def cancel(ticket: int) -> Response:

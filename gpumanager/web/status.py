@@ -71,7 +71,7 @@ class StatusView:
                 for name in sorted(consumers)
             ],
             "scheduler": self._stats(),
-            "line": self.line(whose),
+            "queue": self.line(whose),
         }
 
     def line(self, whose: str | None = None) -> list[dict[str, Any]]:
@@ -140,8 +140,8 @@ class StatusView:
         }
         if state.assumed is not None:
             view["assumed"] = True
-        if state.parked is not None:
-            view["parked"] = state.parked.rung
+        if state.stopped_by is not None:
+            view["stopped_by"] = state.stopped_by.method
         if state.quarantine:
             view["quarantine"] = state.quarantine
             view["quarantine_until"] = self._time(state.quarantine_until)

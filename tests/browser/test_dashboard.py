@@ -48,7 +48,7 @@ def test_it_shows_the_queue_and_cancels_a_waiting_job_at_once(opened: Open) -> N
         page = opened(it.broker.url)
         page.wait("#state", "live")
         page.wait("#h-queue", "1 runs, 1 waits")
-        assert page.page.locator("#line tr").count() == 2
+        assert page.page.locator("#queue-rows tr").count() == 2
         assert page.page.locator("#coming .block").count() == 2
         page.press("Cancel ticket 2")
         assert waiting.result(20).json()["error"] == "cancelled"
@@ -218,7 +218,7 @@ def test_a_clients_key_is_offered_what_it_may_do(opened: Open) -> None:
         page = opened(it.broker.url)
         page.page.get_by_label("Key", exact=True).fill(client.secret)
         page.press("Use it in this tab")
-        page.wait("#line tr", "runs")
+        page.wait("#queue-rows tr", "runs")
         assert page.page.get_by_role("button", name="Load voice").count() == 0
         assert not page.page.is_visible("#drain")
         assert page.page.get_by_role("button", name="Cancel ticket 1").count() == 0
@@ -257,7 +257,7 @@ def changed_status(page: Page, url: str, change: Callable[[dict[str, Any]], None
 
 def test_an_overdue_job_is_said_and_what_comes_after_it_is_a_lower_bound(opened: Open) -> None:
     def overdue(status: dict[str, Any]) -> None:
-        for entry in status["line"]:
+        for entry in status["queue"]:
             entry["overdue"] = True
 
     with scene() as it:
@@ -265,8 +265,8 @@ def test_an_overdue_job_is_said_and_what_comes_after_it_is_a_lower_bound(opened:
         it.jobs("tts", 3)
         page = opened("about:blank")
         changed_status(page, it.broker.url, overdue)
-        page.wait("#line tr", "overdue")
-        page.wait("#line tr", "when it ends")
+        page.wait("#queue-rows tr", "overdue")
+        page.wait("#queue-rows tr", "when it ends")
         page.wait("#troubles li", "The running tts of voice takes")
         for ticket in (3, 2, 1):
             it.broker.delete(f"/v1/queue/{ticket}")
@@ -276,7 +276,7 @@ def test_the_picture_of_the_queue_is_to_scale_and_shows_what_is_loaded_first(ope
     times = [(0, 0, 0, 6000), (6000, 1000, 3000, 4000), (14000, 0, 0, 2000)]
 
     def timed(status: dict[str, Any]) -> None:
-        for entry, figures in zip(status["line"], times, strict=True):
+        for entry, figures in zip(status["queue"], times, strict=True):
             for name, ms in zip(("estimate", "evict", "load", "run"), figures, strict=True):
                 entry[f"{name}_ms"] = ms
 

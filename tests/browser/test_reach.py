@@ -114,7 +114,7 @@ def settled(page: Page) -> None:
 def worst(route: Any) -> None:
     """Everything that makes text longer, at once."""
     status = route.fetch().json()
-    for entry in status["line"]:
+    for entry in status["queue"]:
         entry |= {
             "overdue": True,
             "age_ms": 599_000,

@@ -31,7 +31,7 @@ def test_a_key_that_only_its_namesake_is_read_of_counts_as_unread(tmp_path: Path
         "        if (done := consumer.done) is not None and done.matches('POST', '/'):\n"
         "            print(done.poll.every, done.poll.target)\n"
         "        for each, other in self._config.consumers.items():\n"
-        "            print(each, [rung.unit for rung in other.rungs])\n"
+        "            print(each, [method.unit for method in other.eviction_methods])\n"
     )
     assert read_keys([source]) == {
         ("Config", "consumers"),
@@ -45,5 +45,5 @@ def test_a_key_that_only_its_namesake_is_read_of_counts_as_unread(tmp_path: Path
         ("Poll", "every"),
         ("Call", "path"),
         ("Call", "query"),
-        ("Rung", "unit"),
+        ("EvictionMethod", "unit"),
     }

@@ -52,7 +52,7 @@ def test_every_preset_is_valid_by_it(name: str) -> None:
         one(evict="http", unload="/free"),
         one(probe={"path": "/ps", "busy": "running"}),
     ],
-    ids=["bare paths", "durations", "a bare rung", "a bare expression"],
+    ids=["bare paths", "durations", "a bare eviction method", "a bare expression"],
 )
 def test_short_forms_are_valid_in_both(config: dict[str, Any]) -> None:
     VALIDATOR.validate(config)

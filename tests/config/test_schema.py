@@ -314,16 +314,16 @@ def test_a_duration_may_have_a_unit(value: object, seconds: float) -> None:
 
 
 def test_the_ways_to_evict() -> None:
-    assert consumer().rungs == ()
-    assert [rung.name for rung in consumer(unload="/u").rungs] == ["http"]
-    assert consumer(unload="/u", evict=[]).rungs == ()
-    rungs = consumer(
+    assert consumer().eviction_methods == ()
+    assert [method.name for method in consumer(unload="/u").eviction_methods] == ["http"]
+    assert consumer(unload="/u", evict=[]).eviction_methods == ()
+    eviction_methods = consumer(
         unload="/u",
         evict=["http", {"unit": "a@1.service", "scope": "system"}, {"checkpoint": True}],
-    ).rungs
-    assert [rung.name for rung in rungs] == ["http", "unit", "checkpoint"]
-    assert (rungs[1].scope, rungs[1].grace) == ("system", 10)
-    (single,) = consumer(evict={"signal": "TERM", "start": ["serve", "--it"]}).rungs
+    ).eviction_methods
+    assert [method.name for method in eviction_methods] == ["http", "unit", "checkpoint"]
+    assert (eviction_methods[1].scope, eviction_methods[1].grace) == ("system", 10)
+    (single,) = consumer(evict={"signal": "TERM", "start": ["serve", "--it"]}).eviction_methods
     assert (single.name, single.start) == ("signal", ("serve", "--it"))
 
 

@@ -347,7 +347,7 @@ def test_a_consumer_that_has_to_be_told_is_told(consumer: ScriptedConsumer, how:
             client.request("POST", "/v1/llm", b"{}")
             eventually(lambda: consumer.requests)
             if how == "the operator cancels":
-                broker.delete(f"/v1/queue/{broker.get('/v1/queue').json()['line'][0]['ticket']}")
+                broker.delete(f"/v1/queue/{broker.get('/v1/queue').json()['queue'][0]['ticket']}")
                 assert client.answer().status == 503
         assert told.wait(2)
         broker.await_idle()

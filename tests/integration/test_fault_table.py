@@ -220,7 +220,7 @@ def test_an_operator_who_cancels(phase: str, on_disconnect: str) -> None:
     finish = threading.Event()
     with stage(on_disconnect, PATIENT) as on:
         with standing_at(on, phase, finish) as client:
-            ticket = on.broker.get("/v1/queue").json()["line"][-1]["ticket"]
+            ticket = on.broker.get("/v1/queue").json()["queue"][-1]["ticket"]
             assert on.broker.delete(f"/v1/queue/{ticket}").status_code == 200
             finish.set()
             got = client.answer()

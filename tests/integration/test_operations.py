@@ -175,7 +175,7 @@ def test_an_unload_waits_for_the_running_job(broker: LiveBroker, voice: Running)
     broker.await_line(1)
     unload = Outcome(lambda: broker.post("/v1/consumers/voice/unload").json()["outcome"])
     broker.await_waiting(1)
-    (_, waiting) = broker.get("/v1/queue").json()["line"]
+    (_, waiting) = broker.get("/v1/queue").json()["queue"]
     assert (waiting["kind"], waiting["consumer"]) == ("unload", "voice")
     assert job.result() == 200
     assert unload.result() == "released"
@@ -218,8 +218,8 @@ def test_a_job_that_overstays_says_so_and_so_do_those_behind_it(
     for count in (1, 2):
         jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
         broker.await_line(count)
-    eventually(lambda: broker.get("/v1/queue").json()["line"][0]["overdue"])
-    running, waiting = broker.get("/v1/queue").json()["line"]
+    eventually(lambda: broker.get("/v1/queue").json()["queue"][0]["overdue"])
+    running, waiting = broker.get("/v1/queue").json()["queue"]
     assert running["run_ms"] > 0
     assert waiting["overdue"]
     assert waiting["estimate_ms"] > 0
@@ -245,7 +245,7 @@ def test_after_a_restart_estimates_are_what_was_learned(
         for count in (1, 2, 3):
             jobs.append(Outcome(lambda: broker.post("/v1/tts", json={}).status_code))
             broker.await_line(count)
-        *_, last = broker.get("/v1/queue").json()["line"]
+        *_, last = broker.get("/v1/queue").json()["queue"]
         (usual,) = (
             each["learned"]["run_ms"]
             for each in broker.get("/v1/status").json()["consumers"]

@@ -19,12 +19,12 @@ def broker(held_consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
 
 
 def test_the_queue_shows_who_runs_and_who_waits(broker: LiveBroker) -> None:
-    assert broker.get("/v1/queue").json() == {"line": []}
+    assert broker.get("/v1/queue").json() == {"queue": []}
     clients = []
     for count in (1, 2, 3):
         clients.append(Outcome(lambda: broker.post("/v1/stt", headers={"X-Request-Id": "r-1"})))
         broker.await_line(count)
-    running, first, second = broker.get("/v1/queue").json()["line"]
+    running, first, second = broker.get("/v1/queue").json()["queue"]
     assert (running["state"], running["position"]) == ("running", 0)
     assert (first["state"], first["position"]) == ("waiting", 1)
     assert second["position"] == 2
@@ -44,7 +44,7 @@ def test_cancelling_a_waiting_job(broker: LiveBroker, release: threading.Event) 
     broker.await_line(1)
     waiting = Outcome(lambda: broker.post("/v1/tts"))
     broker.await_waiting(1)
-    ticket = broker.get("/v1/queue").json()["line"][1]["ticket"]
+    ticket = broker.get("/v1/queue").json()["queue"][1]["ticket"]
     reply = broker.delete(f"/v1/queue/{ticket}")
     assert (reply.status_code, reply.json()) == (200, {"ticket": ticket, "state": "cancelled"})
     cancelled = waiting.result()
@@ -67,7 +67,7 @@ def test_cancelling_a_running_job_closes_the_consumers_connection(
     held_consumer.script = endless
     running = Outcome(lambda: broker.post("/v1/tts"))
     eventually(lambda: held_consumer.requests)
-    ticket = broker.get("/v1/queue").json()["line"][0]["ticket"]
+    ticket = broker.get("/v1/queue").json()["queue"][0]["ticket"]
     assert broker.delete(f"/v1/queue/{ticket}").status_code == 200
     assert running.result().json()["error"] == "cancelled"
     assert closed.wait(1)
@@ -95,7 +95,7 @@ def test_a_running_job_of_a_consumer_that_works_on_holds_the_gpu_until_it_is_don
             eventually(lambda: held_consumer.requests)
             if where == "in mid-answer":
                 client.until(b"first")
-            ticket = broker.get("/v1/queue").json()["line"][0]["ticket"]
+            ticket = broker.get("/v1/queue").json()["queue"][0]["ticket"]
             broker.delete(f"/v1/queue/{ticket}")
             next_one = Outcome(lambda: broker.post("/v1/tts"))
             broker.await_waiting(1)

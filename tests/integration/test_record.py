@@ -181,7 +181,7 @@ def test_where_keys_are_in_use_the_client_is_the_keys_name(
             jobs.append(Outcome(post))
             broker.await_line(count)
         for path in ("/v1/queue", "/v1/status"):
-            line = broker.get(path, headers=AS["root"]).json()["line"]
+            line = broker.get(path, headers=AS["root"]).json()["queue"]
             assert [entry["client"] for entry in line] == ["alice", "root"]
 
         def count_of(name: str, client: str, whose: str = "root") -> float | None:
@@ -223,7 +223,7 @@ def test_without_keys_addresses_are_no_labels(consumer: ScriptedConsumer) -> Non
 
 def test_clients_have_only_so_many_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "MOST_CLIENTS", 2)
-    clients = metrics.Clients(lambda: {"line": []})
+    clients = metrics.Clients(lambda: {"queue": []})
     for name in ("a", "b", "c", "d", "a"):
         clients.had_the_gpu(job(client=name, run_ms=500.0))
     text = generate_latest(clients.registry).decode()

@@ -109,7 +109,7 @@ def test_a_client_sees_its_own_jobs_whole_and_of_others_not_who(
     broker: LiveBroker, jobs: list[Outcome[Any]]
 ) -> None:
     for path in ("/v1/queue", "/v1/status"):
-        seen = {name: call(broker, name, "GET", path).json()["line"] for name in AS}
+        seen = {name: call(broker, name, "GET", path).json()["queue"] for name in AS}
         own = [(entry["client"], entry["request_id"]) for entry in seen["alice"]]
         assert own[0][0] != "-"
         assert own[0][1] == "of-alice"

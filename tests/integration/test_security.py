@@ -128,7 +128,7 @@ def test_a_key_may_have_any_letters(
         line = header.encode() + sent
         client.send(b"POST /v1/tts HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n")
         assert client.answer().status == 200
-        assert BrokerClient(broker.url, key).get("/v1/queue") == {"line": []}
+        assert BrokerClient(broker.url, key).get("/v1/queue") == {"queue": []}
 
 
 def test_a_keys_limit_is_its_own(guarded: LiveBroker, consumer: ScriptedConsumer) -> None:

@@ -135,7 +135,7 @@ def test_a_bad_address_to_listen_on(command: str, listen: str, tmp_path: Path) -
 
 
 def test_another_programs_answers() -> None:
-    for body in (b"<html>", b"{}", b"[]", b"7", b'{"line": 7, "events": 7}'):
+    for body in (b"<html>", b"{}", b"[]", b"7", b'{"queue": 7, "events": 7}'):
         with ScriptedConsumer(lambda peer, _, body=body: peer.send(answer(body))) as other:  # type: ignore[misc]
             for command in ("status", "queue", "events", "load"):
                 is_a_sentence(run(command, *ASKING[command], "--url", other.url), said=other.url)

@@ -237,7 +237,7 @@ def test_a_render_can_be_cancelled_through_the_line(card: SimulatedCard) -> None
         fakes["comfyui"].set(job_s=600)
         prompt = job(broker, "image", PROMPT).json()["prompt_id"]
         eventually(lambda: fakes["comfyui"].ask("GET", "/queue")["queue_running"] != [])
-        (entry,) = broker.get("/v1/queue").json()["line"]
+        (entry,) = broker.get("/v1/queue").json()["queue"]
         assert broker.delete(f"/v1/queue/{entry['ticket']}").status_code == 200
         broker.await_idle()
         history = fakes["comfyui"].ask("GET", f"/history/{prompt}")
@@ -414,9 +414,9 @@ def test_a_suspended_process_that_answers_its_health_is_restored_before_its_job(
     assert job(broker, "llm").status_code == 200
     probes_of(broker, "still", 3)
     still = status_of(broker, "still")
-    assert (still["parked"], still["loaded"]) == ("checkpoint", False)
+    assert (still["stopped_by"], still["loaded"]) == ("checkpoint", False)
     assert job(broker, "tts").status_code == 200
-    assert "parked" not in status_of(broker, "still")
+    assert "stopped_by" not in status_of(broker, "still")
 
 
 def test_a_suspended_process_that_somebody_else_resumed_is_back(
@@ -427,7 +427,7 @@ def test_a_suspended_process_that_somebody_else_resumed_is_back(
     assert job(broker, "llm").status_code == 200
     broker.post("/v1/consumers/other/unload")
     fakes["still"].set(suspended=False)
-    eventually(lambda: "parked" not in status_of(broker, "still"))
+    eventually(lambda: "stopped_by" not in status_of(broker, "still"))
     assert status_of(broker, "still")["loaded"]
 
 
@@ -770,7 +770,7 @@ def test_vllm_asleep_is_not_asked_to_sleep_again(card: SimulatedCard) -> None:
         assert "quarantine" not in status_of(broker, "vllm")
 
 
-def test_one_that_leaks_is_ended_by_its_next_rung_and_started_again(
+def test_one_that_leaks_is_ended_by_its_next_method_and_started_again(
     card: SimulatedCard,
 ) -> None:
     port = free_port()
@@ -789,12 +789,12 @@ def test_one_that_leaks_is_ended_by_its_next_rung_and_started_again(
             assert job(broker, "llm").status_code == 200
             assert first.wait(5) != 0
             leaky = status_of(broker, "leaky")
-            assert leaky["parked"] == "signal"
+            assert leaky["stopped_by"] == "signal"
             assert "quarantine" not in leaky
             # A job of it starts it again.
             assert job(broker, "tts").status_code == 200
             leaky = status_of(broker, "leaky")
-            assert "parked" not in leaky
+            assert "stopped_by" not in leaky
             assert leaky["healthy"]
 
 

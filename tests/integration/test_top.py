@@ -215,7 +215,7 @@ def test_no_size_is_overflown(height: int, width: int) -> None:
         "routing": {"tts": "c0"},
         "consumers": [{**consumer, "name": f"c{number}"} for number in range(CONSUMERS)],
         "scheduler": {"total_jobs": 4, "evictions": 1, "queue_depth": 1},
-        "line": [
+        "queue": [
             {**entry, "ticket": n, "state": "waiting" if n else "running", "position": n}
             for n in range(9)
         ],

@@ -10,7 +10,7 @@ import pytest
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.events import CameBack, Event
 from gpumanager.ledger import held
-from gpumanager.model import ConsumerState, Parked, ProbeReport
+from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
 from gpumanager.monitoring.prober import Prober
 from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
@@ -55,7 +55,9 @@ def told() -> list[Event]:
 
 @pytest.fixture
 def prober(probes: ScriptedProbes, registry: Registry, told: list[Event]) -> Prober:
-    return Prober("mvoice", probes, registry, lambda name, parked: None, told.append, interval=5.0)
+    return Prober(
+        "mvoice", probes, registry, lambda name, stopped_by: None, told.append, interval=5.0
+    )
 
 
 def test_a_good_answer_makes_it_healthy(
@@ -159,7 +161,7 @@ def test_a_time_out_while_the_broker_has_it_load_says_nothing(
 
 # -- stopped by a checkpoint ---------------------------------------------------------------------
 
-SUSPENDED = Parked("checkpoint", ((11, 1.0),))
+SUSPENDED = StoppedBy("checkpoint", ((11, 1.0),))
 
 
 @pytest.mark.parametrize(("how", "loaded"), [(None, False), ("resumed", True), ("replaced", False)])
@@ -168,35 +170,37 @@ def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
 ) -> None:
     """Only its CUDA calls are stopped: /health goes on answering."""
     registry = Registry({"mvoice": False}, FakeClock())
-    registry.park("mvoice", SUSPENDED)
-    prober = Prober("mvoice", probes, registry, lambda name, parked: how, told.append, interval=5.0)
+    registry.mark_stopped("mvoice", SUSPENDED)
+    prober = Prober(
+        "mvoice", probes, registry, lambda name, stopped_by: how, told.append, interval=5.0
+    )
     prober.probe()
     state = registry.get("mvoice")
-    assert (state.parked, state.loaded) == (SUSPENDED if how is None else None, loaded)
+    assert (state.stopped_by, state.loaded) == (SUSPENDED if how is None else None, loaded)
     assert told == ([] if how is None else [CameBack(consumer="mvoice", how=how)])
 
 
 def test_a_stopped_process_that_ends_is_one_that_is_gone(
     prober: Prober, probes: ScriptedProbes, registry: Registry
 ) -> None:
-    registry.park("mvoice", SUSPENDED)
+    registry.mark_stopped("mvoice", SUSPENDED)
     probes.answer = TIMEOUT
     prober.probe()
-    assert registry.get("mvoice").parked == SUSPENDED
+    assert registry.get("mvoice").stopped_by == SUSPENDED
     probes.answer = REFUSED
     prober.probe()
     state = registry.get("mvoice")
-    assert (state.parked, state.healthy, state.loaded) == (None, False, False)
+    assert (state.stopped_by, state.healthy, state.loaded) == (None, False, False)
 
 
 def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) -> None:
     registry = Registry({"mvoice": False}, FakeClock())
-    registry.park("mvoice", SUSPENDED)
+    registry.mark_stopped("mvoice", SUSPENDED)
 
-    def returned(name: str, parked: Parked) -> Any:
-        registry.unpark(name, resumed=True)
-        registry.park(name, SUSPENDED)
+    def returned(name: str, stopped_by: StoppedBy) -> Any:
+        registry.mark_started(name, resumed=True)
+        registry.mark_stopped(name, SUSPENDED)
         return "resumed"
 
     Prober("mvoice", probes, registry, returned, ignore, interval=5.0).probe()
-    assert registry.get("mvoice").parked == SUSPENDED
+    assert registry.get("mvoice").stopped_by == SUSPENDED

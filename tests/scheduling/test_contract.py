@@ -250,22 +250,22 @@ def test_jobs_run_in_the_order_of_arrival(make: Make) -> None:
 
 @pytest.mark.parametrize("make", EXCLUSIVE)
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_cancelling_while_parked_frees_the_place(make: Make, place: int) -> None:
+def test_cancelling_while_stopped_frees_the_place(make: Make, place: int) -> None:
     scheduler = build(make)
     holder = scheduler.enqueue(job())
     holder.wait()
-    parked = [scheduler.enqueue(job()) for _ in range(3)]
-    waits = [Outcome(ticket.wait) for ticket in parked]
+    stopped_by = [scheduler.enqueue(job()) for _ in range(3)]
+    waits = [Outcome(ticket.wait) for ticket in stopped_by]
     assert scheduler.stats().queue_depth == 3
 
-    assert parked[place].cancel(ClientGone("left"))
+    assert stopped_by[place].cancel(ClientGone("left"))
     with pytest.raises(ClientGone):
         waits[place].result()
     assert scheduler.stats().queue_depth == 2
-    parked[place].close()
+    stopped_by[place].close()
 
     holder.close()
-    for index, ticket in enumerate(parked):
+    for index, ticket in enumerate(stopped_by):
         if index != place:
             waits[index].result()
             ticket.close()
@@ -313,9 +313,9 @@ def test_a_full_line_refuses_the_next_and_keeps_the_rest(make: Make) -> None:
 def test_waiting_is_bounded(make: Make) -> None:
     scheduler = build(make, max_wait=0.02)
     holder = scheduler.enqueue(job())
-    parked = scheduler.enqueue(job())
+    stopped_by = scheduler.enqueue(job())
     with pytest.raises(QueueTimeout) as refused:
-        parked.wait()
+        stopped_by.wait()
     assert refused.value.retry_after is not None
     assert scheduler.stats().queue_depth == 0
     holder.close()
@@ -336,8 +336,8 @@ def test_a_job_may_be_less_patient_than_the_line_but_not_more(make: Make) -> Non
 def test_draining_turns_away_those_in_line(make: Make) -> None:
     scheduler = build(make)
     holder = scheduler.enqueue(job())
-    parked = [scheduler.enqueue(job()) for _ in range(3)]
-    waits = [Outcome(ticket.wait) for ticket in parked]
+    stopped_by = [scheduler.enqueue(job()) for _ in range(3)]
+    waits = [Outcome(ticket.wait) for ticket in stopped_by]
     scheduler.drain()
     for outcome in waits:
         with pytest.raises(ShuttingDown):
@@ -718,14 +718,14 @@ def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
     """No thundering herd: handing on wakes one waiter, with a thousand in line."""
     scheduler = locked(max_queue=2000, max_wait=60, clock=SystemClock())
     holder = scheduler.enqueue(job())
-    parked = [scheduler.enqueue(job()) for _ in range(1000)]
+    stopped_by = [scheduler.enqueue(job()) for _ in range(1000)]
     woken = []
 
     def count(ticket: LineTicket, n: int = 1) -> None:
         woken.append(ticket.number)
         threading.Condition.notify(ticket._turn, n)
 
-    for ticket in parked:
+    for ticket in stopped_by:
         ticket._turn.notify = partial(count, ticket)  # type: ignore[method-assign]
     holder.close()
-    assert woken == [parked[0].number]
+    assert woken == [stopped_by[0].number]

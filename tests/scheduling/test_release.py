@@ -67,7 +67,7 @@ def test_what_others_give_back_is_not_the_victims() -> None:
 
 
 @pytest.mark.parametrize(
-    ("after", "thief"),
+    ("after", "taken_by"),
     [
         (detailed(1000, foreign=4000, other=5000), "game (pid 99) (+4000 MiB)"),
         (detailed(1000, other=9000), "other (+4000 MiB)"),
@@ -75,10 +75,10 @@ def test_what_others_give_back_is_not_the_victims() -> None:
     ],
 )
 def test_what_somebody_took_at_once_was_released_and_stolen(
-    after: MemoryReading, thief: str
+    after: MemoryReading, taken_by: str
 ) -> None:
     release = judge("victim", detailed(1000, victim=4000, other=5000), after, 4000)
-    assert (release.outcome, release.mib, release.thief) == ("stolen", 4000, thief)
+    assert (release.outcome, release.mib, release.taken_by) == ("stolen", 4000, taken_by)
     assert release.complete
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from gpumanager.admission import Admission
 from gpumanager.breaker import Breakers
-from gpumanager.config import Rung, parse_config
+from gpumanager.config import EvictionMethod, parse_config
 from gpumanager.config.live import LiveConfig
 from gpumanager.errors import (
     BrokerError,
@@ -25,7 +25,15 @@ from gpumanager.errors import (
 )
 from gpumanager.events import Event, Evicted, TriedAnyway
 from gpumanager.learning import Learned
-from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
+from gpumanager.model import (
+    GpuProcess,
+    GpuState,
+    Holdings,
+    Job,
+    MemoryReading,
+    ProbeReport,
+    StoppedBy,
+)
 from gpumanager.registry import InUse, Registry
 from gpumanager.scheduling.census import Census
 from gpumanager.scheduling.factory import locked
@@ -74,7 +82,7 @@ class Bench:
         self.utilization: int | None = None
         self.unsettled = 0
         self.asked_at: list[float] = []
-        self.failing_rungs: dict[str, BrokerError] = {}
+        self.failing_methods: dict[str, BrokerError] = {}
         self.not_ready: list[BrokerError] = []
         self.measurements = 0
         self._pending: list[list[Any]] = []
@@ -151,20 +159,20 @@ class Bench:
         )
         return replace(reading, processes=tuple(processes), holdings=holdings)
 
-    def park(self, name: str, rung: Rung) -> Parked:
-        self.calls.append(f"{rung.name} {name}")
-        if name in self.failing_rungs:
-            raise self.failing_rungs[name]
+    def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
+        self.calls.append(f"{method.name} {name}")
+        if name in self.failing_methods:
+            raise self.failing_methods[name]
         self.holds.pop(name, None)
-        return Parked(rung.name)
+        return StoppedBy(method.name)
 
-    def bring_back(self, name: str, parked: Parked) -> bool:
-        self.calls.append(f"start {name} by {parked.rung}")
+    def bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
+        self.calls.append(f"start {name} by {stopped_by.method}")
         self.holds[name] = self.config.consumers[name].vram_resident_mib
-        return parked.rung == "checkpoint"
+        return stopped_by.method == "checkpoint"
 
     def probe(self, name: str) -> ProbeReport:
-        if self.registry.get(name).parked is not None:
+        if self.registry.get(name).stopped_by is not None:
             self.calls.append(f"probe {name}")
         if self.not_ready:
             raise self.not_ready.pop(0)
@@ -306,8 +314,8 @@ def test_one_that_holds_what_it_needs_by_a_fresh_sample_costs_no_look_at_the_car
     assert bench.measurements == 0
 
 
-@pytest.mark.parametrize("parked", [False, True])
-def test_ready_is_who_has_nothing_to_be_done_for_it(parked: bool) -> None:
+@pytest.mark.parametrize("stopped_by", [False, True])
+def test_ready_is_who_has_nothing_to_be_done_for_it(stopped_by: bool) -> None:
     bench = Bench(THREE, total=24000)
     bench.attributed = True
     bench.resident("llm", used=5)
@@ -317,8 +325,8 @@ def test_ready_is_who_has_nothing_to_be_done_for_it(parked: bool) -> None:
     sampled(bench)
     assert bench.room.ready("llm")
     assert not bench.room.ready("tts")
-    if parked:
-        bench.registry.park("llm", Parked("signal"))
+    if stopped_by:
+        bench.registry.mark_stopped("llm", StoppedBy("signal"))
     else:
         bench.registry.probe_failed("llm", "refused")
     assert not bench.room.ready("llm")
@@ -642,9 +650,9 @@ def test_a_client_that_leaves_while_the_model_loads_has_nothing_sent() -> None:
     assert bench.calls == ["load llm"]
 
 
-# -- by the victim's own memory, and rung by rung ------------------------------------------------
+# -- by the victim's own memory, and method by method ---------------------------------------------
 
-LADDER = ["http", {"unit": "tts.service"}]
+METHODS = ["http", {"unit": "tts.service"}]
 
 
 def attributed(consumers: dict[str, dict[str, Any]], *, total: int, **top: Any) -> Bench:
@@ -669,15 +677,15 @@ def test_the_room_itself_is_what_the_processes_hold() -> None:
     assert bench.calls == []
 
 
-def test_what_leaks_goes_to_its_next_rung() -> None:
-    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=9000)
+def test_what_leaks_goes_to_its_next_method() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": METHODS}}, total=9000)
     bench.lag = None
     bench.resident("tts", used=50)
     bench.make_room("llm")
     assert bench.calls == ["unload tts", "unit tts"]
     assert outcome(bench) == [("http", "leaked"), ("unit", "released")]
     state = bench.registry.get("tts")
-    assert (state.parked, state.quarantine, state.loaded) == (Parked("unit"), "", False)
+    assert (state.stopped_by, state.quarantine, state.loaded) == (StoppedBy("unit"), "", False)
     assert bench.room.evictions == 1
 
 
@@ -780,7 +788,7 @@ def test_one_that_sleeps_is_not_asked_to_again() -> None:
 
 
 def test_one_that_sleeps_may_still_be_stopped() -> None:
-    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=7000)
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": METHODS}}, total=7000)
     asleep(bench, "tts", 900)
     bench.make_room("llm")
     assert bench.calls == ["unit tts"]
@@ -859,34 +867,36 @@ def test_in_quarantine_it_still_does_its_own_jobs() -> None:
     assert bench.calls == []
 
 
-def test_a_rung_that_cannot_be_carried_out_leads_to_the_next() -> None:
-    rungs = ["http", {"container": "tts"}]
-    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": rungs}}, total=9000)
+def test_a_method_that_cannot_be_carried_out_leads_to_the_next() -> None:
+    eviction_methods = ["http", {"container": "tts"}]
+    bench = attributed(
+        {**THREE, "tts": {"vram_resident_mib": 3000, "evict": eviction_methods}}, total=9000
+    )
     bench.resident("tts", used=50)
     bench.failing["tts"] = ConsumerUnreachable("tts answered 500")
     bench.make_room("llm")
     assert bench.calls == ["unload tts", "container tts"]
 
 
-def test_rungs_that_all_fail_leave_the_next_candidate() -> None:
-    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": LADDER}}, total=9500)
+def test_methods_that_all_fail_leave_the_next_candidate() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": METHODS}}, total=9500)
     bench.resident("tts", used=50)
     bench.resident("stt", used=10)
     bench.failing["tts"] = ConsumerUnreachable("tts answered 500")
-    bench.failing_rungs["tts"] = ConsumerUnreachable("no such unit")
+    bench.failing_methods["tts"] = ConsumerUnreachable("no such unit")
     bench.make_room("llm")
     assert bench.calls == ["unload tts", "unit tts", "unload stt"]
     assert bench.registry.get("tts").loaded
 
 
-@pytest.mark.parametrize("rung", [{"unit": "tts.service"}, {"checkpoint": True}])
-def test_who_was_stopped_is_brought_back_for_its_job(rung: dict[str, Any]) -> None:
-    tts = {"vram_resident_mib": 3000, "evict": [rung], "health": "/health"}
+@pytest.mark.parametrize("method", [{"unit": "tts.service"}, {"checkpoint": True}])
+def test_who_was_stopped_is_brought_back_for_its_job(method: dict[str, Any]) -> None:
+    tts = {"vram_resident_mib": 3000, "evict": [method], "health": "/health"}
     bench = attributed({**THREE, "tts": tts}, total=9000)
     bench.registry.probe_succeeded("tts", ProbeReport(), seen_version=0)
     bench.resident("tts", used=50)
     bench.make_room("llm")
-    kind = next(iter(rung))
+    kind = next(iter(method))
     assert bench.calls == [f"{kind} tts"]
     bench.resident("llm", used=10)
     bench.not_ready = [ConsumerUnreachable("tts refused")] * 3
@@ -895,18 +905,18 @@ def test_who_was_stopped_is_brought_back_for_its_job(rung: dict[str, Any]) -> No
     probes = [] if kind == "checkpoint" else ["probe tts"] * 4
     assert bench.calls == ["unload llm", f"start tts by {kind}", *probes]
     state = bench.registry.get("tts")
-    assert (state.parked, state.healthy) == (None, True)
+    assert (state.stopped_by, state.healthy) == (None, True)
     assert bench.learned.figures("tts").load_s is not None
 
 
 def test_who_never_gets_ready_is_the_jobs_failure() -> None:
     tts = {"vram_resident_mib": 3000, "evict": [{"unit": "t.service"}], "ready_timeout": 2}
     bench = attributed({**THREE, "tts": tts}, total=9000)
-    bench.registry.park("tts", Parked("unit"))
+    bench.registry.mark_stopped("tts", StoppedBy("unit"))
     bench.not_ready = [ConsumerUnreachable("tts refused")] * 100
     with pytest.raises(ConsumerTimeout, match="not ready within 2 s: tts refused"):
         bench.make_room("tts")
-    assert bench.registry.get("tts").parked == Parked("unit")
+    assert bench.registry.get("tts").stopped_by == StoppedBy("unit")
 
 
 def test_a_release_in_two_steps_is_waited_for_not_another_victim() -> None:
@@ -1301,7 +1311,7 @@ def test_one_that_was_stopped_by_an_old_state_is_asked_before_its_memory_is_prom
     """Somebody has started it again while the broker was away."""
     probed = {"vram_resident_mib": 6000, "health": "/health"}
     bench = Bench({"tts": probed, "llm": dict(probed)}, total=10_000, measured=False)
-    bench.registry.park("tts", Parked("unit"))
+    bench.registry.mark_stopped("tts", StoppedBy("unit"))
 
     def probes_answer() -> None:
         bench.on_pause = lambda: None
@@ -1547,7 +1557,7 @@ def test_a_client_that_leaves_while_somebody_elses_job_runs_stops_the_wait() -> 
 
 
 def test_who_hangs_is_not_asked_to_unload_but_may_be_stopped() -> None:
-    bench = attributed(telling("unsafe", evict=LADDER), total=9000)
+    bench = attributed(telling("unsafe", evict=METHODS), total=9000)
     bench.resident("tts", used=50)
     bench.clock.advance(5)
     bench.mute = {"tts"}

@@ -14,9 +14,17 @@ from typing import Any
 
 import yaml
 
-from gpumanager.config import Rung, parse_config
+from gpumanager.config import EvictionMethod, parse_config
 from gpumanager.learning import Learned
-from gpumanager.model import GpuProcess, GpuState, Holdings, Job, MemoryReading, Parked, ProbeReport
+from gpumanager.model import (
+    GpuProcess,
+    GpuState,
+    Holdings,
+    Job,
+    MemoryReading,
+    ProbeReport,
+    StoppedBy,
+)
 from gpumanager.registry import Registry
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.factory import locked
@@ -158,10 +166,10 @@ class Replay:
     def probe(self, name: str) -> ProbeReport:
         return ProbeReport()
 
-    def park(self, name: str, rung: Rung) -> Parked:
+    def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
         raise AssertionError
 
-    def bring_back(self, name: str, parked: Parked) -> bool:
+    def bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
         raise AssertionError
 
     # -- clients ---------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_the_status_has_every_field_of_the_contract(
     assert scheduler["oldest_queued"] is None
     for name in ("queue_depth", "in_flight", "last_wait_ms", "last_run_ms", "evictions"):
         assert isinstance(scheduler[name], int)
-    assert status["line"] == []
+    assert status["queue"] == []
 
 
 def test_the_card_that_cannot_be_read_shows_as_err() -> None:

@@ -37,7 +37,7 @@ export function troubles(status, now) {
       text: `${each.name || "A process"} (pid ${each.pid}) holds ${mib(each.mib)} and belongs to no consumer.`});
   }
   const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms]));
-  for (const entry of status.line) {
+  for (const entry of status.queue) {
     const run = usual.get(entry.consumer);
     if (entry.state === "running" && entry.overdue) {
       found.push({key: "t" + entry.ticket, tone: "warn", remedy: "Cancel it in the queue, if it hangs.",

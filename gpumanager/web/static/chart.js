@@ -141,7 +141,7 @@ function lanes(f, view) {
       marks.push([e, words]);
     }
   }
-  for (const entry of view.status.line) {
+  for (const entry of view.status.queue) {
     if (!tops.has(entry.consumer)) continue;
     const began = view.now - entry.age_ms;
     if (entry.state === "running") block(entry.consumer, began, view.now, "runs", `${entry.consumer} ${entry.kind} runs`);
@@ -205,7 +205,7 @@ function read(f) {
   const sensed = STRIPS.filter((what) => sample?.[what.field] !== undefined)
     .map((what) => `${what.name.toLowerCase()} ${Math.round(sample[what.field])} ${what.unit}`).join(", ");
   const ran = shown.events.find((e) => e.event === "job" && e.at >= at && e.at - e.run_ms - (e.prepare_ms ?? 0) <= at)
-    ?? shown.status.line.find((e) => e.state === "running" && shown.now - e.age_ms <= at);
+    ?? shown.status.queue.find((e) => e.state === "running" && shown.now - e.age_ms <= at);
   tell(byId("readout"), [`${clockExact(at)}, ${lasting(shown.now - at)} ago`,
     sample && `${mib(sample.used_mib)} held${held ? ` (${held})` : ""}`, sensed,
     ran && `${ran.consumer} works (${ran.kind})`].filter(Boolean).join("; "));

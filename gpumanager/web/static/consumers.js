@@ -8,7 +8,7 @@ const LABELS = ["Consumer", "State", "Memory", "Jobs", "Usual run", "Last used",
 /** A consumer's state: a word, how bad it is, since when, and why. */
 export function stateOf(c, now) {
   const from = (time) => time ? since(time, now) : "";
-  if (c.parked) {
+  if (c.stopped_by) {
     return {word: "stopped", tone: "dim", when: from(c.health_since),
       why: "by the broker, to take its memory back; its next job starts it"};
   }

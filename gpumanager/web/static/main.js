@@ -194,7 +194,7 @@ async function move(button) {
   }
 }
 
-byId("line").addEventListener("click", (event) => {
+byId("queue-rows").addEventListener("click", (event) => {
   const button = event.target.closest("button[data-ticket]");
   if (button) cancel(button);
 });

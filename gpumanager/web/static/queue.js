@@ -10,7 +10,7 @@ const PAST = 12;
 /** The queue with a place on the time axis for each entry: it starts and ends at so many ms from
  *  now, unloading others and loading its consumer included. */
 function planned(status) {
-  return status.line.map((entry) => {
+  return status.queue.map((entry) => {
     const start = entry.state === "running" ? 0 : entry.estimate_ms;
     return {entry, start, end: start + Math.max(1, entry.evict_ms + entry.load_ms + entry.run_ms)};
   });
@@ -75,13 +75,13 @@ function ticks(last, room) {
 export function drawQueue(status, mayCancel) {
   const names = status.consumers.map((c) => c.name), places = planned(status);
   const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms]));
-  const waiting = status.line.filter((entry) => entry.state !== "running").length;
+  const waiting = status.queue.filter((entry) => entry.state !== "running").length;
   const last = Math.max(0, ...places.map((place) => place.end));
   tell(byId("h-queue"), places.length === 0 ? "Queue"
     : `Queue: ${count(places.length - waiting, "runs", "run")}, ${count(waiting, "waits", "wait")}`
       + (last >= 1000 ? `; done in ${about(last)}` : ""));
   drawComing(places, names);
-  keep(byId("line"), status.line, (entry) => entry.ticket, (entry) => {
+  keep(byId("queue-rows"), status.queue, (entry) => entry.ticket, (entry) => {
     const tr = row(LABELS), cells = tr.children;
     cells[1].append(make("span", undefined, "who"));
     cells[1].firstChild.append(make("i"), make("span", entry.consumer, "name"));

@@ -1,4 +1,4 @@
-"""The rungs of a consumer's `evict` that need no co-operation: stop it, and start it again."""
+"""The eviction methods that need no co-operation of the consumer: stop it, and start it again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from gpumanager.config import Config, Rung
+from gpumanager.config import Config, EvictionMethod
 from gpumanager.errors import ConsumerUnreachable
-from gpumanager.model import Parked
+from gpumanager.model import StoppedBy
 from gpumanager.processes import still_there, with_birth
 from gpumanager.reclaim import checkpoint, containers, signals, units
 from gpumanager.reclaim.errors import ReclaimFailed
@@ -22,9 +22,9 @@ STATE_S = 1.0
 Find = Callable[[str], Sequence[int]]
 
 
-class Ladder:
-    """Carries the rungs out. Safe from any thread; blocks for as long as a rung's `grace` says,
-    and a little more.
+class Stopping:
+    """Stops consumers and starts them again. Safe from any thread; blocks for as long as a method's
+    `grace` says, and a little more.
 
     `listening` finds the processes that listen for a consumer, `on_card` those that hold the
     card's memory for it.
@@ -35,23 +35,23 @@ class Ladder:
         self._listening = listening
         self._on_card = on_card
 
-    def park(self, name: str, rung: Rung) -> Parked:
+    def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
         """Stop the consumer; returns what is needed to bring it back. Raises
         ConsumerUnreachable."""
         with _explained(name):
-            return self._park(name, rung)
+            return self._stop(name, method)
 
-    def bring_back(self, name: str, parked: Parked) -> bool:
+    def bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
         """Start the consumer again; True if it can be used at once, False if it has yet to get
         ready. Raises ConsumerUnreachable."""
         with _explained(name):
-            return self._bring_back(name, parked)
+            return self._bring_back(name, stopped_by)
 
-    def returned(self, name: str, parked: Parked) -> Literal["resumed", "replaced"] | None:
+    def returned(self, name: str, stopped_by: StoppedBy) -> Literal["resumed", "replaced"] | None:
         """Whether a consumer that was stopped by `checkpoint` is back by somebody else's doing: its
         processes run again, or others have taken their place; None if it is not, or nobody can
         tell. That it answers shows nothing: only its CUDA calls are stopped."""
-        same = still_there(parked.processes)
+        same = still_there(stopped_by.processes)
         if not same:
             return "replaced"
         if not set(same) & set(self._on_card(name)):
@@ -62,38 +62,43 @@ class Ladder:
             log.warning("state unknown", extra={"consumer": name, "reason": str(error)})
             return None
 
-    def _park(self, name: str, rung: Rung) -> Parked:
+    def _stop(self, name: str, method: EvictionMethod) -> StoppedBy:
         processes: tuple[tuple[int, float], ...] = ()
-        if rung.unit is not None:
-            units.stop(rung.unit, rung.scope, rung.grace)
-        elif rung.container is not None:
-            containers.stop(rung.container, rung.socket, rung.grace)
-        elif rung.signal is not None:
-            signals.end(self._listening(name), rung.signal, rung.grace)
-        elif rung.checkpoint:
+        if method.unit is not None:
+            units.stop(method.unit, method.scope, method.grace)
+        elif method.container is not None:
+            containers.stop(method.container, method.socket, method.grace)
+        elif method.signal is not None:
+            signals.end(self._listening(name), method.signal, method.grace)
+        elif method.checkpoint:
             processes = tuple(with_birth(self._on_card(name)))
             if not processes:
                 raise ReclaimFailed("its processes on the card cannot be seen")
-            checkpoint.suspend([pid for pid, _ in processes], rung.grace)
+            checkpoint.suspend([pid for pid, _ in processes], method.grace)
         else:
-            raise ReclaimFailed(f"{rung.name} is no way to stop a process")
-        return Parked(rung.name, processes)
+            raise ReclaimFailed(f"{method.name} is no way to stop a process")
+        return StoppedBy(method.name, processes)
 
-    def _bring_back(self, name: str, parked: Parked) -> bool:
+    def _bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
         consumer = self._config.consumers[name]
-        rung = next((rung for rung in consumer.rungs if rung.name == parked.rung), None)
-        if rung is None:
-            raise ReclaimFailed(f"was stopped by {parked.rung}, which `evict` no longer names")
-        if rung.unit is not None:
-            units.start(rung.unit, rung.scope, consumer.ready_timeout)
-        elif rung.container is not None:
-            containers.start(rung.container, rung.socket, consumer.ready_timeout)
-        elif rung.signal is not None:
-            if rung.start:
-                signals.start(rung.start)
+        method = next(
+            (method for method in consumer.eviction_methods if method.name == stopped_by.method),
+            None,
+        )
+        if method is None:
+            raise ReclaimFailed(
+                f"was stopped by {stopped_by.method}, which `evict` no longer names"
+            )
+        if method.unit is not None:
+            units.start(method.unit, method.scope, consumer.ready_timeout)
+        elif method.container is not None:
+            containers.start(method.container, method.socket, consumer.ready_timeout)
+        elif method.signal is not None:
+            if method.start:
+                signals.start(method.start)
         else:
-            same = still_there(parked.processes)  # one that died needs nothing
-            checkpoint.resume(same, rung.grace)
+            same = still_there(stopped_by.processes)  # one that died needs nothing
+            checkpoint.resume(same, method.grace)
             return bool(same)
         return False
 

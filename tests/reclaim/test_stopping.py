@@ -1,4 +1,4 @@
-"""Which rung is carried out how, and what is needed to undo it."""
+"""Which method is carried out how, and what is needed to undo it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import yaml
 
 from gpumanager.config import parse_config
 from gpumanager.errors import ConsumerUnreachable
-from gpumanager.model import Parked
+from gpumanager.model import StoppedBy
 from gpumanager.reclaim import checkpoint, containers, signals, units
 from gpumanager.reclaim.errors import ReclaimFailed
-from gpumanager.reclaim.ladder import Ladder
+from gpumanager.reclaim.stopping import Stopping
 
 ME = os.getpid()
 
@@ -39,14 +39,14 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def ladder(*rungs: Any, on_card: tuple[int, ...] = (ME,)) -> Ladder:
-    consumer = {"url": "http://127.0.0.1:1", "evict": list(rungs), "ready_timeout": 9}
+def stopping(*eviction_methods: Any, on_card: tuple[int, ...] = (ME,)) -> Stopping:
+    consumer = {"url": "http://127.0.0.1:1", "evict": list(eviction_methods), "ready_timeout": 9}
     config = parse_config(yaml.safe_dump({"consumers": {"it": consumer}}))
-    return Ladder(config, listening=lambda name: [7, 8], on_card=lambda name: on_card)
+    return Stopping(config, listening=lambda name: [7, 8], on_card=lambda name: on_card)
 
 
 @pytest.mark.parametrize(
-    ("rung", "stopped", "started"),
+    ("method", "stopped", "started"),
     [
         (
             {"unit": "it.service", "scope": "system", "grace": 3},
@@ -67,27 +67,27 @@ def ladder(*rungs: Any, on_card: tuple[int, ...] = (ME,)) -> Ladder:
     ],
 )
 def test_who_is_stopped_can_be_started(
-    done: list[tuple[Any, ...]], rung: Any, stopped: Any, started: Any
+    done: list[tuple[Any, ...]], method: Any, stopped: Any, started: Any
 ) -> None:
-    one = ladder(rung)
-    config_rung = one._config.consumers["it"].rungs[0]
-    parked = one.park("it", config_rung)
-    assert parked == Parked(config_rung.name)
-    assert not one.bring_back("it", parked)  # it has yet to get ready
+    one = stopping(method)
+    config_method = one._config.consumers["it"].eviction_methods[0]
+    stopped_by = one.stop("it", config_method)
+    assert stopped_by == StoppedBy(config_method.name)
+    assert not one.bring_back("it", stopped_by)  # it has yet to get ready
     assert done == [stopped] if started is None else [stopped, started]
 
 
 def test_a_checkpoint_remembers_whom_it_holds(done: list[tuple[Any, ...]]) -> None:
-    one = ladder({"checkpoint": True, "grace": 20})
-    parked = one.park("it", one._config.consumers["it"].rungs[0])
-    assert parked.processes == ((ME, psutil.Process(ME).create_time()),)
-    assert one.bring_back("it", parked)
+    one = stopping({"checkpoint": True, "grace": 20})
+    stopped_by = one.stop("it", one._config.consumers["it"].eviction_methods[0])
+    assert stopped_by.processes == ((ME, psutil.Process(ME).create_time()),)
+    assert one.bring_back("it", stopped_by)
     assert done == [("suspend", [ME], 20), ("resume", [ME], 20)]
 
 
 def test_a_pid_that_is_another_process_by_now_is_left_alone(done: list[tuple[Any, ...]]) -> None:
-    one = ladder({"checkpoint": True})
-    assert not one.bring_back("it", Parked("checkpoint", ((ME, 12345.0), (2**22 + 7, 1.0))))
+    one = stopping({"checkpoint": True})
+    assert not one.bring_back("it", StoppedBy("checkpoint", ((ME, 12345.0), (2**22 + 7, 1.0))))
     assert done == [("resume", [], 10)]
 
 
@@ -110,48 +110,48 @@ def test_a_consumer_is_back_by_itself_when_the_driver_says_so(
         return bool(driver)
 
     monkeypatch.setattr(checkpoint, "run_on", run_on)
-    parked = Parked("checkpoint", ((ME, psutil.Process(ME).create_time()),))
-    assert ladder({"checkpoint": True}, on_card=on_card).returned("it", parked) == how
+    stopped_by = StoppedBy("checkpoint", ((ME, psutil.Process(ME).create_time()),))
+    assert stopping({"checkpoint": True}, on_card=on_card).returned("it", stopped_by) == how
 
 
 def test_a_consumer_whose_processes_ended_was_replaced() -> None:
-    one = ladder({"checkpoint": True})
-    assert one.returned("it", Parked("checkpoint", ((ME, 12345.0),))) == "replaced"
+    one = stopping({"checkpoint": True})
+    assert one.returned("it", StoppedBy("checkpoint", ((ME, 12345.0),))) == "replaced"
 
 
-def if_parked(one: Ladder, parked: Parked | None) -> None:
-    if parked is None:
-        one.park("it", one._config.consumers["it"].rungs[0])
+def if_stopped_by(one: Stopping, stopped_by: StoppedBy | None) -> None:
+    if stopped_by is None:
+        one.stop("it", one._config.consumers["it"].eviction_methods[0])
     else:
-        one.bring_back("it", parked)
+        one.bring_back("it", stopped_by)
 
 
 @pytest.mark.parametrize(
-    ("rung", "parked", "words"),
+    ("method", "stopped_by", "words"),
     [
         ({"checkpoint": True}, None, "it: its processes on the card cannot be seen"),
-        ({"unit": "it.service"}, Parked("container"), "which `evict` no longer names"),
+        ({"unit": "it.service"}, StoppedBy("container"), "which `evict` no longer names"),
         ({"unit": "it.service"}, None, "it: no such unit"),
     ],
 )
 def test_what_cannot_be_done_is_told(
     done: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
-    rung: Any,
-    parked: Parked | None,
+    method: Any,
+    stopped_by: StoppedBy | None,
     words: str,
 ) -> None:
     def fail(*_: object) -> None:
         raise ReclaimFailed("no such unit")
 
     monkeypatch.setattr(units, "stop", fail)
-    one = ladder(rung, on_card=())
+    one = stopping(method, on_card=())
     with pytest.raises(ConsumerUnreachable, match=words):
-        if_parked(one, parked)
+        if_stopped_by(one, stopped_by)
 
 
 def test_an_unload_call_is_no_way_to_stop_a_process() -> None:
     from gpumanager.config.calls import HTTP
 
     with pytest.raises(ConsumerUnreachable, match="http is no way"):
-        ladder({"unit": "it.service"}).park("it", HTTP)
+        stopping({"unit": "it.service"}).stop("it", HTTP)
