@@ -98,3 +98,23 @@ def serving(config: dict[str, Any]) -> Iterator[Broker]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+@contextmanager
+def upstream() -> Iterator[int]:
+    """The port of a consumer in a process of its own (`benchmarks.performance.upstream`)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.performance.upstream"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+            process.wait(10)

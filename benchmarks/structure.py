@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from typing import Any
 import yaml
 
 import gpumanager
+from benchmarks import running
 from benchmarks.performance import client
 from tests.support.broker import live_broker
 
@@ -63,17 +62,8 @@ class Journey:
 
 def follow_one_post() -> Journey:
     """The journey of one POST /v1/llm, after twenty that warmed the broker up."""
-    consumer = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.performance.upstream"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert consumer.stdin is not None
-    assert consumer.stdout is not None
     journey = Journey()
-    with consumer.stdin, consumer.stdout:
+    with running.upstream() as port:
         config = {
             "health_interval": 1000,
             "gpu": {"sample_interval": 1000},
@@ -81,7 +71,7 @@ def follow_one_post() -> Journey:
             "routing": {"llm": "it"},
             "consumers": {
                 "it": {
-                    "url": f"http://127.0.0.1:{int(consumer.stdout.readline())}",
+                    "url": f"http://127.0.0.1:{port}",
                     "paths": {"llm": "/v1/chat/completions"},
                 }
             },
@@ -96,8 +86,6 @@ def follow_one_post() -> Journey:
                 journey.following = False
         finally:
             threading.setprofile(None)
-            consumer.kill()
-            consumer.wait(10)
     return journey
 
 

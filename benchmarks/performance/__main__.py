@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks import running
 from benchmarks.performance import contestants, measures, report, trace
 from benchmarks.performance.client import BadAnswer
 from benchmarks.performance.contestants import ROOT, Running
@@ -69,7 +69,7 @@ def run(*, rounds: int, quick: bool, seed: int, only: set[str], without: set[str
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        upstream = _start_upstream(stack)
+        upstream = stack.enter_context(running.upstream())
         everybody = _start_all(stack, folder, upstream, without)
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -148,22 +148,6 @@ def _measures(upstream: int, *, quick: bool, first: bool) -> list[tuple[str, _Wa
     if first:
         found.append(("status", status))
     return found
-
-
-def _start_upstream(stack: ExitStack) -> int:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.performance.upstream"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    stack.callback(process.wait, 10)
-    stack.callback(process.kill)
-    stack.callback(process.stdin.close)
-    return int(process.stdout.readline())
 
 
 def _start_all(stack: ExitStack, folder: Path, upstream: int, without: set[str]) -> list[Running]:

@@ -8,8 +8,6 @@ docs/performance.md.
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import running
 from benchmarks.performance import client
 from tests.support.broker import live_broker
 
@@ -39,19 +38,8 @@ LOOP_TURNS = 3.0
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[int]:
     """A consumer in a process of its own, whose calls are not counted."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.performance.upstream"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, process.stdout:
-        yield int(process.stdout.readline())
-        process.kill()
-        process.wait(10)
+    with running.upstream() as port:
+        yield port
 
 
 class Calls:
