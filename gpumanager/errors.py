@@ -56,11 +56,11 @@ class BrokerError(Exception):
 
 
 class InternalError(BrokerError):
-    """Something in the broker broke; the trace is in the log under the request id."""
+    """The broker failed; the trace is in the log under the request id."""
 
 
 class SchedulerError(BrokerError):
-    """The scheduler broke while a job was in its hands."""
+    """The scheduler failed while it had a job."""
 
     code = "scheduler_error"
 
@@ -72,7 +72,7 @@ class BadRequest(BrokerError):
 
 
 class Unauthorized(BrokerError):
-    """Keys are configured, and the request shows none of them."""
+    """Keys are configured, and the request has none of them."""
 
     status, code, retryable = 401, "unauthorized", False
 
@@ -137,7 +137,7 @@ class NoConsumer(BrokerError):
 
 
 class ConsumerUnreachable(BrokerError):
-    """The consumer could not be reached, or broke before it answered.
+    """The consumer could not be reached, or failed before it answered.
 
     `nothing_listens`: the connection was refused, which proves that its process is gone.
     """
@@ -152,7 +152,7 @@ class ConsumerUnreachable(BrokerError):
 
 
 class ConsumerUnhealthy(BrokerError):
-    """The consumer's last probe failed: refused without waiting in line."""
+    """The consumer's last probe failed: its job is refused without waiting in the queue."""
 
     status, code = 503, "consumer_unreachable"
 
@@ -188,12 +188,12 @@ class ShuttingDown(BrokerError):
 
 
 class Cancelled(BrokerError):
-    """An operator took the job out of the line, or stopped it."""
+    """An operator took the job out of the queue, or stopped it."""
 
     status, code, retryable = 503, "cancelled", False
 
 
 class ClientGone(BrokerError):
-    """The client left. Nobody reads this answer; the log shows status 499, as nginx does."""
+    """The client disconnected. Nobody reads this answer; the log shows 499, as nginx does."""
 
     status, code, retryable = 499, "client_gone", False

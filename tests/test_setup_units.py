@@ -240,12 +240,12 @@ def consumer(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        ({}, "well"),
+        ({}, "healthy"),
         ({"healthy": False}, "down"),
         ({"probed": False}, "not probed"),
         ({"breaker": "open"}, "failing"),
-        ({"stopped_by": "unit"}, "stopped (unit)"),
-        ({"quarantine": "x"}, "does not release"),
+        ({"stopped_by": "unit"}, "stopped by the broker (unit)"),
+        ({"quarantine": "x"}, "in quarantine"),
         ({"on_cpu": ["m"]}, "partly on the CPU"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`gpumanager doctor`: what is wrong with this box."""
+"""`gpumanager doctor`: what is wrong with this machine."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ _SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "
 )
 @key_option
 def doctor(path: str | None, key: str | None) -> None:
-    """What is wrong with this box: driver, other brokers, open ports, consumers that do not
-    release. Without --config it is about the broker that runs. Exit code 1 if anything is bad."""
+    """Say what is wrong with this machine: the driver, other brokers, open ports, consumers that do
+    not release memory. Without --config it checks the running broker. Exit code 1 if anything is
+    bad."""
     file = config_file(path)
     try:
         config = load_config(file)

@@ -20,8 +20,8 @@ from gpumanager.config import CONFIG_ENV, Config, config_path_from_env, users_co
 DEFAULT_URL = "http://127.0.0.1:8770"
 
 CONFIG_HELP = (
-    "The config file; by default the one GPUMANAGER_CONFIG names, else config/consumers.yaml, else "
-    "the one that setup wrote."
+    "The config file; by default the one that GPUMANAGER_CONFIG names, else config/consumers.yaml, "
+    "else the one that setup wrote."
 )
 
 _VISIBLE = re.compile(r"[!-~]+")
@@ -48,7 +48,7 @@ def listen_address(_context: click.Context, _option: click.Parameter, value: str
     """An option's value, if a broker can listen there, on a port that others can know."""
     try:
         if Config(listen=value).port == 0:
-            raise click.BadParameter("names port 0, which is another one at every start")
+            raise click.BadParameter("has port 0, which would be another port at every start")
     except ValidationError:
         message = f"must be HOST:PORT or [IPV6]:PORT, such as 127.0.0.1:8770 (found {value!r})"
         raise click.BadParameter(message) from None
@@ -64,7 +64,7 @@ def config_file(path: str | None) -> str:
     if not os.environ.get(CONFIG_ENV) and not os.path.exists(found):
         fail(
             f"there is no config, neither {found} here nor {users_config_path(os.environ)}\n"
-            f"    have one made: gpumanager setup; or name yours: --config FILE, or {CONFIG_ENV}",
+            f"    to make one: gpumanager setup; to name yours: --config FILE, or {CONFIG_ENV}",
             2,
         )
     return found
@@ -93,7 +93,7 @@ def _visible_key(
     _context: click.Context, _option: click.Parameter, value: str | None
 ) -> str | None:
     if value is not None and not _VISIBLE.fullmatch(value):
-        raise click.BadParameter("a key is of visible ASCII characters, without blanks")
+        raise click.BadParameter("a key has visible ASCII characters only, no blanks")
     return value
 
 
@@ -113,7 +113,7 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         default=DEFAULT_URL,
         show_default=True,
         callback=_broker_url,
-        help="The broker; else GPUMANAGER_URL.",
+        help="The broker's URL; else GPUMANAGER_URL.",
     )
     @key_option
     @functools.wraps(command)
@@ -125,8 +125,8 @@ def asks_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         except (KeyError, TypeError, AttributeError) as error:
             # Another program whose answers are JSON, or a broker of another version.
             fail(
-                f"{url} answered what a gpumanager {__version__} does not ({error!r}): is it "
-                "one, and of this version?"
+                f"{url} answered in an unexpected way ({error!r}): is it a gpumanager, and of "
+                f"version {__version__}?"
             )
 
     return asking

@@ -20,9 +20,9 @@ from gpumanager.config import KINDS
 @click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
 @asks_broker
 def plan(broker: BrokerClient, kind: str, as_json: bool) -> None:
-    """What a job of KIND would do now: would it fit, and who would go.
+    """Say whether a job of KIND would fit now, and what would be unloaded for it.
 
-    Acts on nothing. Exit code 0 if the job could run, 1 if not.
+    Changes nothing. Exit code 0 if the job could run, 1 if not.
     """
     answer = broker.get(f"/v1/plan/{kind}")
     click.echo(json.dumps(answer, indent=2) if as_json else plan_text(answer))
@@ -35,7 +35,10 @@ def plan_text(answer: Mapping[str, Any]) -> str:
     lines = [f"{name} needs {needed} MiB and holds {held}; {answer['free_mib']} MiB are free, "]
     lines[0] += f"{answer['reserved_mib']} of them reserved ({answer['source']})"
     if not answer["fits"]:
-        lines.append(f"does not fit: {answer['short_mib']} MiB short, even without all that may go")
+        lines.append(
+            f"does not fit: {answer['short_mib']} MiB short, even if all others are unloaded that "
+            "may be"
+        )
     elif answer["fits_now"]:
         lines.append("fits as it is")
     else:
@@ -48,7 +51,7 @@ def plan_text(answer: Mapping[str, Any]) -> str:
     parts = [f"{what} {times[what] / 1000:.1f} s" for what in ("wait", "evict", "load", "run")]
     lines.append(f"estimated: {', '.join(parts)}")
     if answer["overdue"]:
-        lines.append("the job that runs takes far longer than usual, so that this is a guess")
+        lines.append("the running job takes far longer than usual, so this is a guess")
     return "\n".join(lines)
 
 
@@ -56,7 +59,7 @@ def plan_text(answer: Mapping[str, Any]) -> str:
 @click.argument("ticket", type=click.IntRange(min=0))
 @asks_broker
 def cancel(broker: BrokerClient, ticket: int) -> None:
-    """Take the job with this TICKET out of the line, or stop it. `queue` shows tickets."""
+    """Take the job with this TICKET out of the queue, or stop it. `queue` shows the tickets."""
     broker.delete(f"/v1/queue/{ticket}")
     click.echo(f"ticket {ticket} is cancelled")
 
@@ -65,7 +68,7 @@ def cancel(broker: BrokerClient, ticket: int) -> None:
 @click.argument("consumer")
 @asks_broker
 def load(broker: BrokerClient, consumer: str) -> None:
-    """Make room for a CONSUMER and load it. Waits in line like a job."""
+    """Make room for a CONSUMER and load it. Waits in the queue like a job."""
     answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/load")
     click.echo(f"{consumer} is loaded ({answer['ms'] / 1000:.1f} s)")
 
@@ -74,7 +77,7 @@ def load(broker: BrokerClient, consumer: str) -> None:
 @click.argument("consumer")
 @asks_broker
 def unload(broker: BrokerClient, consumer: str) -> None:
-    """Unload a CONSUMER. Waits in line like a job. Exit code 1 if it gave nothing back."""
+    """Unload a CONSUMER. Waits in the queue like a job. Exit code 1 if no memory was released."""
     answer = broker.post(f"/v1/consumers/{quote(consumer, safe='')}/unload")
     text = f"{consumer}: {answer['outcome']}, {answer['mib']} MiB in {answer['ms'] / 1000:.1f} s"
     click.echo(text + (f", taken by {answer['taken_by']}" if "taken_by" in answer else ""))
@@ -85,7 +88,7 @@ def unload(broker: BrokerClient, consumer: str) -> None:
 @click.argument("consumer")
 @asks_broker
 def forget(broker: BrokerClient, consumer: str) -> None:
-    """Forget what was learned of a CONSUMER: memory and times. They are learned anew."""
+    """Forget what was learned of a CONSUMER: its memory and times. They are learned again."""
     answer = broker.delete(f"/v1/consumers/{quote(consumer, safe='')}/learned")
     click.echo(f"{consumer}: forgotten; room is made for {answer['needed']['mib']} MiB from now on")
 
@@ -93,7 +96,7 @@ def forget(broker: BrokerClient, consumer: str) -> None:
 @main.command()
 @asks_broker
 def drain(broker: BrokerClient) -> None:
-    """Have the broker refuse new jobs, finish the running one, and end."""
+    """Tell the broker to refuse new jobs, finish the running one, and end."""
     boot = broker.get("/v1/events", limit=0)["boot"]
     broker.post(f"/v1/drain?boot={boot}")
     click.echo(f"{broker.url} drains")
@@ -102,7 +105,7 @@ def drain(broker: BrokerClient) -> None:
 @main.command()
 @asks_broker
 def reload(broker: BrokerClient) -> None:
-    """Have the broker read its config anew, and apply what changed without dropping the line."""
+    """Tell the broker to read its config again, and apply what changed. The queue stays."""
     answer = broker.post("/v1/reload")
     told = [f"{what} {', '.join(names)}" for what, names in answer.items() if names]
     click.echo("; ".join(told) or "nothing changed")

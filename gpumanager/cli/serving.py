@@ -22,7 +22,7 @@ from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
     help=CONFIG_HELP,
 )
 def serve(path: str | None) -> None:
-    """Serve the broker on the config's `listen` address."""
+    """Run the broker on the config's `listen` address."""
     path = config_file(path)
     config = _load(path)
     from gpumanager.app import serve as serve_config  # `check` needs no server
@@ -33,8 +33,8 @@ def serve(path: str | None) -> None:
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False), required=False)
 def check(file: str | None) -> None:
-    """Validate a config: every fault at once, each with its line. Without FILE it is the one that
-    `serve` would take."""
+    """Check a config: prints every fault at once, each with its line. Without FILE it checks the
+    config that `serve` would use."""
     file = config_file(file)
     config = _load(file)
     try:
@@ -45,7 +45,7 @@ def check(file: str | None) -> None:
     if unguarded(config.host, keys):
         click.echo(
             f"{file}: warning: it listens on {config.listen}, for everybody who can reach it, and "
-            f"there are no keys here; {GUARD_IT}",
+            f"there are no keys; {GUARD_IT}",
             err=True,
         )
     click.echo(f"{file}: ok, {len(config.consumers)} consumers, listens on {config.listen}")
@@ -68,7 +68,7 @@ def schema() -> None:
     help="HOST:PORT",
 )
 def demo(listen: str) -> None:
-    """Run the broker in front of a bundled speech service, on a simulated card."""
+    """Run the broker in front of a bundled speech server, on a simulated card."""
     from gpumanager.demo.run import run_demo  # only where the demo is wanted
 
     sys.exit(run_demo(listen))

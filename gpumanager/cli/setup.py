@@ -1,4 +1,4 @@
-"""`gpumanager setup`: from a box with AI servers to a running broker."""
+"""`gpumanager setup`: from a machine with AI servers to a running broker."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def _needs(
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and end.")
 @click.option("--service/--no-service", default=True, help="Start the broker, now and at login.")
-@click.option("--ports", callback=_port_list, help="Ask these ports only, separated by commas.")
-@click.option("--job", "kind", help="Then run a small job of this kind: tts, …")
+@click.option("--ports", callback=_port_list, help="Look at these ports only, separated by commas.")
+@click.option("--job", "kind", help="At the end, run a small job of this kind: tts, …")
 @click.option(
     "--total-mib",
     type=click.IntRange(min=1),
-    help="The card's memory, for a new config where no driver tells it; else you are asked.",
+    help="The card's memory, for a new config without a driver; else you are asked.",
 )
 @click.option(
     "--vram",
@@ -92,7 +92,7 @@ def _needs(
     metavar="NAME=MIB",
     multiple=True,
     callback=_needs,
-    help="What a new consumer's largest model takes, where no driver tells it; else you are asked.",
+    help="What a new consumer's largest model needs, without a driver; else you are asked.",
 )
 def setup(
     path: Path | None,
@@ -156,7 +156,7 @@ def setup(
     if start.runs:
         _check(config, kind, start)
     if start.then:
-        click.echo(f"to go on: {start.then}")
+        click.echo(f"next: {start.then}")
 
 
 def _asked_figures(proposal: Proposal, given: Figures) -> Figures:
@@ -167,13 +167,13 @@ def _asked_figures(proposal: Proposal, given: Figures) -> Figures:
     wanted = [name for name in proposal.added if name not in said and not proposal.new[name].mib]
     total_mib = proposal.config.gpu.total_mib or given.total_mib
     if wanted or not total_mib:
-        click.echo("Without a driver what fits is decided by what you say here; 0: not known.")
+        click.echo("There is no driver, so your answers decide what fits; 0 means: not known.")
     if not total_mib and not proposal.before:
         total_mib = click.prompt("The card's memory in MiB", default=0, type=click.IntRange(min=0))
     most = total_mib - proposal.config.gpu.reserved_mib if total_mib else None
     for name in wanted:
         said[name] = click.prompt(
-            f"MiB that the largest model of {name} takes",
+            f"MiB that the largest model of {name} needs",
             default=0,
             type=click.IntRange(min=0, max=most),
         )
@@ -186,7 +186,7 @@ def _tell(proposal: Proposal, path: Path, *, measured: bool) -> None:
         click.echo(f"{name}: {where}")
     for each in proposal.ignored:
         click.echo(
-            f"left out: {each.service.service} on port {each.port}, which stands in a comment of "
+            f"not added: {each.service.service} on port {each.port}, because it is in a comment of "
             f"{path}, or in its setup.ignore"
         )
     config = proposal.config
@@ -195,8 +195,8 @@ def _tell(proposal: Proposal, path: Path, *, measured: bool) -> None:
     parts += [f"vram_resident_mib of {', '.join(missing)}"] if missing else []
     if config.consumers and parts and not measured:
         click.echo(
-            f"without a driver {path} has to say: {' and '.join(parts)}; until then jobs take "
-            "turns, but nobody makes room (for what is new: --total-mib, --vram NAME=MIB)"
+            f"without a driver {path} has to have {' and '.join(parts)}; until then jobs take "
+            "turns, but nothing is unloaded (for new consumers: --total-mib, --vram NAME=MIB)"
         )
 
 
@@ -207,7 +207,7 @@ def _ask_once() -> None:
             return
     except click.Abort:  # Ctrl-C, or nobody there to ask
         click.echo()
-    fail("nothing was written or started; to do it without being asked: gpumanager setup --yes")
+    fail("nothing was written or started; to go ahead without a question: gpumanager setup --yes")
 
 
 def _there(path: Path) -> tuple[str, Config | None]:
@@ -241,7 +241,7 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         if reading.processes is not None:
             held = {process.pid: process.mib for process in reading.processes}
     except GpuUnavailable as error:
-        click.echo(f"card: none to be measured ({error})")
+        click.echo(f"card: cannot be measured ({error})")
     finally:
         card.close()
     skip = [config.port, *config.setup.ignore]
@@ -252,13 +252,13 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         holds = "" if each.mib is None else f", holds {each.mib} MiB"
         click.echo(f"found: {each.service.service} on port {each.port}{runs}{holds}")
     if not found:
-        click.echo("found: no AI server; start them, and run this again")
+        click.echo("found: no AI server; start your servers, and run this again")
     for unknown in seen.unknown[:MOST_UNKNOWN]:
         click.echo(f"not known: {unknown}; if that is an AI server, add it by hand: docs/config.md")
     if len(seen.unknown) > MOST_UNKNOWN:
-        click.echo(f"not known: {len(seen.unknown) - MOST_UNKNOWN} more that speak HTTP")
+        click.echo(f"not known: {len(seen.unknown) - MOST_UNKNOWN} more servers that speak HTTP")
     for port in seen.demos:
-        click.echo(f"left alone: the speech service of gpumanager's demo, on port {port}")
+        click.echo(f"left alone: the speech server of gpumanager's demo, on port {port}")
     for broker in seen.brokers:
         click.echo(f"left alone: {broker}, on port {broker.port}")
     return total_mib, found
@@ -269,7 +269,7 @@ def _check(config: Config, kind: str | None, start: starting.Start) -> None:
     from gpumanager.client import BrokerUnavailable
 
     if not _until(lambda: _healthy(config) or start.has_ended(), START_S) or start.has_ended():
-        fail(f"the broker did not start; what it says: {start.log}")
+        fail(f"the broker did not start; its log: {start.log}")
     try:
         bad = _probed(config)
         url = starting.client(config).url
@@ -303,7 +303,7 @@ def _probed(config: Config) -> int:
     for each in status["consumers"]:
         healthy = each["healthy"] or not each["probed"]
         bad += not healthy
-        how = "well" if each["healthy"] else each.get("last_error", "not probed")
+        how = "healthy" if each["healthy"] else each.get("last_error", "not probed")
         click.secho(f"{each['name']}: {how}", fg="green" if healthy else "red")
     return bad
 
@@ -318,7 +318,7 @@ def _try_job(config: Config, kind: str) -> None:
         (each.job for each in known_services() if name.startswith(each.service) and each.job), None
     )
     if job is None:
-        fail(f"setup knows no small job for {name}; send one of your own")
+        fail(f"setup has no small job for {name}; send one of your own")
     began = time.monotonic()
     status, content = starting.client(config).job(kind, job)
     took = time.monotonic() - began

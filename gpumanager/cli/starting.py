@@ -1,5 +1,5 @@
-"""How `gpumanager setup` has the broker run: as a service of the user's, or in the background; and
-whom it finds where the broker shall listen."""
+"""How `gpumanager setup` runs the broker: as a systemd user unit, or in the background; and which
+program it finds at the broker's address."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plan(path: Path, config: Config) -> Start:
     if there is None or (_may_be_ours(there, path) and has_unit and user.active):
         return _with_unit(user, path, config) if has_unit else _in_background(path, config)
     if isinstance(there, RunningBroker) and _may_be_ours(there, path):
-        told = "the broker runs already, and will be told to reload"
+        told = "the broker runs already; setup will tell it to reload"
         return Start(told, lambda: _reload(config, path))
     return _stepped_around(there, path, config)
 
@@ -71,11 +71,13 @@ def _stepped_around(there: RunningBroker | Stranger, path: Path, config: Config)
     if isinstance(there, RunningBroker):
         which = "it was started from another file"
         if there.config_file is None:
-            which = "it was started without a config file, and cannot take this one over"
+            which = "it was started without a config file, and cannot load this one"
         end = f"end it (Ctrl-C where it was started, or: {_command('drain', config)})"
     else:
         which, end = "the broker cannot listen there", "end it"
-    told = f"{config.listen} is taken by {there}: {which}. It is left alone; no broker is started"
+    told = (
+        f"{config.listen} is taken by {there}: {which}. Setup leaves it alone and starts no broker"
+    )
     then = (
         f"{end}, then run: gpumanager setup"
         f"{_option(path)}\n    or set another `listen` in {path}, and run the same"
@@ -138,7 +140,7 @@ def _in_background(path: Path, config: Config) -> Start:
     def has_ended() -> bool:
         return any(process.poll() is not None for process in started)
 
-    told = "no systemd for this user: the broker will run in the background until the next reboot"
+    told = "this user has no systemd: the broker will run in the background until the next reboot"
     return Start(told, start, log=f"tail {log}", has_ended=has_ended)
 
 
@@ -155,8 +157,8 @@ def _reload(config: Config, path: Path) -> None:
 def _not_reloaded(reason: str, config: Config, path: Path) -> NoReturn:
     fail(
         f"the running broker did not take {path}: {reason}\n"
-        f"    once that is mended: {_command('reload', config)}\n"
-        f"    or start it anew: {_command('drain', config)}, then gpumanager setup{_option(path)}"
+        f"    after you have corrected that: {_command('reload', config)}\n"
+        f"    or restart it: {_command('drain', config)}, then gpumanager setup{_option(path)}"
     )
 
 

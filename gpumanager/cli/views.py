@@ -27,7 +27,7 @@ def console() -> Console:
 
 
 def status(found: Mapping[str, Any]) -> RenderableType:
-    """The card, the services, the line."""
+    """The card, the consumers, the queue."""
     return Group(card(found), services(found), troubles(found), line(found["queue"]))
 
 
@@ -39,7 +39,7 @@ def gone(reason: str) -> RenderableType:
 def line(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> RenderableType:
     """Who runs and who waits, below its head in so many rows; what is cut is counted."""
     if not entries:
-        return Text("nobody runs and nobody waits", style="dim")
+        return Text("no job runs, and none waits", style="dim")
     table = _table()
     for name in ("ticket", "", "consumer", "kind", "client", "for", "turn in"):
         style = "dim" if name in ("ticket", "client") else None
@@ -199,9 +199,9 @@ def _more(cut: int, what: str) -> Text:
 
 def _state(consumer: Mapping[str, Any]) -> Text:
     if "stopped_by" in consumer:
-        return Text(f"stopped ({consumer['stopped_by']})", style="dim")
+        return Text(f"stopped by the broker ({consumer['stopped_by']})", style="dim")
     if "quarantine" in consumer:
-        return Text("does not release", style="yellow")
+        return Text("in quarantine", style="yellow")
     if consumer["breaker"] != "closed":
         return Text("failing", style="red")
     if not consumer["probed"]:
@@ -210,7 +210,7 @@ def _state(consumer: Mapping[str, Any]) -> Text:
         return Text("down", style="red")
     if "on_cpu" in consumer:
         return Text("partly on the CPU", style="yellow")
-    return Text("well", style="green")
+    return Text("healthy", style="green")
 
 
 def troubles(found: Mapping[str, Any]) -> RenderableType:

@@ -15,15 +15,15 @@ import click
 from gpumanager.cli.group import asks_broker, fail, main
 from gpumanager.client import BrokerClient, BrokerUnavailable
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the broker's own answer.")
 
 
 @main.command()
 @_JSON
-@click.option("--watch", is_flag=True, help="Again every two seconds, until interrupted.")
+@click.option("--watch", is_flag=True, help="Show it again every two seconds, until interrupted.")
 @asks_broker
 def status(broker: BrokerClient, as_json: bool, watch: bool) -> None:
-    """The card, the services and the line, as a table."""
+    """Show the card, the consumers and the queue, as tables."""
     from gpumanager.cli import views  # rich, which `serve` does without
 
     def show() -> None:
@@ -46,7 +46,7 @@ def status(broker: BrokerClient, as_json: bool, watch: bool) -> None:
 @_JSON
 @asks_broker
 def queue(broker: BrokerClient, as_json: bool) -> None:
-    """The line: who runs, then who waits, each with its ticket."""
+    """Show the queue: the running job, then the waiting ones, each with its ticket."""
     from gpumanager.cli import views
 
     found = broker.get("/v1/queue")
@@ -57,13 +57,13 @@ def queue(broker: BrokerClient, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--once", is_flag=True, help="One picture, then end.")
+@click.option("--once", is_flag=True, help="Show it once, and end.")
 @click.option("--interval", type=click.FloatRange(0.2, 60), default=1.0, show_default=True)
 @asks_broker
 def top(broker: BrokerClient, once: bool, interval: float) -> None:
-    """Watch the broker live: memory by holder, the running job, the queue, what happened last.
+    """Watch the broker live: memory, the running job, the queue, the latest events.
 
-    It fits the terminal, and counts what is cut. `q` ends it.
+    It fits the terminal, and says how much it cuts off. `q` ends it.
     """
     from rich.live import Live
 
@@ -96,9 +96,11 @@ def top(broker: BrokerClient, once: bool, interval: float) -> None:
 
 
 @main.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on, until interrupted.")
-@click.option("--since", type=click.IntRange(min=0), default=0, help="After this number only.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with new events, until interrupted.")
+@click.option(
+    "--since", type=click.IntRange(min=0), default=0, help="Only events after this number."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -108,7 +110,7 @@ def top(broker: BrokerClient, once: bool, interval: float) -> None:
 def events(
     broker: BrokerClient, follow: bool, since: int, as_json: bool, trace: Path | None
 ) -> None:
-    """What has happened: jobs, evictions, loads, refusals, who is well and who is not."""
+    """Show what has happened: jobs, evictions, loads, refusals, consumers that went down."""
     from gpumanager.cli import views
 
     if trace is not None:

@@ -1,4 +1,4 @@
-"""What is wrong with this box, or will be: checks, each with what to do about it."""
+"""What is wrong with this machine, or will be: checks, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def card(reading: MemoryReading | None, reason: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"the memory of single processes is not known: {reading.holdings.reason}",
-            "in a container run it with the host's PID namespace (pid: host); under WSL2 and MIG "
-            "there is no way, and totals have to do",
+            "in a container, run the broker with the host's PID namespace (pid: host); under WSL2 "
+            "and MIG only the card's totals are known",
         )
     for process in reading.holdings.foreign if reading.holdings is not None else ():
         yield Finding(
             "warning",
-            f"{process.name or 'a process'} (pid {process.pid}) holds {process.mib} MiB and is no "
-            "consumer's",
+            f"{process.name or 'a process'} (pid {process.pid}) holds {process.mib} MiB and "
+            "belongs to no consumer",
             "make it a consumer, or end it",
         )
 
@@ -66,7 +66,7 @@ def brokers(found: Sequence[RunningBroker]) -> Iterator[Finding]:
         ends = " or ".join(f"gpumanager drain --url http://127.0.0.1:{e.port}" for e in sharing)
         yield Finding(
             "warning",
-            f"{len(found)} brokers run here, some for one card: {told}",
+            f"{len(found)} brokers run here, some on the same card: {told}",
             f"two brokers on one card do not know of each other's jobs: end all but one ({ends})",
         )
     elif found:
@@ -91,8 +91,8 @@ def own_broker(there: RunningBroker | Stranger | None, listen: str, file: str) -
     elif not there.told:
         yield Finding(
             "warning",
-            f"the broker at {listen} does not tell how it is",
-            f"show it a key: --key, or {KEY_ENV}; one of an older version: start it anew",
+            f"the broker at {listen} does not show its status",
+            f"give a key: --key, or {KEY_ENV}; if it has an older version, restart it",
         )
     elif not there.serves(file):
         yield Finding(
@@ -116,9 +116,9 @@ def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) ->
         if port in open_ports:
             yield Finding(
                 "warning",
-                f"{name} listens on all addresses at port {port}: who uses it directly passes the "
-                "broker's line by",
-                f"have it listen on 127.0.0.1, or close port {port} to others",
+                f"{name} listens on all addresses at port {port}: others can use it without the "
+                "broker's queue",
+                f"make it listen on 127.0.0.1, or close port {port} to others",
             )
 
 
@@ -128,25 +128,25 @@ def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Find
         if not consumer.eviction_methods and not consumer.pinned and not consumer.vram_managed:
             yield Finding(
                 "warning",
-                f"{name} has no way to be unloaded: what it holds is lost to the others",
+                f"{name} cannot be unloaded: what it holds is never free for others",
                 "give it an unload call, or evict: [{unit: …}], or say pinned: true",
             )
         if consumer.health is None and consumer.probe is None:
             yield Finding(
                 "warning",
-                f"{name} is never probed: that it is down shows with its next job",
+                f"{name} is never probed: if it is down, only its next job will show it",
                 "give it a health call",
             )
     known = (status or {}).get("consumers", ())
     if known and all(each["healthy"] or not each["probed"] for each in known):
-        yield Finding("good", f"{len(known)} consumers are well")
+        yield Finding("good", f"{len(known)} consumers are healthy")
     for each in known:
         name = each["name"]
         if "quarantine" in each:
             yield Finding(
                 "bad",
                 f"{name} does not release its memory: {each['quarantine']}",
-                "give it another way to evict (unit, container, signal); `gpumanager unload "
+                "give it another eviction method (unit, container, signal); `gpumanager unload "
                 f"{name}` tries again",
             )
         if each["probed"] and not each["healthy"]:
@@ -155,7 +155,7 @@ def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Find
             models = ", ".join(each["on_cpu"])
             yield Finding(
                 "warning",
-                f"{name} works on the CPU in part: {models}",
+                f"{name} works partly on the CPU: {models}",
                 "a smaller model, or a smaller context, fits onto the card",
             )
 
@@ -169,8 +169,8 @@ def releases(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     for name, count in leaks.items():
         yield Finding(
             "warning",
-            f"{name} gave nothing back {count} times when it was unloaded",
-            "look at its log; another method in its evict list is the way out",
+            f"{name} released no memory {count} times when it was unloaded",
+            "look at its log, or give it another eviction method (evict)",
         )
 
 

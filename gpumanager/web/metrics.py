@@ -282,7 +282,7 @@ class _Now(Collector):
     def _consumers(self, consumers: list[Mapping[str, Any]]) -> Iterator[Metric]:
         healthy = GaugeMetricFamily(
             "gpumanager_consumer_healthy",
-            "Whether the last probe was answered well; absent before the first.",
+            "Whether the last probe was answered as it should be; absent before the first.",
             labels=["consumer"],
         )
         flags = {

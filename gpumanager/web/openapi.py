@@ -45,10 +45,9 @@ _JOB: tuple[type[errors.BrokerError], ...] = (
 )
 
 _JSON = "application/json"
-_FOR_ADMINS = "Where keys are in use it wants one with the role `admin`."
+_FOR_ADMINS = "Where keys are in use, it needs one with the role `admin`."
 _OF_OTHERS = (
-    "A key with the role `client` sees whose job it is of its own only: `client` and `request_id` "
-    "of all others are `-`."
+    "With a key of the role `client`, `client` and `request_id` of other clients' jobs are `-`."
 )
 _TIME = {"type": "string", "format": "date-time"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -63,8 +62,10 @@ _SENSORS = {
 def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     """The description. `keys`: whether clients have to show one."""
     paths: dict[str, Any] = {f"/v1/{kind}": {"post": _job(kind)} for kind in KINDS}
-    paths["/v1/status"] = {"get": _read("The live state", "Status", _OF_OTHERS)}
-    paths["/v1/queue"] = {"get": _read("The line: who runs, then who waits", "Queue", _OF_OTHERS)}
+    paths["/v1/status"] = {"get": _read("The present state", "Status", _OF_OTHERS)}
+    paths["/v1/queue"] = {
+        "get": _read("The queue: the running job, then the waiting ones", "Queue", _OF_OTHERS)
+    }
     paths["/v1/queue/{ticket}"] = {"delete": _cancel()}
     kind = _path_parameter("kind", {"enum": list(KINDS)})
     consumer = _path_parameter("consumer", {"type": "string"})
@@ -81,12 +82,12 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     paths["/v1/events"] = {"get": _events()}
     paths["/v1/history"] = {
         "get": {
-            **_read("Who held how much of the card in the last hour", "History"),
+            **_read("How much of the card each consumer held in the last hour", "History"),
             "parameters": [
                 {
                     "name": "seconds",
                     "in": "query",
-                    "description": "Only the samples of so many seconds; 0 for all",
+                    "description": "Only the samples of the last so many seconds; 0 for all",
                     "schema": {**_COUNT, "maximum": 3600},
                 }
             ],
@@ -116,7 +117,7 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
                     "name": "boot",
                     "in": "query",
                     "required": True,
-                    "description": "As `/v1/events` gives it, so that none is ended by accident",
+                    "description": "The `boot` of `/v1/events`, so that no other broker is ended",
                     "schema": {"type": "string"},
                 }
             ],
@@ -125,7 +126,7 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     }
     paths["/v1/reload"] = {
         "post": {
-            "summary": "Read the config anew and apply what changed",
+            "summary": "Read the config again and apply what changed",
             "description": _FOR_ADMINS,
             "responses": {"200": _json("What changed", _ref("Changes")), **_errors([])},
         }
@@ -180,13 +181,14 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
 def _job(kind: str) -> dict[str, Any]:
     return {
         "summary": f"Run a job of {_KIND_WORDS[kind]}",
-        "description": "Forwarded to the routed consumer under the GPU's lock; query, headers and "
-        "body go through unchanged, and so does its answer, whatever its status.",
+        "description": "The broker forwards the request to the routed consumer under the GPU's "
+        "lock; query, headers and body go through unchanged, and so does the answer, whatever its "
+        "status.",
         "parameters": [
             {
                 "name": "Prefer",
                 "in": "header",
-                "description": "`wait=N`: the longest wait in line, in seconds (RFC 7240)",
+                "description": "`wait=N`: the longest wait in the queue, in seconds (RFC 7240)",
                 "schema": {"type": "string"},
             }
         ],
@@ -221,7 +223,7 @@ def _path_parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(kind: dict[str, Any]) -> dict[str, Any]:
-    summary = "What would happen to a job that came now: would it fit, and who would go"
+    summary = "Whether a job that came now would fit, and which consumers would be unloaded for it"
     return {
         "summary": summary,
         "parameters": [kind],
@@ -235,7 +237,7 @@ def _plan(kind: dict[str, Any]) -> dict[str, Any]:
 def _move(summary: str, schema: str, consumer: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary,
-        "description": f"Waits in line like a job. {_FOR_ADMINS}",
+        "description": f"Waits in the queue like a job. {_FOR_ADMINS}",
         "parameters": [consumer],
         "responses": {
             "200": _json("It was done", _ref(schema)),
@@ -248,8 +250,8 @@ def _forget(consumer: dict[str, Any]) -> dict[str, Any]:
     needed = _object({"consumer": {"type": "string"}, "needed": _ref("Figure")})
     return {
         "summary": "Forget what was learned of a consumer",
-        "description": "What it needs, what it keeps after an unload and how long things take are "
-        f"learned anew. {_FOR_ADMINS}",
+        "description": "What it needs, what it keeps after an unload, and its times are learned "
+        f"again from the next jobs. {_FOR_ADMINS}",
         "parameters": [consumer],
         "responses": {"200": _json("It was done", needed), **_errors([errors.NotFound])},
     }
@@ -258,8 +260,8 @@ def _forget(consumer: dict[str, Any]) -> dict[str, Any]:
 def _pin(summary: str, consumer: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary,
-        "description": "Counts more than `pinned` in the config, until the broker ends or is told "
-        f"otherwise; what is to last longer belongs in the config. {_FOR_ADMINS}",
+        "description": "Replaces `pinned` of the config until the broker ends or this is changed "
+        f"again. To pin a consumer permanently, use the config. {_FOR_ADMINS}",
         "parameters": [consumer],
         "responses": {
             "200": _json("It was done", _object({"consumer": {"type": "string"}, "pinned": _FLAG})),
@@ -272,9 +274,10 @@ def _events() -> dict[str, Any]:
     number = {"type": "integer", "minimum": 0}
     limit = {**number, "maximum": 1000}
     return {
-        "summary": "What has happened lately",
-        "description": "Ask again with `since` set to `last`; `boot` changes with a restart. A key "
-        "with the role `client` sees who it was in events of its own jobs only.",
+        "summary": "The latest events",
+        "description": "To get later events, ask again with `since` set to `last`. `boot` "
+        "changes when the broker restarts. With a key of the role `client`, events of other "
+        "clients' jobs do not say whose they are.",
         "parameters": [
             {"name": "since", "in": "query", "schema": number},
             {"name": "limit", "in": "query", "schema": limit},
@@ -291,7 +294,7 @@ def _cancel() -> dict[str, Any]:
     }
     ticket = {"type": "integer", "minimum": 0}
     return {
-        "summary": "Take a waiting or running job out of the line",
+        "summary": "Cancel a waiting or running job",
         "description": "A key with the role `client` may cancel its own jobs only.",
         "parameters": [{"name": "ticket", "in": "path", "required": True, "schema": ticket}],
         "responses": {"200": _json("It is cancelled", done), **_errors([errors.NotFound])},
@@ -307,10 +310,10 @@ def _health() -> dict[str, Any]:
         }
 
     return {
-        "summary": "Whether the process is up",
+        "summary": "Whether the broker runs",
         "responses": {
             **_errors([]),
-            "200": _json("It is up", state("ok")),
+            "200": _json("It runs", state("ok")),
             "503": _json("It drains", state("draining")),
         },
     }

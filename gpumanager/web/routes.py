@@ -172,7 +172,7 @@ def _record() -> RequestRecord:
 
 
 def _no_ticket(ticket: int) -> errors.NotFound:
-    return errors.NotFound(f"there is no ticket {ticket} in the line")
+    return errors.NotFound(f"there is no ticket {ticket} in the queue")
 
 
 def _record_routes(app: Flask, services: Services) -> None:

@@ -83,7 +83,7 @@ class Keyring:
         with self._lock:
             queued = self._queued.get(name, 0)
             if limit is not None and queued >= limit:
-                raise QueueFull(f"{queued} jobs of key '{name}' are in line", retry_after=1)
+                raise QueueFull(f"{queued} jobs of key '{name}' are in the queue", retry_after=1)
             self._queued[name] = queued + 1
 
     def leave(self, name: str) -> None:

@@ -160,7 +160,7 @@ def test_from_nothing_to_a_working_broker_in_under_a_minute(box: Box) -> None:
         "vllm": "vllm",
     }
     assert dict(config.routing) == {"llm": "ollama", "image": "comfyui"}
-    assert "ollama: well" in done.stdout
+    assert "ollama: healthy" in done.stdout
     assert "no systemd" in done.stdout
     # Once more: nothing changes, and the broker goes on.
     before = box.config.read_text()
@@ -268,7 +268,7 @@ def test_it_says_who_is_routed_who_is_left_out_and_who_is_not_known(box: Box) ->
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nollama: gets POST /v1/llm\n" in done.stdout
     assert "\nvllm: not routed: POST /v1/llm goes to ollama" in done.stdout
-    assert f"left out: comfyui on port {comfyui}" in done.stdout
+    assert f"not added: comfyui on port {comfyui}" in done.stdout
     assert f"not known: port {port} (" in done.stdout
     assert "mine); if that is an AI server, add it by hand" in done.stdout
 
@@ -306,13 +306,13 @@ def test_without_a_driver_it_asks_for_figures(box: Box) -> None:
     terminal = pexpect.spawn(command, env=box.environ, encoding="utf-8", timeout=30)
     terminal.expect("The card's memory in MiB")
     terminal.sendline("12000")
-    terminal.expect("largest model of ollama takes")
+    terminal.expect("largest model of ollama needs")
     terminal.sendline("13000")
     terminal.expect("not in the range")
     terminal.sendline("9000")
-    terminal.expect("largest model of comfyui takes")
+    terminal.expect("largest model of comfyui needs")
     terminal.sendline("")
-    terminal.expect("has to say: vram_resident_mib of comfyui")
+    terminal.expect("has to have vram_resident_mib of comfyui")
     terminal.expect("Go ahead")
     terminal.sendline("y")
     terminal.expect(pexpect.EOF)
@@ -327,7 +327,7 @@ def test_figures_may_be_given_beforehand(box: Box) -> None:
     done = box.setup("--yes", "--no-service", "--total-mib", "12000", "--vram", "ollama=9000")
     assert done.returncode == 0, done.stderr
     assert load_config(str(box.config)).consumers["ollama"].vram_resident_mib == 9000
-    assert "has to say: vram_resident_mib of comfyui, vllm;" in done.stdout
+    assert "has to have vram_resident_mib of comfyui, vllm;" in done.stdout
     box.config.unlink()
     for bad in ("ollama", "ollama=x", "=1"):
         done = box.setup("--yes", "--no-service", "--vram", bad)
@@ -370,16 +370,16 @@ def test_a_demo_is_no_service_and_no_broker_to_tell(box: Box) -> None:
     done = box.run("setup", "--yes", "--listen", f"127.0.0.1:{box.port}", "--ports", ports)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(load_config(str(box.config)).consumers) == {"ollama", "comfyui", "vllm"}
-    assert f"the speech service of gpumanager's demo, on port {speech}" in done.stdout
+    assert f"the speech server of gpumanager's demo, on port {speech}" in done.stdout
     assert f"127.0.0.1:{box.port} is taken by gpumanager's demo" in done.stdout
-    way_out = done.stdout.partition("to go on: ")[2]
+    way_out = done.stdout.partition("next: ")[2]
     assert f"gpumanager drain --url {box.url}" in way_out
     # As it says: with the demo gone, the same words start the user's own.
     assert box.run("drain", "--url", box.url).returncode == 0
     box.own.pop().wait(20)
     again = box.setup("--yes")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "ollama: well" in again.stdout
+    assert "ollama: healthy" in again.stdout
 
 
 def test_a_broker_of_another_file_is_left_alone(box: Box) -> None:
@@ -402,7 +402,7 @@ def test_another_program_on_the_port_is_named(box: Box) -> None:
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"(pid {os.getpid()}): the broker cannot listen there" in done.stdout
-    assert "to go on: end it, then run: gpumanager setup\n" in done.stdout
+    assert "next: end it, then run: gpumanager setup\n" in done.stdout
 
 
 def test_a_reload_that_is_refused_tells_the_way_out(box: Box) -> None:
@@ -424,7 +424,7 @@ def test_a_broker_that_wants_a_key_says_how_to_show_it(box: Box) -> None:
     box.environ["GPUMANAGER_API_KEY"] = secret
     done = box.setup("--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ollama: well" in done.stdout
+    assert "ollama: healthy" in done.stdout
 
 
 def test_a_broker_that_does_not_start_says_where_to_look(box: Box) -> None:
@@ -433,7 +433,7 @@ def test_a_broker_that_does_not_start_says_where_to_look(box: Box) -> None:
     done = box.setup("--yes")
     assert done.returncode == 1
     log = box.home / "state" / "gpumanager" / "broker.log"
-    assert f"the broker did not start; what it says: tail {log}" in done.stderr
+    assert f"the broker did not start; its log: tail {log}" in done.stderr
     assert "bad keys" in log.read_text()
     assert time.monotonic() - began < 12  # it ended; nobody waits for it to answer
 
@@ -454,7 +454,7 @@ def test_doctor_says_what_is_wrong_and_what_to_do(box: Box) -> None:
     box.config.write_text(yaml.safe_dump(config))
     done = box.run("doctor", "--config", str(box.config))
     assert done.returncode == 1
-    for text in ("without keys", "no broker answers", "no way to be unloaded", "→"):
+    for text in ("without keys", "no broker answers", "cannot be unloaded", "→"):
         assert text in done.stdout
     missing = box.run("doctor", "--config", "/nowhere.yaml")
     assert missing.returncode == 2
@@ -467,7 +467,7 @@ def test_what_setup_wrote_is_found_by_serve_check_and_doctor(box: Box, tmp_path:
     box.serve_again(tmp_path)
     done = box.run("doctor", cwd=tmp_path)
     assert f"config: {box.config}" in done.stdout
-    assert "3 consumers are well" in done.stdout
+    assert "3 consumers are healthy" in done.stdout
     assert "taken by" not in done.stdout
     # In a clone the example's config is found first; the one in use is what counts.
     clone = tmp_path / "clone"
@@ -500,7 +500,7 @@ def test_doctor_counts_brokers_by_what_they_serve(box: Box) -> None:
     done = box.run("doctor", "--config", str(second))
     assert done.returncode == 1
     assert f"127.0.0.1:{demo} is taken by gpumanager's demo" in done.stdout
-    assert "consumers are well" not in done.stdout
+    assert "consumers are healthy" not in done.stdout
 
 
 def test_doctor_without_a_key_says_so(box: Box) -> None:
@@ -512,11 +512,11 @@ def test_doctor_without_a_key_says_so(box: Box) -> None:
     )
     box.serve("serve", "--config", str(config))
     done = box.run("doctor", "--config", str(config))
-    assert "does not tell how it is" in done.stdout
+    assert "does not show its status" in done.stdout
     assert "no broker answers" not in done.stdout
     assert f"a broker with the config {config} on port {box.port} (a simulated card)" in done.stdout
     done = box.run("doctor", "--config", str(config), "--key", secret)
-    assert "does not tell" not in done.stdout
+    assert "does not show its status" not in done.stdout
 
 
 def test_systemd_is_told_when_it_is_ready_alive_and_stopping(box: Box) -> None:
