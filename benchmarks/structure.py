@@ -28,7 +28,7 @@ from tests.support.broker import live_broker
 PACKAGE = Path(gpumanager.__file__).parent
 ROOT = PACKAGE.parent
 GIVE_BACK = "_give_back"
-"""How the one way is called in which a job's hold on the GPU ends; it is `web.hold`'s own."""
+"""How the one way is called in which a job's hold on the GPU ends; it is `jobs.hold`'s own."""
 
 
 class Journey:

@@ -19,6 +19,12 @@ from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.errors import BadRequest
 from gpumanager.events import ConfigReloaded, Started
+from gpumanager.jobs.hold import Means
+from gpumanager.jobs.operations import Operations
+from gpumanager.jobs.place import Places
+from gpumanager.jobs.polling import Completions
+from gpumanager.jobs.runner import JobRunner
+from gpumanager.jobs.shortage import Shortages
 from gpumanager.keys import GUARD_IT, ApiKey, KeysError, load_keys, unguarded
 from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
@@ -44,16 +50,10 @@ from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
 from gpumanager.web import server
-from gpumanager.web.completion import Completions
 from gpumanager.web.guard import Guard
-from gpumanager.web.hold import Means
-from gpumanager.web.jobs import JobRunner
 from gpumanager.web.metrics import Metrics
-from gpumanager.web.operations import Operations
-from gpumanager.web.place import Places
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
-from gpumanager.web.shortage import Shortages
 from gpumanager.web.status import StatusView
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
 from gpumanager.events import Emit, Refused
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.web.record import (
     LONGEST_SHOWN,
     RECORD_KEY,
-    RequestRecord,
     request_id,
     shown,
     traceparent,
@@ -73,6 +73,7 @@ class Guard:
             started=self._clock.monotonic(),
             emit=self._emit,
             traceparent=traceparent(environ),
+            gone=environ.get("waitress.client_disconnected"),
         )
         environ[RECORD_KEY] = record
         with self._lock:

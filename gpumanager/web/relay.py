@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO, TYPE_CHECKING, cast
 
 from flask import Response
 
 from gpumanager.errors import BrokerError, ClientGone
-from gpumanager.upstream.exchange import READ_BYTES, Exchange, TruncatedAnswer
+from gpumanager.jobs.runner import Answer
+from gpumanager.upstream.exchange import READ_BYTES, TruncatedAnswer
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
 from gpumanager.web.record import record_of
@@ -35,55 +36,39 @@ STALLED_READER_S = 60.0
 
 
 class RelayedResponse(Response):
-    """The answer of an exchange whose head has arrived, for Flask to return from a view.
+    """A consumer's answer, for Flask to return from a view.
 
-    Werkzeug's own header handling is by-passed, so that the consumer's go through unchanged.
-    `on_end` is called as soon as the consumer is done or its answer broke off, and `on_break`
-    before that with the reason if it did. What becomes of an answer that is not read to its end,
-    since the client left, is for whoever ends the request.
+    Werkzeug's own header handling is by-passed, so that the consumer's go through unchanged. What
+    becomes of an answer that is not read to its end, since the client left, is decided when the
+    request ends (`Hold.end`).
     """
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        on_end: Callable[[], None],
-        *,
-        on_break: Callable[[BrokerError], None] = lambda error: None,  # noqa: ARG005
-    ) -> None:
-        super().__init__(status=exchange.status)
-        self._exchange = exchange
-        self._on_end = on_end
-        self._on_break = on_break
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(status=answer.exchange.status)
+        self._answer = answer
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        exchange = self._exchange
+        answer, exchange = self._answer, self._answer.exchange
         try:
             exchange.take_in()
         except BrokerError as error:
             # It broke off before its first byte, and nothing was handed on: an envelope can be.
-            self._on_break(error)
-            self._on_end()
+            answer.on_break(error)
+            answer.on_end()
             return error_response(error, environ)(environ, start_response)
         write = start_response(f"{exchange.status} {exchange.reason}", exchange.headers)
         if not exchange.ready():
             # The head goes out now: servers send it with the first bytes of the body only.
             write(b"")
-        return RelayedBody(exchange, self._on_end, self._on_break, environ)
+        return RelayedBody(answer, environ)
 
 
 class RelayedBody:
     """The body of a RelayedResponse. An iterator for one thread, with a `close`."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        on_end: Callable[[], None],
-        on_break: Callable[[BrokerError], None],
-        environ: WSGIEnvironment,
-    ) -> None:
-        self._exchange = exchange
-        self._on_end = on_end
-        self._on_break = on_break
+    def __init__(self, answer: Answer, environ: WSGIEnvironment) -> None:
+        self._answer = answer
+        self._exchange = answer.exchange
         self._environ = environ
         self._pending = pending_output(environ)
         self._chunks = self._relay()
@@ -128,13 +113,13 @@ class RelayedBody:
             record = record_of(self._environ)
             if not isinstance(error, ClientGone):
                 record.truncated(error.message)
-            self._on_break(error)
+            self._answer.on_break(error)
             if record.goes_on:
                 end_answer(self._environ)
             raise TruncatedAnswer(error) from error
         finally:
             if self._exchange.ended:
-                self._on_end()
+                self._answer.on_end()
 
     def _await_reader(self) -> None:
         """Return when the server can take more."""

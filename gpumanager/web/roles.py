@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from gpumanager.errors import Forbidden
 from gpumanager.events import PRIVATE
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.monitoring.eventlog import Recorded
-from gpumanager.web.record import RequestRecord
 
 NAMELESS = {"client": "-", "request_id": "-"}
 """What another key's job shows of itself in the queue."""

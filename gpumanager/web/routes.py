@@ -16,6 +16,10 @@ from gpumanager import errors
 from gpumanager.admission import Admission
 from gpumanager.clock import rfc3339
 from gpumanager.config import KINDS, Config, ConsumerConfig, Kind
+from gpumanager.jobs.client import ClientWatch
+from gpumanager.jobs.operations import Operations
+from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.runner import Answer, JobRunner
 from gpumanager.monitoring.eventlog import EventLog
 from gpumanager.monitoring.history import MemorySample
 from gpumanager.upstream.exchange import Exchange
@@ -25,12 +29,10 @@ from gpumanager.web import boundary, dashboard, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.connection import ADMIT
 from gpumanager.web.entrance import Entrance, JobView
-from gpumanager.web.jobs import ClientWatch, JobRunner
 from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.web.metrics import Metrics
 from gpumanager.web.openapi import describe
-from gpumanager.web.operations import Operations
-from gpumanager.web.record import RequestRecord, record_of
+from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
 from gpumanager.web.server import AUDIO_THREADS
@@ -119,7 +121,8 @@ def _job_view(services: Services, kind: Kind) -> JobView:
             return services.proxy.prepare(name, _inbound(environ), route.path, route.method)
 
         max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
-        return services.jobs.run(environ, kind, prepare, max_wait)
+        answer = services.jobs.run(record_of(environ), kind, prepare, max_wait)
+        return RelayedResponse(answer)
 
     return job
 
@@ -248,11 +251,11 @@ def _operator_routes(app: Flask, services: Services) -> None:
 
     @app.post("/v1/consumers/<name>/unload", provide_automatic_options=False)
     def unload(name: str) -> Response:
-        return json_response(operations.unload(request.environ, name))
+        return json_response(operations.unload(_record(), name))
 
     @app.post("/v1/consumers/<name>/load", provide_automatic_options=False)
     def load(name: str) -> Response:
-        return json_response(operations.load(request.environ, name))
+        return json_response(operations.load(_record(), name))
 
     @app.delete("/v1/consumers/<name>/learned", provide_automatic_options=False)
     def forget(name: str) -> Response:
@@ -296,11 +299,11 @@ def _audio_routes(app: Flask, services: Services) -> None:
         record.stack.callback(places.release)
         exchange = services.proxy.prepare(name, _inbound(request.environ), path)
         record.stack.callback(exchange.close)
-        client = ClientWatch(request.environ, services.watcher)
+        client = ClientWatch(record, services.watcher)
         record.stack.callback(client.stop)
         client.when_gone(lambda: exchange.abort(errors.ClientGone("the client left")))
         services.proxy.send(exchange)
-        return RelayedResponse(exchange, on_end=lambda: None)
+        return RelayedResponse(Answer(exchange, on_end=lambda: None))
 
     app.add_url_rule(
         f"{prefix}<path:name_of_file>",

@@ -11,6 +11,7 @@ from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.footprint import Figure
+from gpumanager.jobs.shortage import MemoryFailures
 from gpumanager.learning import Figures, Learned
 from gpumanager.ledger import Held, balance, held, plausible
 from gpumanager.model import ConsumerState, LineEntry, MemoryReading
@@ -18,7 +19,6 @@ from gpumanager.monitoring.history import MemorySample
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
-from gpumanager.web.shortage import MemoryFailures
 
 
 class StatusView:

@@ -16,10 +16,10 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig, parse_config
 from gpumanager.config.presets import names
 from gpumanager.errors import ConsumerUnreachable
+from gpumanager.jobs.polling import job_id
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.watcher import Watcher
-from gpumanager.web.completion import job_id
 
 URL = "http://127.0.0.1:8188"
 ANSWERS = Path(__file__).parent / "answers"

@@ -126,7 +126,7 @@ def test_one_that_breaks_between_its_head_and_the_relay_is_a_502(
     def later(self: RelayedResponse, *args: object) -> object:
         go_on.set()
         assert broken.wait(PATIENCE_S)
-        eventually(self._exchange.ready)
+        eventually(self._answer.exchange.ready)
         return relayed(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RelayedResponse, "__call__", later)

@@ -16,17 +16,17 @@ from gpumanager.breaker import Breakers
 from gpumanager.config import parse_config
 from gpumanager.errors import ConsumerTimeout, ConsumerUnhealthy, ConsumerUnreachable
 from gpumanager.events import Event
+from gpumanager.jobs.hold import Hold, Means
+from gpumanager.jobs.place import Places
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.factory import locked
-from gpumanager.web.hold import Hold, Means
-from gpumanager.web.place import Places
-from gpumanager.web.record import RequestRecord
 from gpumanager.web.security import Keyring
+from tests.jobs.test_cancellation import FakeCalls, FakeExchange
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
-from tests.web.test_departure import FakeCalls, FakeExchange
 
 OVERDUE = ConsumerTimeout("no answer within 5 s", consumer="m")
 
@@ -205,8 +205,9 @@ def test_nothing_else_gives_the_gpu_back() -> None:
     """A ticket is closed by its place alone, and a place given up by who opened it: a hold, or an
     operator's call, which has no job to settle."""
     package = Path(gpumanager.__file__).parent
-    sources = {path.name: path.read_text("utf-8") for path in (package / "web").rglob("*.py")}
+    files = [path for room in ("jobs", "web") for path in (package / room).rglob("*.py")]
+    sources = {f"{path.parent.name}/{path.name}": path.read_text("utf-8") for path in files}
     closing = {name for name, text in sources.items() if "ticket.close" in text}
     giving_up = {name for name, text in sources.items() if "place.give_up(" in text}
-    assert closing == {"place.py"}
-    assert giving_up == {"hold.py", "operations.py"}
+    assert closing == {"jobs/place.py"}
+    assert giving_up == {"jobs/hold.py", "jobs/operations.py"}

@@ -12,8 +12,8 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import ConsumerConfig, parse_config
 from gpumanager.errors import BrokerError, Cancelled, ConsumerUnreachable
 from gpumanager.events import CancelFailed, Event, StillBusy
-from gpumanager.web import departure
-from gpumanager.web.departure import Departure
+from gpumanager.jobs import cancellation
+from gpumanager.jobs.cancellation import Cancellation
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 
@@ -72,11 +72,11 @@ class FakeCalls:
         return answer
 
 
-def make(**consumer: Any) -> tuple[Departure, FakeExchange, FakeCalls]:
+def make(**consumer: Any) -> tuple[Cancellation, FakeExchange, FakeCalls]:
     document = {"consumers": {"m": {"url": "http://127.0.0.1:1", **consumer}}}
     config: ConsumerConfig = parse_config(yaml.safe_dump(document)).consumers["m"]
     exchange, calls = FakeExchange(), FakeCalls()
-    made = Departure("m", config, exchange, calls, SystemClock(), calls.told_of.append)  # type: ignore[arg-type]
+    made = Cancellation("m", config, exchange, calls, SystemClock(), calls.told_of.append)  # type: ignore[arg-type]
     return made, exchange, calls
 
 
@@ -132,7 +132,7 @@ def test_a_client_that_leaves_after_its_job_stops_nobody_elses(ending: str) -> N
 
 
 def test_one_that_tells_is_asked_until_it_is_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(departure, "BUSY_POLL_S", 0.001)
+    monkeypatch.setattr(cancellation, "BUSY_POLL_S", 0.001)
     says: list[bool | BrokerError | None] = [
         True,
         ConsumerUnreachable("too busy to say"),
@@ -165,7 +165,7 @@ def test_one_whose_process_has_ended_is_at_rest() -> None:
 
 
 def test_one_that_stays_busy_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(departure, "BUSY_POLL_S", 0.001)
+    monkeypatch.setattr(cancellation, "BUSY_POLL_S", 0.001)
     one, _, calls = make(**ASKED, timeouts={"total": 0.05})
     calls.busy_answers = [True] * 10_000
     one.client_left()
@@ -210,7 +210,7 @@ def test_an_answer_that_nobody_took_to_its_end_is_seen_to(
 def test_after_a_time_out_the_consumer_is_told_and_waited_for(
     consumer: dict[str, Any], did: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure, "BUSY_POLL_S", 0.001)
+    monkeypatch.setattr(cancellation, "BUSY_POLL_S", 0.001)
     one, exchange, calls = make(**consumer)
     calls.busy_answers = [True, False]
     assert exchange.kept == bool(did)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
+from gpumanager.jobs.echo import says_out_of_memory
 from gpumanager.learning import Learned
 from gpumanager.ledger import balance, held
 from gpumanager.model import CONTEXT_MIB, MemoryReading
 from gpumanager.registry import Registry
 from gpumanager.upstream.exchange import Exchange
-from gpumanager.web.echo import says_out_of_memory
 
 LARGEST_FAILURE_BYTES = 64 * 1024
 """An answer that says that memory ran out is small; what is larger is handed on unread."""

@@ -5,13 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from gpumanager.config import Config, ConsumerConfig, Kind
 from gpumanager.errors import NoConsumer
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler, Ticket
-from gpumanager.web.security import Keyring
+
+
+class Shares(Protocol):
+    """What each key may have in the queue."""
+
+    def enter(self, name: str) -> None:
+        """Count a job of the key's in the queue. Raises QueueFull over its share."""
+
+    def leave(self, name: str) -> None:
+        """It is out of the queue, and off the GPU."""
 
 
 class Place:
@@ -21,12 +31,12 @@ class Place:
     thread."""
 
     def __init__(
-        self, name: str, config: ConsumerConfig, scheduler: Scheduler, keyring: Keyring
+        self, name: str, config: ConsumerConfig, scheduler: Scheduler, shares: Shares
     ) -> None:
         self.name = name
         self.config = config
         self._scheduler = scheduler
-        self._keyring = keyring
+        self._shares = shares
         self._lock = threading.Lock()
         self._held: list[Callable[[], object]] = []
 
@@ -38,8 +48,8 @@ class Place:
         """Join the queue. Raises QueueFull if the job's key has too many in it, and what
         `Scheduler.enqueue` raises."""
         if job.key is not None:
-            self._keyring.enter(job.key)
-            self.when_given_up(partial(self._keyring.leave, job.key))
+            self._shares.enter(job.key)
+            self.when_given_up(partial(self._shares.leave, job.key))
         ticket = self._scheduler.enqueue(job)
         self.when_given_up(ticket.close)
         return ticket
@@ -57,12 +67,12 @@ class Places:
     """Opens them."""
 
     def __init__(
-        self, config: Config, registry: Registry, scheduler: Scheduler, keyring: Keyring
+        self, config: Config, registry: Registry, scheduler: Scheduler, shares: Shares
     ) -> None:
         self._config = config
         self._registry = registry
         self._scheduler = scheduler
-        self._keyring = keyring
+        self._shares = shares
 
     def routed(self, kind: Kind) -> Place:
         """A place with the consumer that `kind` goes to now. Raises NoConsumer."""
@@ -80,6 +90,6 @@ class Places:
     def open(self, name: str) -> Place:
         """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""
         self._registry.enter(name)
-        place = Place(name, self._config.consumers[name], self._scheduler, self._keyring)
+        place = Place(name, self._config.consumers[name], self._scheduler, self._shares)
         place.when_given_up(partial(self._registry.leave, name))
         return place

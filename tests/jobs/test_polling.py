@@ -13,8 +13,8 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import ConsumerConfig, Done, Lost, parse_config
 from gpumanager.errors import BrokerError, Cancelled, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.events import CancelFailed, Event, StillBusy
-from gpumanager.web import completion
-from gpumanager.web.completion import Completions, job_id
+from gpumanager.jobs import polling
+from gpumanager.jobs.polling import Completions, job_id
 from tests.support.threads import PATIENCE_S
 
 DONE = {
@@ -128,7 +128,7 @@ def test_a_cancelled_job_is_stopped_and_waited_for() -> None:
 def test_one_that_cannot_be_cancelled_is_waited_for_only_so_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(completion, "CANCEL_SETTLE_S", 0.1)
+    monkeypatch.setattr(polling, "CANCEL_SETTLE_S", 0.1)
     calls = FakeCalls(None)
 
     def fail() -> None:

@@ -34,7 +34,7 @@ class StopsJobs(Protocol):
         """Whether it works on something; None if it does not tell."""
 
 
-class Departure:
+class Cancellation:
     """For one call to one consumer, by its `on_disconnect`:
 
     - `native`: its connection is closed, and it stops.

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Kind
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
 from gpumanager.events import Emit, Forgotten, Pinned, Unpinned
+from gpumanager.jobs.client import ClientWatch
+from gpumanager.jobs.place import Place, Places
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.learning import Learned
 from gpumanager.model import Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
 from gpumanager.watcher import Watcher
-from gpumanager.web.jobs import ClientWatch
-from gpumanager.web.place import Place, Places
-from gpumanager.web.record import record_of
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
-
 
 T = TypeVar("T")
 
 
 class Operations:
-    """The operator's requests. Each that changes something waits in line like a job."""
+    """The operator's requests. Each that changes something waits in the queue like a job."""
 
     def __init__(
         self,
@@ -50,10 +46,10 @@ class Operations:
         self._clock = clock
         self._emit = emit
 
-    def unload(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
+    def unload(self, record: RequestRecord, name: str) -> dict[str, Any]:
         """Unload a consumer. Raises NotFound, NoConsumer if there is no way to, or what waiting
         and unloading raise."""
-        release = self._in_turn(environ, name, "unload", lambda it: self._moves.unload(name, it))
+        release = self._in_turn(record, name, "unload", lambda it: self._moves.unload(name, it))
         answer = {
             "consumer": name,
             "outcome": release.outcome,
@@ -62,11 +58,11 @@ class Operations:
         }
         return {**answer, "taken_by": release.taken_by} if release.taken_by else answer
 
-    def load(self, environ: WSGIEnvironment, name: str) -> dict[str, Any]:
+    def load(self, record: RequestRecord, name: str) -> dict[str, Any]:
         """Make room for a consumer and load it. Raises as above."""
         began = self._clock.monotonic()
         self._in_turn(
-            environ, name, "load", lambda it: self._moves.load(name, it), self._can_be_loaded
+            record, name, "load", lambda it: self._moves.load(name, it), self._can_be_loaded
         )
         seconds = self._clock.monotonic() - began
         return {
@@ -163,7 +159,7 @@ class Operations:
 
     def _in_turn(
         self,
-        environ: WSGIEnvironment,
+        record: RequestRecord,
         name: str,
         kind: str,
         act: Callable[[Ticket], T],
@@ -172,9 +168,8 @@ class Operations:
         place = self._place(name)
         try:
             check(place)
-            record = record_of(environ)
             record.consumer = name
-            client = ClientWatch(environ, self._watcher)
+            client = ClientWatch(record, self._watcher)
             record.stack.callback(client.stop)
             job = Job(
                 name,

@@ -1,62 +1,38 @@
-"""One job from the line to the consumer and back: the only place where the scheduler, the
+"""One job from the queue to the consumer and back: the only place where the scheduler, the
 registry and the proxy meet."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from gpumanager.config import ConsumerConfig, Kind
 from gpumanager.errors import BrokerError, ClientGone, SchedulerError
+from gpumanager.jobs.client import ClientWatch
+from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
+from gpumanager.jobs.place import Places
+from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
+from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.shortage import LARGEST_REQUEST_BYTES, Shortages
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.watcher import Watcher
-from gpumanager.web.completion import LARGEST_ANSWER_BYTES, Completions, job_id
-from gpumanager.web.hold import CONSUMERS_FAULTS, Hold, Means
-from gpumanager.web.place import Places
-from gpumanager.web.record import RequestRecord, record_of
-from gpumanager.web.relay import RelayedResponse
-from gpumanager.web.shortage import LARGEST_REQUEST_BYTES, Shortages
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
 
-class ClientWatch:
-    """Notices that the client left, and does what fits the stage the request has reached."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A consumer's answer whose head is there. Who hands it on calls `on_end` as soon as the
+    consumer is done or its answer broke off, and `on_break` before that with the reason if it
+    did."""
 
-    def __init__(self, environ: WSGIEnvironment, watcher: Watcher) -> None:
-        self._lock = threading.Lock()
-        self._gone = False
-        self._action: Callable[[], object] | None = None
-        disconnected = environ.get("waitress.client_disconnected")
-        self._watch = None if disconnected is None else watcher.watch(disconnected, self._left)
-
-    def when_gone(self, action: Callable[[], object] | None) -> None:
-        """From now on do `action` when the client leaves: at once, if it has left already."""
-        with self._lock:
-            self._action = action
-            gone = self._gone
-        if gone and action is not None:
-            action()
-
-    def stop(self) -> None:
-        """Look no more."""
-        if self._watch is not None:
-            self._watch.stop()
-
-    def _left(self) -> None:
-        with self._lock:
-            self._gone = True
-            action = self._action
-        if action is not None:
-            action()
+    exchange: Exchange
+    on_end: Callable[[], None]
+    on_break: Callable[[BrokerError], None] = lambda error: None  # noqa: ARG005
 
 
 class JobRunner:
@@ -84,11 +60,11 @@ class JobRunner:
 
     def run(
         self,
-        environ: WSGIEnvironment,
+        record: RequestRecord,
         kind: Kind,
         prepare: Callable[[str, ConsumerConfig], Exchange],
         max_wait: float | None = None,
-    ) -> RelayedResponse:
+    ) -> Answer:
         """Wait for the GPU, send, and return as soon as the answer's head is there.
 
         `prepare` makes the exchange with the consumer that it is given; `max_wait` is the longest
@@ -96,7 +72,6 @@ class JobRunner:
         come to that. The hold sees to it that the GPU is given back, at the latest when the
         request is over.
         """
-        record = record_of(environ)
         place = self._places.routed(kind)
         hold = Hold(self._means, place, record)
         record.stack.callback(hold.close)
@@ -105,7 +80,7 @@ class JobRunner:
         consumer = place.config
         try:
             exchange = prepare(name, consumer)
-            client = ClientWatch(environ, self._watcher)
+            client = ClientWatch(record, self._watcher)
             record.stack.callback(client.stop)
             job = Job(name, kind, record.who, record.request_id, max_wait, key=record.key)
             ticket = self._wait(hold, job, exchange, client, record)
@@ -118,8 +93,8 @@ class JobRunner:
             if followed:
                 client.when_gone(None)  # it goes on in any case, so its id has to be known
             else:
-                client.when_gone(hold.departure.client_left)
-                ticket.when_cancelled(hold.departure.cancelled)
+                client.when_gone(hold.cancellation.client_left)
+                ticket.when_cancelled(hold.cancellation.cancelled)
             self._proxy.send(exchange)
 
         try:
@@ -150,7 +125,7 @@ class JobRunner:
             request = exchange.request_text(LARGEST_REQUEST_BYTES)
             self._follow(name, consumer, job_id, request, ticket, hold)
         hold.answered()  # before the answer is even begun, if all of it is there
-        return RelayedResponse(exchange, hold.answered, on_break=hold.failed)
+        return Answer(exchange, hold.answered, hold.failed)
 
     def _wait(
         self,

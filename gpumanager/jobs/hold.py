@@ -6,9 +6,9 @@
        |                    |                     |
        +------------------> over <----------------+
 
-A job is only over once it is settled what becomes of it at its consumer (`Departure.settle`): the
-answer was read to its end, or the consumer was told to stop, or is at rest by its own word, or its
-time was up. Where that takes a while, the client has its answer first.
+A job is only over once it is settled what becomes of it at its consumer (`Cancellation.settle`):
+the answer was read to its end, or the consumer was told to stop, or is at rest by its own word, or
+its time was up. Where that takes a while, the client has its answer first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError, ClientGone, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.events import Emit, JobEnded
+from gpumanager.jobs.cancellation import Cancellation, StopsJobs
+from gpumanager.jobs.place import Place
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.learning import Learned
 from gpumanager.model import ConsumerState, Job
 from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.upstream.exchange import Exchange
-from gpumanager.web.departure import Departure, StopsJobs
-from gpumanager.web.place import Place
-from gpumanager.web.record import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _State(Enum):
 
 
 class Hold:
-    """Of one job of one request. Once it runs, `departure` is what becomes of the call that is
+    """Of one job of one request. Once it runs, `cancellation` is what becomes of the call that is
     being made, if nobody wants it any more. `end` has to be called when the request is over,
     however it ended, and `close` after that.
 
@@ -67,7 +67,7 @@ class Hold:
     hands the GPU over, while the request's own waits for that.
     """
 
-    departure: Departure
+    cancellation: Cancellation
 
     def __init__(self, means: Means, place: Place, record: RequestRecord) -> None:
         self._means = means
@@ -138,7 +138,7 @@ class Hold:
         if self._failure is None:
             self._failure = error.code if isinstance(error, BrokerError) else "internal_error"
             if self._status is None:
-                self._loaded_nothing = not self.departure.exchange.reached
+                self._loaded_nothing = not self.cancellation.exchange.reached
             gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
             self._process_gone = self._process_gone or gone
             if isinstance(error, CONSUMERS_FAULTS):
@@ -152,9 +152,9 @@ class Hold:
         waited for; else when the request is over, and its client has the answer."""
         if self._state is not _State.RUNNING:
             return
-        if self.departure.settled_already():
+        if self.cancellation.settled_already():
             self._give_back()
-        elif self.departure.exchange.consumer_done:
+        elif self.cancellation.exchange.consumer_done:
             self._record.goes_on = True
 
     def follow(self, begin: Callable[[], Callable[[], None] | None]) -> None:
@@ -181,7 +181,7 @@ class Hold:
             self._state = _State.OVER
             self._place.give_up()
         elif self._state is _State.RUNNING:
-            if not self.departure.exchange.consumer_done and self._failure is None:
+            if not self.cancellation.exchange.consumer_done and self._failure is None:
                 gone = ClientGone("the client left", consumer=self._name)
                 self._record.failure = gone.code
                 self.failed(gone)
@@ -199,7 +199,7 @@ class Hold:
 
     def _calls_with(self, exchange: Exchange) -> None:
         means, config = self._means, self._place.config
-        self.departure = Departure(
+        self.cancellation = Cancellation(
             self._name, config, exchange, means.calls, means.clock, means.emit
         )
         self._exchanges.append(exchange)
@@ -208,7 +208,7 @@ class Hold:
         if self._state is not _State.RUNNING:
             return
         try:
-            self.departure.settle()
+            self.cancellation.settle()
         except Exception:
             log.exception("settling a job failed", extra={"consumer": self._name})
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpumanager.config import OutOfMemory
-from gpumanager.web.echo import says_out_of_memory
+from gpumanager.jobs.echo import says_out_of_memory
 
 SIGNS = OutOfMemory()
 REAL = "CUDA out of memory. Tried to allocate 2.00 GiB"

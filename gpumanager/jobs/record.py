@@ -1,0 +1,63 @@
+"""What is remembered of one request from its first byte to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from gpumanager.events import AnswerTruncated, Emit
+from gpumanager.keys import Role
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request. `stack` holds whatever must be undone when it is over, however it ends;
+    times are in seconds, None until known. `client` is its address; `role` is the key's; without
+    keys everybody is an admin. `gone` says whether its client has left, None where nobody can tell;
+    `emit` tells what happens to it. `goes_on`: its thread is still needed when its client has the
+    answer, which had better not send the next request over the same connection."""
+
+    request_id: str
+    method: str
+    path: str
+    client: str
+    started: float
+    emit: Emit
+    stack: ExitStack = field(default_factory=ExitStack)
+    status: int = 0
+    key: str | None = None
+    role: Role = "admin"
+    traceparent: str | None = None
+    gone: Callable[[], bool] | None = None
+    consumer: str | None = None
+    waited_s: float | None = None
+    prepared_s: float | None = None
+    upstream_s: float | None = None
+    run_s: float | None = None
+    failure: str | None = None
+    goes_on: bool = False
+
+    @property
+    def who(self) -> str:
+        """Whose request it is: the name of its key where keys are in use, else its address."""
+        return self.client if self.key is None else self.key
+
+    @property
+    def whose(self) -> str | None:
+        """The key whose jobs this request may see whole and cancel; None: everybody's."""
+        return self.key if self.role == "client" else None
+
+    def truncated(self, reason: str) -> None:
+        """Its answer broke off."""
+        request_id, name = self.request_id, self.consumer
+        self.emit(AnswerTruncated(consumer=name, request_id=request_id, reason=reason))
+
+    def server_timing(self) -> str | None:
+        """The `Server-Timing` of a job that was granted the GPU, None for any other request."""
+        if self.waited_s is None or self.prepared_s is None:
+            return None
+        phases = [("queue", self.waited_s), ("evict", self.prepared_s)]
+        if self.upstream_s is not None:
+            phases.append(("upstream", self.upstream_s))
+        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases)
