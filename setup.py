@@ -32,7 +32,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["gpumanager", "gpumanager.*"]),
     package_data={
-        "gpumanager": ["py.typed", "config/presets/*.yaml", "setup/*.yaml", "web/static/*"],
+        "gpumanager": [
+            "py.typed",
+            "config/presets/*.yaml",
+            "setup/*.yaml",
+            "web/*.yaml",
+            "web/static/*",
+        ],
     },
     install_requires=_requirements(),
     extras_require={

@@ -27,6 +27,7 @@ from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
 from gpumanager.events import EVENTS, FIELDS, PRIVATE, fields_of
 from gpumanager.setup.services import known_services
+from gpumanager.web import examples
 from gpumanager.web.openapi import describe
 
 HERE = Path(__file__).parent
@@ -268,8 +269,8 @@ def http_page() -> str:
     parts = [
         WRITTEN,
         "# The HTTP API\n",
-        "The same as OpenAPI 3.1, with the schemas of all answers, is at `/openapi.json` of a "
-        "running broker. Every answer carries `X-Request-Id`, and a job's answer "
+        "`/openapi.json` of a running broker has the same as OpenAPI 3.1, with the schemas of all "
+        "answers. Every answer carries `X-Request-Id`, and a job's answer "
         "`Server-Timing: queue;dur=…, evict;dur=…, upstream;dur=…` (ms). Errors that the broker "
         "makes are JSON, `{error, message, consumer, retryable}`; what each means and what to do: "
         "[operations.md](operations.md). Where keys are configured everything but `/healthz` wants "
@@ -291,7 +292,8 @@ def http_page() -> str:
                 f"- {status}: {answer['description']}"
                 for status, answer in sorted(operation["responses"].items())
             ]
-            parts.append("")
+            parts += ["", *_example_answers(operation["responses"])]
+    parts += ["## Errors\n", *_example_errors()]
     parts += ["## Fields\n"]
     for name, shape in document["components"]["schemas"].items():
         if shape.get("properties"):
@@ -303,6 +305,37 @@ def http_page() -> str:
                 parts.append(f"| `{key}` | {_type(each)} | {there} |")
             parts.append("")
     return "\n".join(parts)
+
+
+def _example_answers(answers: dict[str, Any]) -> Iterator[str]:
+    """The answers that are no error, as they look."""
+    for status, answer in sorted(answers.items()):
+        for content in answer.get("content", {}).values():
+            if "answer" in (found := content.get("examples", {})):
+                yield f"An example of {status}:\n"
+                yield f"```json\n{_laid_out(found['answer']['value'])}\n```\n"
+
+
+def _example_errors() -> Iterator[str]:
+    yield "An example of each error that the broker makes:\n"
+    yield "| Status | Body |"
+    yield "|---|---|"
+    for (status, _), body in sorted(examples.refusals().items()):
+        yield f"| {status} | `{json.dumps(body, ensure_ascii=False)}` |"
+    yield ""
+
+
+def _laid_out(value: Any, indent: str = "") -> str:
+    """JSON with what fits on a line on one."""
+    short = json.dumps(value, ensure_ascii=False)
+    if len(indent + short) <= 100 or not isinstance(value, dict | list):
+        return short
+    inner = indent + "  "
+    if isinstance(value, list):
+        rows = [inner + _laid_out(each, inner) for each in value]
+        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
+    rows = [f"{inner}{json.dumps(key)}: {_laid_out(each, inner)}" for key, each in value.items()]
+    return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
 
 
 def _parameter(each: dict[str, Any]) -> str:

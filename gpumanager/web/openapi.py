@@ -11,6 +11,7 @@ from gpumanager import errors
 from gpumanager.config import KINDS, Config
 from gpumanager.events import EVENTS, FIELDS, PRIVATE, Event, Level, fields_of
 from gpumanager.model import Outcome
+from gpumanager.web import examples
 
 _KIND_WORDS = {
     "tts": "text to speech",
@@ -154,12 +155,13 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
             },
         }
     }
+    examples.add_to(paths)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "gpumanager",
             "version": version,
-            "summary": "One URL, one queue and one lock in front of the services of a GPU",
+            "summary": "One URL, one queue and one lock in front of AI services on one GPU",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "paths": paths,
