@@ -78,13 +78,14 @@ def config_page() -> str:
     parts = [
         WRITTEN,
         "# The config, key by key\n",
-        "One YAML file: `--config`, else `GPUMANAGER_CONFIG`, else `config/consumers.yaml`. "
+        "The config is one YAML file: the one that `--config` names, else `GPUMANAGER_CONFIG`, "
+        "else `config/consumers.yaml`. "
         "Seconds are a number, or one with a unit: `500ms`, `90s`, `15m`, `2h`, `1d`. "
-        "Memory is in MiB. An unknown key is a fault, and every fault is told at once, by "
-        "`gpumanager check FILE`. "
+        "Memory is in MiB. An unknown key is a fault. `gpumanager check FILE` prints all faults at "
+        "once. "
         "Editors complete and check it with the modeline in "
-        "[the example](../config/consumers.yaml), or with what `gpumanager schema` prints. A "
-        "changed file is applied by `gpumanager reload` or SIGHUP.\n",
+        "[the example](../config/consumers.yaml), or with what `gpumanager schema` prints. "
+        "`gpumanager reload` or SIGHUP applies a changed file.\n",
     ]
     definitions = config_schema()
     for name in TITLES:

@@ -70,26 +70,26 @@ HeaderValue = Annotated[StrictStr, AfterValidator(values.header_value)]
 
 
 class Call(Model):
-    """One call that the broker makes to a consumer. In the path, the values of `query` and the
-    strings of `json` `{model}` stands for the consumer's `model`."""
+    """One call that the broker makes to a consumer. `{model}` in the path, in the values of `query`
+    and in the strings of `json` stands for the consumer's `model`."""
 
     path: Path
-    """Where it goes, with a query if need be."""
+    """The path of the call, with a query if it needs one."""
     method: Method = "GET"
     """Its HTTP method."""
     query: dict[StrictStr, StrictStr | StrictInt | StrictBool] = Field(default_factory=dict)
     """Added to the path as a query, percent-encoded."""
     expect: Expression | None = None
-    """Has to give `true` for an answer that counts as success."""
+    """The call succeeds only if this gives `true` for its answer."""
     json_body: Annotated[Any, AfterValidator(values.is_json)] = Field(default=None, alias="json")
     """Sent as the body, with `Content-Type: application/json`."""
     headers: dict[
         HeaderName,
         HeaderValue,
     ] = Field(default_factory=dict)
-    """Added to the request, for example a key of the server's."""
+    """Headers that are added to the request, for example one with a key of the server."""
     timeout: Seconds | None = None
-    """The longest it may take; none: what suits the call (a probe 3, a load 120, an unload 30)."""
+    """The longest time that it may take; none: 3 for a probe, 120 for a load, 30 for an unload."""
     ok: tuple[Status, ...] = ()
     """The statuses that count as success; empty: any 2xx."""
 
@@ -124,7 +124,7 @@ class Health(Call):
     path: Path = "/"
     """Where it goes."""
     tcp: HostPort | None = None
-    """In place of a call: the address where the consumer has to listen."""
+    """Instead of a call: the address where the consumer has to listen."""
 
     @model_validator(mode="before")
     @classmethod
@@ -135,23 +135,23 @@ class Health(Call):
 
 
 class LoadCall(Call):
-    """A call that has the consumer do something, for example load its model. A bare path stands
-    for a POST to it."""
+    """A call that tells the consumer to do something, for example to load its model. A bare path
+    stands for a POST to it."""
 
     method: Method = "POST"
     """Its HTTP method."""
 
 
 class Session(LoadCall):
-    """A call that opens a session with a server whose calls want one. The broker makes it before
-    a call in which `{session}` stands."""
+    """A call that opens a session with a server whose calls need one. The broker makes it before
+    a call that has `{session}` in it."""
 
     id: Expression
     """Finds the id of the session in the answer."""
 
 
 class UnloadCall(Call):
-    """The call that has the consumer free its memory. A bare path stands for a POST to it. The
+    """The call that frees the consumer's memory. A bare path stands for a POST to it. The
     broker makes it only while none of its own jobs runs."""
 
     method: Method = "POST"
@@ -159,9 +159,10 @@ class UnloadCall(Call):
     for_each: Literal["items"] | None = None
     """Makes the call once for each item that the probe lists; `{item}` stands for the item."""
     when_busy: Literal["drains", "aborts", "refuses", "unsafe"] = "drains"
-    """What the server does if it is asked while it works: it `drains` (finishes its jobs first),
-    `aborts` them, `refuses`, or may break (`unsafe`). Others may use the server directly; where
-    their job would suffer, the broker waits until the probe's `busy` says no."""
+    """What the server does if this call comes while it works: it `drains` (finishes its jobs
+    first), `aborts` them, `refuses` the call, or may break (`unsafe`). Others may use the server
+    directly; if the call would harm their job, the broker waits until the probe's `busy` gives
+    false."""
 
     def for_item(self, item: str) -> Self:
         """The call for one item."""
@@ -174,13 +175,14 @@ class Busy(Model):
     expr: Expression
     """Gives `true` while it works."""
     path: Path | None = None
-    """GET this and ask its answer; none: the answer of the probe."""
+    """The expression is applied to the answer of a GET of this path; none: to the probe's
+    answer."""
 
 
 class Probe(Call):
-    """The call whose JSON answer tells what the consumer has loaded. A status in `absent` says
-    that nothing is loaded; where an expression gives nothing, or another type than it should,
-    nothing is known."""
+    """The call whose JSON answer says what the consumer has loaded. A status in `absent` means
+    that nothing is loaded. If an expression gives nothing, or a value of the wrong type, that point
+    stays unknown."""
 
     loaded: Expression | None = None
     """Gives whether anything is loaded."""
@@ -191,9 +193,9 @@ class Probe(Call):
     busy: Annotated[Busy | None, BeforeValidator(values.bare_expression)] = None
     """Tells whether it works on something."""
     on_cpu: Expression | None = None
-    """Gives a list of the models that did not fit onto the card as a whole."""
+    """Gives a list of the models that run partly on the CPU, because they did not fit."""
     unit: Literal["B", "KiB", "MiB", "GiB"] = "MiB"
-    """Of `resident`."""
+    """The unit of `resident`."""
     absent: tuple[Status, ...] = ()
     """Statuses that say that nothing is loaded."""
 
@@ -215,16 +217,16 @@ class Probe(Call):
 
 
 class Settled(Call):
-    """A call that the broker repeats after an unload until `until` gives true. The broker asks it
-    beside the card's figures, never instead of them."""
+    """A call that the broker repeats after an unload until `until` gives true. It does so in
+    addition to reading the card, never instead of it."""
 
     until: Expression
     """Gives `true` once the unload is over."""
     every: Seconds = 0.25
-    """The time between two looks."""
+    """The time between two of these calls."""
     timeout: Seconds = 15.0
-    """The longest that all the looks together may take; also what the consumer's memory is given to
-    show as free, if it is longer than `gpu.release_timeout`."""
+    """The longest time for all these calls together; also the longest wait until the consumer's
+    memory is free, if it is longer than `gpu.release_timeout`."""
 
 
 class Match(Model):
@@ -240,7 +242,7 @@ class Poll(Call):
     """A call that the broker repeats."""
 
     every: Seconds = 0.5
-    """The longest time between two looks."""
+    """The longest time between two of these calls."""
 
 
 class Lost(Call):
@@ -262,7 +264,7 @@ class Done(Model):
     until: Expression
     """Gives `true` for the answer of `poll` once the job is over."""
     lost: Lost | None = None
-    """A job that neither `poll` nor this one knows, seen twice, is over, too."""
+    """A job also counts as over if neither `poll` nor this call knows it, twice in a row."""
     cancel: Annotated[tuple[LoadCall, ...], BeforeValidator(values.listed)] = ()
     """The calls that stop the job."""
     timeout: Seconds | None = None
@@ -286,7 +288,7 @@ class Route(Model):
     path: Path
     """The consumer's path for it."""
     method: Method | None = None
-    """None: the client's own."""
+    """The method; none: the client's own."""
 
 
 def _filled(value: Any, sign: str, with_: str) -> Any:
@@ -305,7 +307,7 @@ _BELONGS = {"scope": "unit", "socket": "container", "start": "signal"}
 
 
 class EvictionMethod(Model):
-    """One eviction method: a way to have a consumer give back the card's memory. `evict` lists
+    """One eviction method: a way to free the memory that a consumer holds. `evict` lists
     them in the order in which the broker tries them. Each entry has exactly one of `http`,
     `unit`, `container`, `signal` and `checkpoint`; a bare `http` stands for `{http: true}`."""
 
@@ -327,7 +329,7 @@ class EvictionMethod(Model):
     checkpoint: Literal[True] | None = None
     """The driver moves its memory to the host's, and brings it back."""
     grace: Seconds = 10.0
-    """What it is given to end; for `checkpoint` the longest that each step may take."""
+    """How long it may take to end; for `checkpoint`, how long each step may take."""
 
     @model_validator(mode="before")
     @classmethod
@@ -368,17 +370,17 @@ _OUT_OF_MEMORY = (
 
 
 class OutOfMemory(Model):
-    """How a consumer's answer says that the card's memory ran out: it has one of the statuses,
-    and one of the patterns matches in its body, in words that do not stand in the request. It is
-    believed unless the card's figures speak against it."""
+    """How a consumer's answer says that the card's memory ran out: it has one of the statuses, and
+    one of the patterns matches words of its body that are not in the request. The broker believes
+    it unless the card's figures speak against it."""
 
     status: tuple[Status, ...] = (500, 502, 503, 507)
     """The statuses."""
     patterns: tuple[Pattern, ...] = _OUT_OF_MEMORY
-    """Matched in the body whatever the case."""
+    """They are matched in the body; upper and lower case count as equal."""
     retry: StrictBool = True
-    """The job is run once more, after the others made room; `false`: the broker only learns from
-    it."""
+    """The broker unloads other consumers and runs the job once more; `false`: it only learns from
+    the failure."""
 
     def said_in(self, body: bytes) -> bool:
         """Whether the text of an answer says so."""

@@ -60,13 +60,13 @@ class Timeouts(Model):
     """How long a job may take."""
 
     connect: Seconds = 3.0
-    """Until the connection stands."""
+    """Until the connection is open."""
     first_byte: Seconds = 120.0
     """From then to the first byte of the answer."""
     idle: Seconds = 60.0
     """Between two reads of the answer."""
     total: Seconds = 600.0
-    """For all of it."""
+    """For the whole job."""
 
 
 _Health = Annotated[Health | None, BeforeValidator(values.bare_path_or_none)]
@@ -91,22 +91,22 @@ class ConsumerConfig(Model):
     url: Url
     """Where it listens; with a path, that path stands before all others."""
     ca_file: CaFile | None = None
-    """The certificates that its own must be signed by, in PEM, where `url` is https; none: those of
-    `SSL_CERT_FILE` in the environment, or else of the public authorities."""
+    """For an https `url`: a PEM file of the authorities that may sign its certificate; none: those
+    of `SSL_CERT_FILE` in the environment, or else the public ones."""
     preset: StrictStr | None = None
-    """Fills in what is known of a server of this kind; any key that is set wins."""
+    """Fills in the keys for a known server; a key that you set replaces the preset's."""
     model: StrictStr | None = None
     """The name that `{model}` stands for in its calls."""
     health: _Health = None
-    """Asks whether it is healthy; none: it is taken to be, and is never refused for it."""
+    """The call that asks whether it is healthy; none: the broker takes it for healthy."""
     probe: _Probe = None
-    """Asks what it has loaded, and how much memory that holds."""
+    """The call that asks what it has loaded, and how much memory that holds."""
     session: Session | None = None
-    """Opens a session, for servers whose calls want one."""
+    """Opens a session, for servers whose calls need one."""
     paths: dict[Kind, _Route] = Field(default_factory=dict)
     """The path of each kind of job that it serves."""
     vram_resident_mib: Mib = 0
-    """The memory it needs to be loaded and to work."""
+    """The memory that it needs while it is loaded and works."""
     max_mib: Mib | None = None
     """The most that room is ever made for, whatever its jobs were seen to hold; none: the card."""
     elastic: StrictBool = False
@@ -115,40 +115,41 @@ class ConsumerConfig(Model):
     floor_mib: Mib | None = None
     """The memory it keeps after an unload; none: learned."""
     container: ContainerName | None = None
-    """The Docker or Podman container it runs in, by name or id: tells whose a process on the
-    card is; none: the one that `evict` names."""
+    """The Docker or Podman container that it runs in, by name or id, so that the broker finds its
+    processes on the card; none: the container that `evict` names."""
     vram_managed: StrictBool = False
     """It manages its memory itself; the broker never evicts it."""
     pinned: StrictBool = False
-    """Never evicted to make room, though it could be."""
+    """It is never evicted to make room."""
     idle_unload: Seconds | None = None
-    """Unloaded after so long without a job; none: never."""
+    """It is unloaded after so long without a job; none: never."""
     priority: StrictInt = 0
-    """Of two that could go, the one with the lower figure is evicted first."""
+    """Of two consumers that are equal otherwise, the one with the lower figure is evicted first."""
     can_coexist_with: tuple[OfConsumer, ...] = ()
     """Consumers that are not evicted to make room for this one."""
     load: _Load = None
-    """Made before a job, if the consumer is not loaded."""
+    """The call that is made before a job, if the consumer was unloaded."""
     warm: _Load = None
-    """Loads a server that would load with its first job; made to restore it, and when an
-    operator has it loaded."""
+    """Loads a server that otherwise loads with its first job. It is made for `default_resident`,
+    and when an operator loads the consumer."""
     unload: _Unload = None
-    """Frees its memory."""
+    """The call that frees its memory."""
     settled: _Settled = None
-    """Tells that an unload is over."""
+    """The call that says when an unload is over."""
     evict: _Evict | None = None
     """The eviction methods, in the order in which they are tried; none: `unload` alone."""
     done: Done | None = None
-    """When a job that it answers at once is over."""
+    """How the broker finds out that a job is over which the consumer answers at once."""
     out_of_memory: OutOfMemory = Field(default=OutOfMemory(), alias="oom")
-    """How it says that the card's memory ran out."""
+    """How its answers say that the card's memory ran out."""
     ready_timeout: Seconds = 120.0
     """The longest it may take from being started until it is healthy."""
     timeouts: Timeouts = Timeouts()
     """How long its jobs may take."""
     on_disconnect: _OnDisconnect = "native"
-    """What becomes of a job whose client leaves, or whose time-out passes: `native`, it aborts when
-    the connection closes; `none`, it works on, and the GPU stays held; or a call that stops it."""
+    """What happens to a job whose client disconnects, or whose time-out passes. `native`: the
+    consumer aborts it when the connection closes; `none`: the consumer works on, and the job holds
+    the GPU until it is over; or a call that stops it."""
 
     @property
     def declared(self) -> Declared:
@@ -189,16 +190,17 @@ class GpuConfig(Model):
     """The card."""
 
     total_mib: Mib = 0
-    """Caps the card's memory; without a driver it is all that is known of it. 0: as NVML says."""
+    """The card's memory where there is no driver; with one, a limit below NVML's figure. 0: what
+    NVML says."""
     reserved_mib: Mib = 256
-    """Memory that is promised to nobody."""
+    """Memory that is kept free."""
     device: Annotated[StrictInt | StrictStr, BeforeValidator(values.device)] = 0
     """NVML's index, a UUID (`GPU-…`, `MIG-…`), or `simulated:FILE`."""
     sample_interval: Seconds = 2.0
     """The longest time between two readings of the card."""
     release_timeout: Seconds = 10.0
-    """The longest wait for the memory of an unloaded consumer to show as free; a longer
-    `settled.timeout` counts."""
+    """The longest wait until the memory of an unloaded consumer is free; if `settled.timeout` is
+    longer, that counts."""
 
 
 class SchedulerConfig(Model):
@@ -207,14 +209,14 @@ class SchedulerConfig(Model):
     kind: Literal["locked", "passthrough"] = "locked"
     """`locked`: one job at a time, in order of arrival; `passthrough`: no lock at all."""
     max_queue: Annotated[StrictInt, Field(ge=1, le=10_000)] = 256
-    """So many jobs may wait; the next one is refused with 503 `queue_full`."""
+    """How many jobs may wait; the next one is refused with 503 `queue_full`."""
     max_wait: Seconds = 600.0
-    """The longest a job waits; then 503 `queue_timeout`."""
+    """The longest time that a job waits; then it is refused with 503 `queue_timeout`."""
 
 
 class AuthConfig(Model):
-    """Where API keys are read from, beside the environment's GPUMANAGER_API_KEYS. The keys
-    themselves never stand in the config."""
+    """Where API keys are read from, in addition to GPUMANAGER_API_KEYS in the environment. The keys
+    themselves are never in the config."""
 
     keys_file: AnyFile | None = None
     """A file of lines `NAME KEY [max_queued=N] [role=ROLE]`."""
@@ -224,7 +226,7 @@ class LogConfig(Model):
     """Logs on stderr."""
 
     format: Literal["logfmt", "json"] = "logfmt"
-    """Of a line."""
+    """The format of a line."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """The least that is logged."""
 
@@ -233,18 +235,19 @@ class EventsConfig(Model):
     """What has happened: jobs, evictions, failures."""
 
     file: File | None = None
-    """Gets every event as a line of JSON; none: the latest are kept in memory only."""
+    """A file to which the broker adds every event as a line of JSON; none: only the latest events
+    are kept, in memory."""
     max_mib: Annotated[StrictInt, Field(ge=1, le=10_000)] = 16
     """The file is rotated at this size."""
     keep_files: Annotated[StrictInt, Field(ge=0, le=100)] = 3
-    """So many rotated ones are kept."""
+    """How many rotated files are kept."""
 
 
 class SetupConfig(Model):
     """What `gpumanager setup` does not do here."""
 
     ignore: tuple[Annotated[StrictInt, Field(ge=1, le=65535)], ...] = ()
-    """Ports of servers that it neither asks nor adds."""
+    """Ports of servers that it does not ask, and does not add."""
 
 
 class Config(Model):
@@ -263,7 +266,7 @@ class Config(Model):
     health_interval: Seconds = 5.0
     """The time between two probes of a consumer."""
     drain_timeout: Duration = 30.0
-    """What a running job is given at shutdown."""
+    """How long a running job may go on at shutdown."""
     max_body_mib: Annotated[StrictInt, Field(ge=1)] = 1024
     """A larger request body is refused with 413."""
     max_header_kib: Annotated[StrictInt, Field(ge=1, le=1024)] = 64
@@ -275,22 +278,23 @@ class Config(Model):
     auth: AuthConfig = AuthConfig()
     """API keys."""
     eviction: Literal["lru", "cost"] = "lru"
-    """Who is evicted first, of those that the queue does not need sooner: `lru`, the least recently
-    used; `cost`, the one whose reload costs least."""
+    """Which consumer is evicted first, of those that no job in the queue needs: `lru`, the least
+    recently used one; `cost`, the one that is fastest to load again."""
     default_resident: tuple[OfConsumer, ...] = ()
-    """Consumers that are loaded again in quiet times."""
+    """Consumers that are loaded again when no job has come for `restore_after`."""
     restore_after: Seconds = 60.0
-    """So long without a job is a quiet time."""
+    """How long there has to be no job before `default_resident` is loaded again."""
     state_file: AnyFile | None = None
-    """Keeps what was learned over a restart; none: a file in the user's state directory."""
+    """The file that keeps what was learned over a restart; none: one in the user's state
+    directory."""
     allowed_hosts: tuple[Host, ...] = ()
-    """Names beside the loopback ones that clients on this machine may call the broker by."""
+    """Host names, beside the loopback ones, that clients on this machine may use for the broker."""
     log: LogConfig = LogConfig()
     """Logs."""
     events: EventsConfig = EventsConfig()
     """Events."""
     setup: SetupConfig = SetupConfig()
-    """For `gpumanager setup`."""
+    """Settings of `gpumanager setup`."""
 
     @property
     def host(self) -> str:

@@ -205,11 +205,11 @@ byId("services").addEventListener("click", (event) => {
 byId("reload").addEventListener("click", () => act("/v1/reload", {method: "POST", patience: LONG_MS}, (body) => {
   const parts = Object.entries(body).filter(([, names]) => names.length)
     .map(([what, names]) => `${what} ${names.join(", ")}`);
-  return parts.length ? `The config was read anew: ${parts.join("; ")}.` : "The config was read anew; nothing changed.";
+  return parts.length ? `The changed config is applied: ${parts.join("; ")}.` : "The config has not changed.";
 }));
 byId("drain").addEventListener("click", async () => {
-  if (await sure("End the broker?", "It refuses new jobs, finishes those that run, and ends. Only its service "
-    + "manager, or somebody on its machine, can start it again.", "End it", "Let it run")) {
+  if (await sure("End the broker?", "It refuses new jobs, finishes those that run, and ends. Afterwards "
+    + "only systemd or somebody on its machine can start it again.", "End it", "Let it run")) {
     await act("/v1/drain?boot=" + encodeURIComponent(boot), {method: "POST"}, () => "The broker shuts down.");
   }
 });

@@ -97,7 +97,7 @@ const SENTENCES = {
   unpinned: (e) => [`${e.consumer} was unpinned: it may be evicted.`, ""],
   forgotten: (e) => [`What was learned of ${e.consumer} was forgotten.`, ""],
   config_reloaded: (e) => [`The config was read anew: ${changed(e) || "nothing changed"}.`, ""],
-  config_not_reloaded: (e) => [`The config was not read anew: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
+  config_not_reloaded: (e) => [`The changed config was not applied: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
   draining: () => ["The broker shuts down: it refuses new jobs and finishes those that run.", ""],
   started: (e) => [`The broker started, version ${e.version}.`, ""],
   refused: (e) => e.code === "client_gone" ? [`The client of a job of ${e.consumer} left before its turn.`, ""] : [`A job${e.consumer ? " of " + e.consumer : ""} was refused: ${because(e.code)}.`, advice(e.code)],
