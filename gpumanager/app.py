@@ -349,7 +349,7 @@ class Broker:
         with self._lock:
             if self._read_config is None:
                 raise BadRequest(
-                    "this broker was not started from a config file, and has nothing to read anew; "
+                    "this broker was not started from a config file, so it cannot reload one; "
                     "end it, and start one with: gpumanager serve --config FILE"
                 )
             try:

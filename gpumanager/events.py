@@ -1,4 +1,4 @@
-"""Everything that the broker tells of: each event is declared here once, with its name, its fields
+"""Everything that the broker reports: each event is declared here once, with its name, its fields
 and the words it is logged with. The log's line, `/v1/events`, the metrics, the traces and
 docs/events.md are made from these declarations.
 
@@ -21,7 +21,7 @@ FIELDS = {
     "consumer": "the consumer it is about",
     "kind": "what was to be done: a kind of job, or `load`, `unload`, `restore`, `idle-unload`",
     "ticket": "the job's number in the queue",
-    "client": "who asked: the name of its key where keys are in use, else its address",
+    "client": "the client: the name of its key where keys are in use, else its address",
     "address": "the client's address",
     "request_id": "the request's `X-Request-Id`",
     "key": "the name of the client's key",
@@ -32,15 +32,15 @@ FIELDS = {
     "failure": "the code of the error that ended it",
     "code": "the code of the broker's error",
     "wait_ms": "time in the queue",
-    "prepare_ms": "time until the others had made room and the consumer was loaded",
-    "run_ms": "time that the job held the GPU after that",
+    "prepare_ms": "time until others were unloaded and the consumer was loaded",
+    "run_ms": "time that the job ran after that",
     "ms": "how long it took",
     "target": "the consumer that room was made for; the same one, if it was just to be unloaded",
     "method": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
-    "outcome": "what became of its memory",
-    "mib": "how much memory it gave back",
-    "expected_mib": "how much it was expected to give back",
-    "taken_by": "who took the memory that it gave back",
+    "outcome": "what happened to its memory",
+    "mib": "how much memory it released",
+    "expected_mib": "how much it was expected to release",
+    "taken_by": "the process or consumer that took the memory that it released",
     "reason": "why, in words",
     "models": "the models, by name",
     "failures": "how many in a row",
@@ -116,7 +116,7 @@ def fields_of(event: type[Event]) -> dict[str, Field[Any]]:
 
 @declared("job", None)
 class JobEnded(Event):
-    """A job that had the GPU is over. Without a `failure` the consumer answered, with `status`."""
+    """A job that held the GPU is over. Without a `failure` the consumer answered, with `status`."""
 
     consumer: str
     kind: str
@@ -135,8 +135,8 @@ class JobEnded(Event):
 
 @declared("refused", None)
 class Refused(Event):
-    """A request came to nothing: the broker answered it with an error, or its client left before
-    its turn. `/v1/events` tells of those that were for a consumer."""
+    """A request failed: the broker answered it with an error, or its client disconnected before its
+    turn. `/v1/events` has those that were for a consumer."""
 
     code: str
     status: int
@@ -165,7 +165,7 @@ class AnswerTruncated(Event):
 
 @declared("still_busy", "still busy", "warning")
 class StillBusy(Event):
-    """A consumer worked on when the time of its job was up. The GPU was given back all the same."""
+    """A consumer still worked on a job at its time-out. The next job got the GPU."""
 
     consumer: str
     job: str | None = None
@@ -173,8 +173,8 @@ class StillBusy(Event):
 
 @declared("cancel_failed", "cancel failed", "warning")
 class CancelFailed(Event):
-    """A consumer could not be told to stop a job. The GPU is held until it is at rest, or the
-    job's time is up."""
+    """A consumer could not be told to stop a job. The job holds the GPU until the consumer has
+    finished, or until the job's time-out."""
 
     consumer: str
     job: str | None = None
@@ -226,7 +226,7 @@ class Evicted(Event):
 
     @property
     def level(self) -> Level:
-        """By what became of the memory."""
+        """By what happened to the memory."""
         return "warning" if self.outcome in ("leaked", "stolen") else "info"
 
 
@@ -242,8 +242,8 @@ class EvictionFailed(Event):
 
 @declared("quarantined", "quarantined", "warning")
 class Quarantined(Event):
-    """A consumer gave no memory back, whatever method was tried. For a while it is not unloaded to
-    make room."""
+    """A consumer released no memory by any of its eviction methods. For a while it is not unloaded
+    to make room."""
 
     consumer: str
     reason: str
@@ -252,7 +252,7 @@ class Quarantined(Event):
 
 @declared("eviction_skipped", "eviction skipped")
 class EvictionSkipped(Event):
-    """A consumer was not unloaded, since it works on a job of somebody else: another one is."""
+    """A consumer was not unloaded, because it works on somebody else's job; another one is."""
 
     consumer: str
     target: str
@@ -260,14 +260,14 @@ class EvictionSkipped(Event):
 
 @declared("loaded_meanwhile", "loaded again meanwhile")
 class LoadedMeanwhile(Event):
-    """A consumer was loaded again by somebody else while it was unloaded: it is asked once more."""
+    """Somebody else loaded a consumer again just after its unload; the broker unloads it again."""
 
     consumer: str
 
 
 @declared("tried_anyway", "tried all the same")
 class TriedAnyway(Event):
-    """A job is tried though its consumer does not fit by the figures, which may be wrong."""
+    """A job is tried, although its consumer does not fit by the figures, which may be wrong."""
 
     consumer: str
     needed_mib: int
@@ -292,8 +292,8 @@ class Resumed(Event):
 
 @declared("housekeeping_failed", "housekeeping failed", "warning")
 class HousekeepingFailed(Event):
-    """In a quiet time an idle consumer could not be unloaded, or one of `default_resident` could
-    not be loaded again."""
+    """While no job waited, an idle consumer could not be unloaded, or one of `default_resident`
+    could not be loaded again."""
 
     consumer: str
     kind: str
@@ -320,8 +320,7 @@ class Unhealthy(Event):
 
 @declared("came_back", "back by itself")
 class CameBack(Event):
-    """A consumer that the broker had stopped by a checkpoint was resumed or replaced by somebody
-    else."""
+    """Somebody else resumed or replaced a consumer that the broker had stopped by a checkpoint."""
 
     consumer: str
     how: Literal["resumed", "replaced"]
@@ -347,7 +346,7 @@ class BreakerClosed(Event):
 
 @declared("on_cpu", "partly on the CPU", "warning")
 class OnCpu(Event):
-    """A consumer runs models partly on the CPU, since they did not fit when they were loaded."""
+    """A consumer runs models partly on the CPU, because they did not fit when they were loaded."""
 
     consumer: str
     models: str
@@ -355,7 +354,7 @@ class OnCpu(Event):
 
 @declared("gpu_unavailable", "gpu unavailable", "warning")
 class GpuUnavailable(Event):
-    """The card cannot be measured any more, or not whole."""
+    """The card cannot be measured any more, or only in part."""
 
     reason: str
 
@@ -384,7 +383,7 @@ class Draining(Event):
 
 @declared("config_reloaded", "config reloaded")
 class ConfigReloaded(Event):
-    """The config was read anew and applied."""
+    """The config was read again and applied."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -394,7 +393,7 @@ class ConfigReloaded(Event):
 
 @declared("config_not_reloaded", "config not reloaded", "error")
 class ConfigNotReloaded(Event):
-    """The config was read anew after a SIGHUP, and not applied."""
+    """The config was read again after a SIGHUP, and not applied."""
 
     reason: str
 
@@ -415,6 +414,6 @@ class Unpinned(Event):
 
 @declared("forgotten", "forgotten")
 class Forgotten(Event):
-    """An operator had the broker forget what it had learned of a consumer."""
+    """An operator deleted what the broker had learned of a consumer."""
 
     consumer: str

@@ -5,16 +5,16 @@ const METHODS = {http: "its unload call", unit: "stopping its systemd unit",
   container: "stopping its container", signal: "a signal", checkpoint: "a CUDA checkpoint"};
 
 const CODES = {
-  insufficient_vram: ["its model would not fit, whoever went",
-    "Look who holds the card: unpin or unload somebody, or end the foreign process."],
-  queue_full: ["the queue was full", "Clients should try again after Retry-After; max_queue bounds the queue."],
-  queue_timeout: ["it had waited as long as it may", "See what holds the GPU; max_wait bounds the wait."],
+  insufficient_vram: ["its model would not fit, even with all others unloaded that may be",
+    "See who holds the card's memory: unpin or unload a consumer, or end the foreign process."],
+  queue_full: ["the queue was full", "Clients should try again after Retry-After; max_queue limits the queue."],
+  queue_timeout: ["it had waited as long as it may", "See what holds the GPU; max_wait limits the wait."],
   consumer_unreachable: ["the consumer could not be reached, or broke off", "Look at the consumer's own log, and start it."],
   consumer_timeout: ["the consumer took too long", "Raise the consumer's timeouts: first_byte for slow models, idle for slow streams."],
   shutting_down: ["the broker was shutting down", ""],
   cancelled: ["it was cancelled", ""],
   no_consumer: ["no consumer is routed for it, or it lacks the path", "See routing and paths in the config."],
-  client_gone: ["its client left", ""],
+  client_gone: ["its client disconnected", ""],
   internal_error: ["the broker failed", "Its log has the details under the request id; please report it."],
   scheduler_error: ["the broker failed", "Its log has the details under the request id; please report it."],
 };
@@ -29,14 +29,14 @@ function evicted(e) {
   const took = e.ms === undefined ? "" : ` in ${lasting(e.ms)}`;
   const of = `${mib(e.mib ?? 0)} of ${mib(e.expected_mib ?? 0)}`;
   switch (e.outcome) {
-    case "released": return [`${began}: ${mib(e.mib ?? 0)} came back${took}.`, ""];
-    case "partial": return [`${began}, but gave back only ${of}.`,
-      "It is expected to keep the rest the next time, too; floor_mib in the config says so from the start."];
-    case "leaked": return [`${began}, but gave back ${of} after ${how}.`,
-      "Give it another eviction method that can: evict in the config."];
+    case "released": return [`${began}: ${mib(e.mib ?? 0)} were released${took}.`, ""];
+    case "partial": return [`${began}, but only ${of} were released.`,
+      "The broker expects it to keep the rest next time, too; floor_mib in the config says so from the start."];
+    case "leaked": return [`${began}, but ${of} were released after ${how}.`,
+      "Give it another eviction method that works: evict in the config."];
     case "stolen": return [`${began}, but ${e.taken_by ?? "another process"} took the memory at once.`,
       "End that process, or put it behind the broker as a consumer."];
-    case "unverified": return [`${began}; the card cannot be measured, so whether its memory came back is unknown.`, ""];
+    case "unverified": return [`${began}; the card cannot be measured, so nobody knows whether its memory was released.`, ""];
     case "gone": return [`${e.consumer} had ended already${whom ? " when it was to make room for " + e.target : ""}.`, ""];
     default: return [`${began}.`, ""];
   }
@@ -65,11 +65,11 @@ const SENTENCES = {
   job, evicted,
   eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method] ?? "its method"}: ${e.reason}.`,
     "Its next eviction method is tried; see evict in the config."],
-  eviction_skipped: (e) => [`${e.consumer} was not unloaded for ${e.target}, since it works on a job of somebody else.`, ""],
-  loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else while it was unloaded, and is asked once more.`,
+  eviction_skipped: (e) => [`${e.consumer} was not unloaded for ${e.target}, because it works on somebody else's job.`, ""],
+  loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else just after its unload; the broker unloads it again.`,
     "Find out who uses it without the broker."],
-  tried_anyway: (e) => [`${e.consumer} is tried though ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
-  came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, is back by somebody else's doing.`, ""],
+  tried_anyway: (e) => [`${e.consumer} is tried, although ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
+  came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, was started again by somebody else.`, ""],
   loaded: (e) => [`${e.consumer} was loaded in ${lasting(e.ms)}.`, ""],
   resumed: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
@@ -79,28 +79,28 @@ const SENTENCES = {
   breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(e.pause_ms)}.`,
     "Look at the consumer's own log."],
   breaker_closed: (e) => [`${e.consumer} works again.`, ""],
-  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, though there was room for ${mib(e.available_mib)}.`,
+  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, although ${mib(e.available_mib)} were available.`,
     "Declare more: vram_resident_mib."],
-  out_of_memory_doubted: (e) => [`${e.consumer} says that it ran out of memory, but had room for ${mib(e.available_mib)}, where ${mib(e.needed_mib)} were enough before.`,
+  out_of_memory_doubted: (e) => [`${e.consumer} says that it ran out of memory, but ${mib(e.available_mib)} were available, and ${mib(e.needed_mib)} were enough before.`,
     "Look at the consumer's own log: another card, or the machine's memory?"],
   out_of_memory_healed: (e) => [`The job of ${e.consumer} was run once more, with the others unloaded, and succeeded.`, ""],
-  gpu_unavailable: (e) => [`The card does not tell everything: ${e.reason}.`, "gpumanager doctor says what to do."],
-  gpu_available: () => ["The card tells everything again.", ""],
+  gpu_unavailable: (e) => [`The card does not report everything: ${e.reason}.`, "gpumanager doctor says what to do."],
+  gpu_available: () => ["The card reports everything again.", ""],
   answer_truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
-  quarantined: (e) => [`${e.consumer} keeps its memory, whatever was tried: ${e.reason}.`,
+  quarantined: (e) => [`${e.consumer} does not release its memory by any eviction method: ${e.reason}.`,
     "Restart it, or unload it here to try once more."],
-  still_busy: (e) => [`${e.consumer} still worked on a job when its time was up; the GPU went to the next all the same.`,
+  still_busy: (e) => [`${e.consumer} still worked on a job at its time-out; the next job got the GPU.`,
     "Raise timeouts.total, if such jobs take so long."],
-  cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The GPU stays held until it is done."],
-  housekeeping_failed: (e) => [`${e.consumer} could not be ${e.kind === "restore" ? "loaded again in a quiet time" : "unloaded for being idle"}: ${e.reason}.`, ""],
+  cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The job holds the GPU until it is done."],
+  housekeeping_failed: (e) => [`${e.consumer} could not be ${e.kind === "restore" ? "loaded again while no job waited" : "unloaded for being idle"}: ${e.reason}.`, ""],
   pinned: (e) => [`${e.consumer} was pinned: it is not evicted.`, ""],
   unpinned: (e) => [`${e.consumer} was unpinned: it may be evicted.`, ""],
-  forgotten: (e) => [`What was learned of ${e.consumer} was forgotten.`, ""],
-  config_reloaded: (e) => [`The config was read anew: ${changed(e) || "nothing changed"}.`, ""],
+  forgotten: (e) => [`What was learned of ${e.consumer} was deleted.`, ""],
+  config_reloaded: (e) => [`The config was reloaded: ${changed(e) || "nothing changed"}.`, ""],
   config_not_reloaded: (e) => [`The changed config was not applied: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
   draining: () => ["The broker shuts down: it refuses new jobs and finishes those that run.", ""],
   started: (e) => [`The broker started, version ${e.version}.`, ""],
-  refused: (e) => e.code === "client_gone" ? [`The client of a job of ${e.consumer} left before its turn.`, ""] : [`A job${e.consumer ? " of " + e.consumer : ""} was refused: ${because(e.code)}.`, advice(e.code)],
+  refused: (e) => e.code === "client_gone" ? [`The client of a job of ${e.consumer} disconnected before its turn.`, ""] : [`A job${e.consumer ? " of " + e.consumer : ""} was refused: ${because(e.code)}.`, advice(e.code)],
 };
 
 /** Fields that every event has, or that say only who asked. */
