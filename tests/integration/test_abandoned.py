@@ -57,10 +57,11 @@ class Studio:
                 peer.wait_closed()
             else:
                 self.finish.wait(PATIENCE_S)
-            peer.send(b"0\r\n\r\n")
         finally:
+            # Before its last byte, with which the next job may come.
             self.happened.append("over")
             self._busy = False
+        peer.send(b"0\r\n\r\n")
 
 
 class Setting:
