@@ -118,3 +118,20 @@ def upstream() -> Iterator[int]:
         finally:
             process.kill()
             process.wait(10)
+
+
+def one_consumer(port: int) -> str:
+    """A config with the consumer of `upstream` for `llm`, and nothing that happens by itself."""
+    config = {
+        "health_interval": 1000,
+        "gpu": {"sample_interval": 1000},
+        "log": {"level": "warning"},
+        "routing": {"llm": "it"},
+        "consumers": {
+            "it": {
+                "url": f"http://127.0.0.1:{port}",
+                "paths": {"llm": "/v1/chat/completions"},
+            }
+        },
+    }
+    return yaml.safe_dump(config)

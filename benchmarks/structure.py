@@ -18,8 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 import gpumanager
 from benchmarks import running
 from benchmarks.performance import client
@@ -64,21 +62,9 @@ def follow_one_post() -> Journey:
     """The journey of one POST /v1/llm, after twenty that warmed the broker up."""
     journey = Journey()
     with running.upstream() as port:
-        config = {
-            "health_interval": 1000,
-            "gpu": {"sample_interval": 1000},
-            "log": {"level": "warning"},
-            "routing": {"llm": "it"},
-            "consumers": {
-                "it": {
-                    "url": f"http://127.0.0.1:{port}",
-                    "paths": {"llm": "/v1/chat/completions"},
-                }
-            },
-        }
         threading.setprofile(journey)
         try:
-            with live_broker(yaml.safe_dump(config)) as broker:
+            with live_broker(running.one_consumer(port)) as broker:
                 data = client.request("/v1/llm")
                 client.one_by_one(broker.port, data, 20)
                 journey.following = True

@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import yaml
 
 from benchmarks import running
 from benchmarks.performance import client
@@ -80,21 +79,7 @@ def test_a_small_job_costs_no_more_calls_than_it_did(
     upstream: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "gpumanager.access")
-    config = yaml.safe_dump(
-        {
-            "health_interval": 1000,
-            "gpu": {"sample_interval": 1000},
-            "log": {"level": "warning"},
-            "routing": {"llm": "it"},
-            "consumers": {
-                "it": {
-                    "url": f"http://127.0.0.1:{upstream}",
-                    "paths": {"llm": "/v1/chat/completions"},
-                }
-            },
-        }
-    )
-    with profiling() as calls, live_broker(config) as broker:
+    with profiling() as calls, live_broker(running.one_consumer(upstream)) as broker:
         data = client.request("/v1/llm")
         client.one_by_one(broker.port, data, 20)
         calls.begin()
