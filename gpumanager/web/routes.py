@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -132,11 +132,14 @@ def _control_routes(app: Flask, services: Services) -> None:
     def status() -> Response:
         return json_response(services.status.snapshot(_record().whose))
 
-    description = describe(services.config, services.version, keys=bool(services.keyring))
+    @cache
+    def description() -> dict[str, Any]:
+        """Made when somebody asks for it first: to read its file would delay each start."""
+        return describe(services.config, services.version, keys=bool(services.keyring))
 
     @app.get("/openapi.json", provide_automatic_options=False)
     def openapi() -> Response:
-        return json_response(description)
+        return json_response(description())
 
     @app.get("/v1/queue", provide_automatic_options=False)
     def queue() -> Response:

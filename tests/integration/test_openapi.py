@@ -4,6 +4,7 @@ broker, and holds every answer against it."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from schemathesis import checks as standard
 
 from gpumanager.config import Config
 from gpumanager.errors import BrokerError
+from gpumanager.web import dashboard
 from gpumanager.web.openapi import describe
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
@@ -91,3 +93,13 @@ def test_every_error_there_is_is_described(broker: LiveBroker) -> None:
     for error in BrokerError.__subclasses__():
         if error.status not in (405, 499):  # every other method; nobody reads a 499
             assert f"`{error.code}`" in text
+
+
+def test_every_route_there_is_is_described(broker: LiveBroker) -> None:
+    served = {
+        (method, re.sub("<[^>]+>", "{}", rule.rule))
+        for rule in broker.broker.flask.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if not rule.rule.startswith(dashboard.PREFIX)
+    }
+    assert served == {(method, re.sub("{[^}]+}", "{}", path)) for method, path in OPERATIONS}
