@@ -51,7 +51,7 @@ import psutil
 import requests
 
 from benchmarks.running import Broker, serving
-from gpumanager.simulation.card import OutOfMemory, SimulatedCard
+from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.fake_servers import command, fake_server
 from tests.support.sockets import free_port
 

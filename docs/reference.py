@@ -25,8 +25,8 @@ from pydantic import BaseModel
 from gpumanager import __version__
 from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
-from gpumanager.events import EVENTS, FIELDS, PRIVATE, fields_of
 from gpumanager.setup.services import known_services
+from gpumanager.telemetry.events import EVENTS, FIELDS, PRIVATE, fields_of
 from gpumanager.web import examples
 from gpumanager.web.openapi import describe
 
@@ -372,9 +372,10 @@ def events_page() -> str:
         WRITTEN,
         "# Events\n",
         "What the broker tells of: in `/v1/events`, in `events.file`, in `gpumanager events` and "
-        "on the dashboard, and, under the logger `gpumanager.events`, in the log. `/metrics`, "
-        "`/v1/trace` and OpenTelemetry's spans are made from the same. In JSON each is a flat "
-        "object: `number`, which rises by one, `time`, `event`, `level`, and the fields below. "
+        "on the dashboard, and, under the logger `gpumanager.events`, in the log. "
+        "`/metrics`, `/v1/trace` and OpenTelemetry's spans are made from the same. In JSON each "
+        "is a flat object: `number`, which rises by one, `time`, `event`, `level`, and the fields "
+        "below. "
         "Those in parentheses are left out where there is nothing to say. Where a reader has "
         "missed events that are kept no more, `events.file` and `gpumanager events --json` have "
         '`{"event": "missed", "count": …}` in their place.\n',

@@ -11,14 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpumanager import __version__, logs
-from gpumanager.admission import Admission
-from gpumanager.breaker import Breakers
+from gpumanager import __version__
 from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig
 from gpumanager.config.live import Changes, LiveConfig, changes
+from gpumanager.consumers.admission import Admission
+from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.learning import Learned, StateFile, state_path
+from gpumanager.consumers.prober import Prober
+from gpumanager.consumers.registry import InUse, Registry
+from gpumanager.consumers.stopped import Stopped
 from gpumanager.errors import BadRequest
-from gpumanager.events import ConfigReloaded, Started
+from gpumanager.gpu.attribution import Attributor
+from gpumanager.gpu.containers import ContainedConsumers
+from gpumanager.gpu.device import Card, GpuMemory, open_card
+from gpumanager.gpu.history import EVERY_S, MemoryHistory
+from gpumanager.gpu.sampler import Sampler
+from gpumanager.host.notify import ALIVE, READY, STOPPING, Notifier
+from gpumanager.host.processes import ConsumerProcesses, SystemProcesses, programs_at
 from gpumanager.jobs.hold import Means
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.place import Places
@@ -26,35 +36,25 @@ from gpumanager.jobs.polling import Completions
 from gpumanager.jobs.runner import JobRunner
 from gpumanager.jobs.shortage import Shortages
 from gpumanager.keys import GUARD_IT, ApiKey, KeysError, load_keys, unguarded
-from gpumanager.learning import Learned, StateFile, state_path
 from gpumanager.lifecycle import Lifecycle
-from gpumanager.monitoring import tracing
-from gpumanager.monitoring.attribution import Attributor
-from gpumanager.monitoring.containers import ContainedConsumers
-from gpumanager.monitoring.eventfile import EventFile
-from gpumanager.monitoring.eventlog import EventLog, Recorded
-from gpumanager.monitoring.history import EVERY_S, MemoryHistory
-from gpumanager.monitoring.housekeeper import Housekeeper
-from gpumanager.monitoring.memory import Card, GpuMemory, open_card
-from gpumanager.monitoring.prober import Prober
-from gpumanager.monitoring.sampler import Sampler
-from gpumanager.monitoring.worker import PeriodicWorker
-from gpumanager.notify import ALIVE, READY, STOPPING, Notifier
-from gpumanager.processes import ConsumerProcesses, SystemProcesses, programs_at
-from gpumanager.reclaim.stopping import Stopping
-from gpumanager.registry import InUse, Registry
+from gpumanager.residency.housekeeper import Housekeeper
+from gpumanager.residency.room import RoomMaker
+from gpumanager.residency.stopping import Stopping
 from gpumanager.scheduling.factory import build_scheduler
-from gpumanager.scheduling.room import RoomMaker
-from gpumanager.stopped import Stopped
+from gpumanager.telemetry import logs, tracing
+from gpumanager.telemetry.eventfile import EventFile
+from gpumanager.telemetry.eventlog import EventLog, Recorded
+from gpumanager.telemetry.events import ConfigReloaded, Started
+from gpumanager.telemetry.metrics import Metrics
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 from gpumanager.web import server
 from gpumanager.web.guard import Guard
-from gpumanager.web.metrics import Metrics
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
+from gpumanager.worker import PeriodicWorker
 
 log = logging.getLogger(__name__)
 

@@ -197,3 +197,12 @@ class ClientGone(BrokerError):
     """The client disconnected. Nobody reads this answer; the log shows 499, as nginx does."""
 
     status, code, retryable = 499, "client_gone", False
+
+
+class TruncatedAnswer(Exception):
+    """The consumer's answer broke off after its head had been handed on: no envelope is
+    possible any more, and what was relayed must not look complete."""
+
+    def __init__(self, error: BrokerError) -> None:
+        super().__init__(error.message)
+        self.error = error

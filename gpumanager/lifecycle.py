@@ -11,8 +11,8 @@ from types import FrameType
 
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError, ShuttingDown
-from gpumanager.events import ConfigNotReloaded, Draining, Emit
 from gpumanager.scheduling.interface import Scheduler
+from gpumanager.telemetry.events import ConfigNotReloaded, Draining, Emit
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Lifecycle:
         return finished
 
     def _cut_off(self) -> None:
-        for entry in self._scheduler.line():
+        for entry in self._scheduler.queue():
             name = entry.job.consumer
             error = ShuttingDown("the broker shut down before the job was done", consumer=name)
             self._scheduler.cancel(entry.ticket, error)

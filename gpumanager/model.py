@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+RELEASE_S = 60.0
+"""The longest that memory may take to come back after an unload, for what is decided by it."""
+
 CONTEXT_MIB = 600
 """What a process may hold of a card with no model loaded; 107 to 555 MiB in the field."""
 
@@ -53,7 +56,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class LineEntry:
+class QueueEntry:
     """One place in the queue, as an operator sees it.
 
     `since` is monotonic seconds: of the arrival while `waiting`, of the grant once `running`.
@@ -159,6 +162,16 @@ class StoppedBy:
 
 
 @dataclass(frozen=True, slots=True)
+class Declared:
+    """What the config says that a consumer needs: `mib`, and never more than `max_mib`. What an
+    `elastic` one is seen to hold is not what it needs."""
+
+    mib: int = 0
+    max_mib: int | None = None
+    elastic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
@@ -203,6 +216,11 @@ class ConsumerState:
     leaks: int = 0
     health_since: float | None = None
     pinned: bool | None = None
+
+    def is_releasing(self, now: float) -> bool:
+        """Whether the broker has unloaded it so lately that its memory may still be on its way
+        back."""
+        return self.unloaded_at is not None and now - self.unloaded_at < RELEASE_S
 
     def is_pinned(self, configured: bool) -> bool:
         """Whether it is never to be evicted, with what the config says."""

@@ -60,7 +60,7 @@ def test_check_and_the_start_warn_of_a_broker_that_everybody_may_use(
     assert ("auth.keys_file, or listen on 127.0.0.1" in result.stderr) is warned
 
     monkeypatch.setattr("gpumanager.web.server.set_defaults", lambda config: None)
-    monkeypatch.setattr("gpumanager.logs.configure", lambda settings: None)
+    monkeypatch.setattr("gpumanager.telemetry.logs.configure", lambda settings: None)
     monkeypatch.setattr("gpumanager.lifecycle.Lifecycle.install_signal_handlers", lambda *_: None)
     prepare(load_config(file)).stop()
     said = [record for record in caplog.records if "there are no keys" in record.message]

@@ -32,11 +32,11 @@ def files_that_mention(library: str) -> set[str]:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("pynvml", {"monitoring/memory.py"}),
+        ("pynvml", {"gpu/device.py"}),
         (
             "waitress",
             {
-                "logs.py",
+                "telemetry/logs.py",
                 "web/server.py",
                 "web/parsing.py",
                 "web/answering.py",
@@ -54,11 +54,11 @@ def files_that_mention(library: str) -> set[str]:
                 "upstream/transport.py",
             },
         ),
-        ("prometheus_client", {"web/metrics.py"}),
-        ("opentelemetry", {"monitoring/tracing.py"}),
+        ("prometheus_client", {"telemetry/metrics.py"}),
+        ("opentelemetry", {"telemetry/tracing.py"}),
         ("rich", {"cli/top.py", "cli/views.py", "cli/watching.py"}),
-        ("psutil", {"processes.py", "reclaim/stopping.py", "reclaim/signals.py"}),
-        ("cuda.bindings.driver", {"reclaim/checkpoint.py"}),
+        ("psutil", {"host/processes.py", "residency/stopping.py", "host/signals.py"}),
+        ("cuda.bindings.driver", {"host/checkpoint.py"}),
     ],
 )
 def test_a_library_is_known_in_few_places(library: str, files: set[str]) -> None:

@@ -14,7 +14,7 @@ import requests
 
 from benchmarks.performance.measures import Figures
 from benchmarks.running import serving
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.gpu.simulated import SimulatedCard
 from tests.support.fake_servers import fake_server
 
 CARD_MIB = 10_000

@@ -66,10 +66,10 @@ def _of_running_broker(config: Config, file: str, key: str | None) -> str | None
 
 def _findings(config: Config, file: str, keys: int, key: str | None) -> Iterator[Finding]:
     from gpumanager.clock import SystemClock
-    from gpumanager.monitoring.attribution import Attributor
-    from gpumanager.monitoring.containers import ContainedConsumers
-    from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable, open_card
-    from gpumanager.processes import ConsumerProcesses, SystemProcesses
+    from gpumanager.gpu.attribution import Attributor
+    from gpumanager.gpu.containers import ContainedConsumers
+    from gpumanager.gpu.device import GpuMemory, GpuUnavailable, open_card
+    from gpumanager.host.processes import ConsumerProcesses, SystemProcesses
     from gpumanager.setup import diagnosis
     from gpumanager.setup.brokers import occupant, running
 

@@ -229,7 +229,7 @@ def _there(path: Path) -> tuple[str, Config | None]:
 
 def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Sequence[Found]]:
     """The card's memory in MiB, if it can be measured, and what runs here; says both."""
-    from gpumanager.monitoring.memory import GpuUnavailable, open_card
+    from gpumanager.gpu.device import GpuUnavailable, open_card
     from gpumanager.setup.discovery import discover
 
     total_mib, held = None, None

@@ -94,7 +94,7 @@ def picture(
     drawn = (
         (memory, memory),
         (running, running),
-        (queue, Panel(views.line(found["queue"], queue.rows), title="queue")),
+        (queue, Panel(views.queue(found["queue"], queue.rows), title="queue")),
         (consumers, Panel(views.services(found, consumers.rows), title="consumers")),
         (lately, Panel(views.lately(events, lately.rows), title="lately")),
     )

@@ -28,7 +28,7 @@ def console() -> Console:
 
 def status(found: Mapping[str, Any]) -> RenderableType:
     """The card, the consumers, the queue."""
-    return Group(card(found), services(found), troubles(found), line(found["queue"]))
+    return Group(card(found), services(found), troubles(found), queue(found["queue"]))
 
 
 def gone(reason: str) -> RenderableType:
@@ -36,7 +36,7 @@ def gone(reason: str) -> RenderableType:
     return Panel(Text(f"{reason}; trying again", style="red"), title="gpumanager")
 
 
-def line(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> RenderableType:
+def queue(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> RenderableType:
     """Who runs and who waits, below its head in so many rows; what is cut is counted."""
     if not entries:
         return Text("no job runs, and none waits", style="dim")

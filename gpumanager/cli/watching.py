@@ -53,7 +53,7 @@ def queue(broker: BrokerClient, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        views.console().print(views.line(found["queue"]))
+        views.console().print(views.queue(found["queue"]))
 
 
 @main.command()

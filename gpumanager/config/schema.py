@@ -47,7 +47,7 @@ from gpumanager.config.calls import (
     UnloadCall,
     Url,
 )
-from gpumanager.footprint import Declared
+from gpumanager.model import Declared
 
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from gpumanager.demo import speech, studio
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.gpu.simulated import SimulatedCard
 
 CARD_MIB = 8192
 SPEECH_MIB = 1200

@@ -34,8 +34,8 @@ from gpumanager.demo.studio import (
     missing_packages,
     ms_since,
 )
+from gpumanager.gpu.simulated import CardLost, OutOfMemory, SimulatedCard
 from gpumanager.setup import DEMO_ROOT
-from gpumanager.simulation.card import CardLost, OutOfMemory, SimulatedCard
 
 log = logging.getLogger(__name__)
 

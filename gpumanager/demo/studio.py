@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from werkzeug.exceptions import BadRequest, ServiceUnavailable
 
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.gpu.simulated import SimulatedCard
 
 OWNER = "mvoice"
 MAX_FILES = 100

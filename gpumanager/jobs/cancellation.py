@@ -13,7 +13,7 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.config import Call, ConsumerConfig
 from gpumanager.errors import BrokerError, ClientGone, ConsumerUnreachable
-from gpumanager.events import CancelFailed, Emit, StillBusy
+from gpumanager.telemetry.events import CancelFailed, Emit, StillBusy
 from gpumanager.upstream.exchange import Exchange
 
 BUSY_POLL_S = 0.5

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 
 class ClientWatch:

@@ -18,18 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gpumanager.admission import Admission
-from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock
+from gpumanager.consumers.admission import Admission
+from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ClientGone, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.events import Emit, JobEnded
 from gpumanager.jobs.cancellation import Cancellation, StopsJobs
 from gpumanager.jobs.place import Place
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.learning import Learned
 from gpumanager.model import ConsumerState, Job
-from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Ticket
+from gpumanager.telemetry.events import Emit, JobEnded
 from gpumanager.upstream.exchange import Exchange
 
 log = logging.getLogger(__name__)

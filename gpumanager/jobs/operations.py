@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, Kind
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
-from gpumanager.events import Emit, Forgotten, Pinned, Unpinned
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.learning import Learned
 from gpumanager.model import Job
-from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
-from gpumanager.watcher import Watcher
+from gpumanager.telemetry.events import Emit, Forgotten, Pinned, Unpinned
+from gpumanager.upstream.watcher import Watcher
 
 T = TypeVar("T")
 

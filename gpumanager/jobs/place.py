@@ -8,9 +8,9 @@ from functools import partial
 from typing import Protocol
 
 from gpumanager.config import Config, ConsumerConfig, Kind
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import NoConsumer
 from gpumanager.model import Job
-from gpumanager.registry import Registry
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
 

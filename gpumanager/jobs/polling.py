@@ -14,8 +14,8 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.config import ConsumerConfig, Done, Lost, expressions
 from gpumanager.errors import BrokerError, ConsumerUnreachable
-from gpumanager.events import CancelFailed, Emit, StillBusy
 from gpumanager.scheduling.interface import Ticket
+from gpumanager.telemetry.events import CancelFailed, Emit, StillBusy
 
 log = logging.getLogger(__name__)
 

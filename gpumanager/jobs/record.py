@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from gpumanager.events import AnswerTruncated, Emit
 from gpumanager.keys import Role
+from gpumanager.telemetry.events import AnswerTruncated, Emit
 
 
 @dataclass(slots=True)

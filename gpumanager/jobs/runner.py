@@ -19,7 +19,7 @@ from gpumanager.model import Job
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Proxy
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 log = logging.getLogger(__name__)
 

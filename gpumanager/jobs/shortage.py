@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
+from gpumanager.gpu.accounting import balance, held
 from gpumanager.jobs.echo import says_out_of_memory
-from gpumanager.learning import Learned
-from gpumanager.ledger import balance, held
 from gpumanager.model import CONTEXT_MIB, MemoryReading
-from gpumanager.registry import Registry
+from gpumanager.telemetry.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
 from gpumanager.upstream.exchange import Exchange
 
 LARGEST_FAILURE_BYTES = 64 * 1024

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gpumanager.learning import Times
+from gpumanager.consumers.learning import Times
 from gpumanager.model import Job, Turn
 from gpumanager.scheduling.policy import Running, Waiting
 from gpumanager.scheduling.victims import Demand, Order, Resident, candidates, plan_eviction

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError
-from gpumanager.model import Job, LineEntry, Stats, Turn
+from gpumanager.model import Job, QueueEntry, Stats, Turn
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
@@ -59,8 +59,8 @@ class Evicting:
     def cancel(self, ticket: int, error: BrokerError) -> bool:
         return self._inner.cancel(ticket, error)
 
-    def line(self) -> tuple[LineEntry, ...]:
-        return self._inner.line()
+    def queue(self) -> tuple[QueueEntry, ...]:
+        return self._inner.queue()
 
     def upcoming(self) -> tuple[str, ...]:
         return self._inner.upcoming()

@@ -10,8 +10,8 @@ from gpumanager.config import SchedulerConfig
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.eviction import Evicting, MakesRoom
 from gpumanager.scheduling.interface import Scheduler
-from gpumanager.scheduling.line import Line
 from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.queue import Queue
 
 
 def locked(
@@ -20,9 +20,9 @@ def locked(
     max_wait: float,
     clock: Clock,
     outlook: Callable[[], Outlook] = Outlook,
-) -> Line:
+) -> Queue:
     """A FIFO ticket lock: one job at a time, in strict order of arrival."""
-    return Line(
+    return Queue(
         FirstComeFirstServed(1),
         max_queue=max_queue,
         max_wait=max_wait,
@@ -37,10 +37,10 @@ def passthrough(
     max_wait: float,
     clock: Clock,
     outlook: Callable[[], Outlook] = Outlook,
-) -> Line:
+) -> Queue:
     """No lock: every job runs at once. With `max_queue` of them running the next is refused,
     since each of them holds a thread. Nothing is decided by memory."""
-    return Line(
+    return Queue(
         FirstComeFirstServed(max_queue),
         max_queue=0,
         max_wait=max_wait,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gpumanager.errors import BrokerError
-from gpumanager.ledger import Balance
-from gpumanager.model import Job, LineEntry, Outcome, Stats, Turn
+from gpumanager.gpu.accounting import Balance
+from gpumanager.model import Job, Outcome, QueueEntry, Stats, Turn
 
 
 class Ticket(Protocol):
@@ -82,7 +82,7 @@ class Scheduler(Protocol):
     def cancel(self, ticket: int, error: BrokerError) -> bool:
         """Cancel by number; False if there is no such ticket (any more)."""
 
-    def line(self) -> tuple[LineEntry, ...]:
+    def queue(self) -> tuple[QueueEntry, ...]:
         """Who runs and who waits, in the order of the tickets, as of one instant."""
 
     def upcoming(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpumanager.client import UNAUTHORIZED, BrokerClient, BrokerUnavailable
 from gpumanager.config import Config, ConfigError, load_config
-from gpumanager.processes import ProcessTable, SystemProcesses, programs_at
+from gpumanager.host.processes import ProcessTable, SystemProcesses, programs_at
 from gpumanager.setup.asking import Asker, NoAnswer
 
 CONNECT_S = 1.0

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from gpumanager.config import Config, parse_config
-from gpumanager.processes import own_addresses
+from gpumanager.host.processes import own_addresses
 from gpumanager.setup.discovery import Found
 from gpumanager.setup.yamledit import with_entries
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from gpumanager.processes import ProcessTable, SystemProcesses
+from gpumanager.host.processes import ProcessTable, SystemProcesses
 from gpumanager.setup.brokers import RunningBroker
 from gpumanager.setup.services import Identity, Service, identify, known_services
 

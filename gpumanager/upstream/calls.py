@@ -26,7 +26,7 @@ from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 log = logging.getLogger(__name__)
 

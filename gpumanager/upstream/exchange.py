@@ -24,8 +24,8 @@ from gpumanager.upstream.headers import printable, relayable
 from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.reasons import in_words, links
 from gpumanager.upstream.transport import OneShotAdapter, dialling
+from gpumanager.upstream.watcher import Watch, Watcher
 from gpumanager.upstream.wire import Wire, is_local, serialise
-from gpumanager.watcher import Watch, Watcher
 
 READ_BYTES = 256 * 1024
 
@@ -35,15 +35,6 @@ has room for that."""
 
 AHEAD_S = 0.05
 """For a connection on this machine, which is there in a tenth of a millisecond, or not at all."""
-
-
-class TruncatedAnswer(Exception):
-    """The consumer's answer broke off after its head had been handed on: no envelope is
-    possible any more, and what was relayed must not look complete."""
-
-    def __init__(self, error: BrokerError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from gpumanager.config import Config
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.headers import end_to_end
 from gpumanager.upstream.transport import OneShotAdapter
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 SMALL_BODY_BYTES = 256 * 1024
 """A body up to this size is read into memory, so that it can be sent in one go."""

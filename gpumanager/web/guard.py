@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
-from gpumanager.events import Emit, Refused
 from gpumanager.jobs.record import RequestRecord
+from gpumanager.telemetry.events import Emit, Refused
 from gpumanager.web.record import (
     LONGEST_SHOWN,
     RECORD_KEY,

@@ -13,8 +13,8 @@ import yaml
 
 from gpumanager import errors
 from gpumanager.config import KINDS, Config
-from gpumanager.events import EVENTS, FIELDS, PRIVATE, Event, Level, fields_of
 from gpumanager.model import Outcome
+from gpumanager.telemetry.events import EVENTS, FIELDS, PRIVATE, Event, Level, fields_of
 from gpumanager.web import examples
 
 LISTS: dict[str, Iterable[Any]] = {

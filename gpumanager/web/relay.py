@@ -9,9 +9,9 @@ from typing import IO, TYPE_CHECKING, cast
 
 from flask import Response
 
-from gpumanager.errors import BrokerError, ClientGone
+from gpumanager.errors import BrokerError, ClientGone, TruncatedAnswer
 from gpumanager.jobs.runner import Answer
-from gpumanager.upstream.exchange import READ_BYTES, TruncatedAnswer
+from gpumanager.upstream.exchange import READ_BYTES
 from gpumanager.web.answering import Remainder
 from gpumanager.web.boundary import error_response
 from gpumanager.web.record import record_of

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from gpumanager.errors import Forbidden
-from gpumanager.events import PRIVATE
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.monitoring.eventlog import Recorded
+from gpumanager.telemetry.eventlog import Recorded
+from gpumanager.telemetry.events import PRIVATE
 
 NAMELESS = {"client": "-", "request_id": "-"}
 """What another key's job shows of itself in the queue."""

@@ -13,24 +13,24 @@ from urllib.parse import quote, unquote, urlsplit
 from flask import Flask, Response, request
 
 from gpumanager import errors
-from gpumanager.admission import Admission
 from gpumanager.clock import rfc3339
 from gpumanager.config import KINDS, Config, ConsumerConfig, Kind
+from gpumanager.consumers.admission import Admission
+from gpumanager.gpu.history import MemorySample
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.jobs.runner import Answer, JobRunner
-from gpumanager.monitoring.eventlog import EventLog
-from gpumanager.monitoring.history import MemorySample
+from gpumanager.telemetry.eventlog import EventLog
+from gpumanager.telemetry.metrics import CONTENT_TYPE as METRICS_TYPE
+from gpumanager.telemetry.metrics import Metrics
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 from gpumanager.web import boundary, dashboard, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.connection import ADMIT
-from gpumanager.web.entrance import Entrance, JobView
-from gpumanager.web.metrics import CONTENT_TYPE as METRICS_TYPE
-from gpumanager.web.metrics import Metrics
+from gpumanager.web.dispatch import Entrance, JobView
 from gpumanager.web.openapi import describe
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
@@ -143,7 +143,7 @@ def _control_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/queue", provide_automatic_options=False)
     def queue() -> Response:
-        return json_response({"queue": services.status.line(_record().whose)})
+        return json_response({"queue": services.status.queue(_record().whose)})
 
     @app.delete("/v1/queue/<int:ticket>", provide_automatic_options=False)
     def cancel(ticket: int) -> Response:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from gpumanager.breaker import Breakers
 from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.footprint import Figure
+from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.footprint import Figure
+from gpumanager.consumers.learning import Figures, Learned
+from gpumanager.consumers.registry import Registry
+from gpumanager.gpu.accounting import Held, balance, held, plausible
+from gpumanager.gpu.history import MemorySample
 from gpumanager.jobs.shortage import MemoryFailures
-from gpumanager.learning import Figures, Learned
-from gpumanager.ledger import Held, balance, held, plausible
-from gpumanager.model import ConsumerState, LineEntry, MemoryReading
-from gpumanager.monitoring.history import MemorySample
-from gpumanager.registry import Registry
+from gpumanager.model import ConsumerState, MemoryReading, QueueEntry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
 
@@ -71,20 +71,20 @@ class StatusView:
                 for name in sorted(consumers)
             ],
             "scheduler": self._stats(),
-            "queue": self.line(whose),
+            "queue": self.queue(whose),
         }
 
-    def line(self, whose: str | None = None) -> list[dict[str, Any]]:
+    def queue(self, whose: str | None = None) -> list[dict[str, Any]]:
         """Who runs, then who waits, in their order. With `whose`, the name of a key, all other
         keys' jobs are nameless."""
         return [
             {**self._entry(entry), **({} if whose in (None, entry.job.key) else NAMELESS)}
-            for entry in self._scheduler.line()
+            for entry in self._scheduler.queue()
         ]
 
     def key_of(self, ticket: int) -> str | None:
         """The key of the job with that ticket. Raises KeyError if there is none in the line."""
-        return {entry.ticket: entry.job.key for entry in self._scheduler.line()}[ticket]
+        return {entry.ticket: entry.job.key for entry in self._scheduler.queue()}[ticket]
 
     def _gpu(self, held_mib: list[int]) -> dict[str, Any]:
         gpu = self._registry.gpu
@@ -183,7 +183,7 @@ class StatusView:
             "out_of_memory": {"seen": failures.seen, "healed": failures.healed},
         }
 
-    def _entry(self, entry: LineEntry) -> dict[str, Any]:
+    def _entry(self, entry: QueueEntry) -> dict[str, Any]:
         return {
             "ticket": entry.ticket,
             "consumer": entry.job.consumer,

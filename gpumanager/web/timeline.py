@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gpumanager.events import Evicted, JobEnded, Loaded, Resumed
-from gpumanager.monitoring.eventlog import Recorded
+from gpumanager.telemetry.eventlog import Recorded
+from gpumanager.telemetry.events import Evicted, JobEnded, Loaded, Resumed
 
 _GPU, _QUEUE, _MOVES = 1, 2, 3
 _TRACKS = {_GPU: "GPU", _QUEUE: "queue", _MOVES: "evictions and loads"}

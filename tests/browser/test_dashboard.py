@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gpumanager.events import EVENTS
 from gpumanager.keys import ApiKey
+from gpumanager.telemetry.events import EVENTS
 from tests.browser.conftest import Page, violations
 from tests.support.scene import Scene, scene
 from tests.support.threads import eventually
@@ -73,7 +73,7 @@ def test_a_running_job_is_cancelled_after_asking_only(opened: Open) -> None:
         page.page.get_by_role("button", name="Cancel ticket 1").press("Enter")
         page.page.keyboard.press("Escape")
         page.page.locator("#sure").wait_for(state="hidden")
-        assert len(it.broker.broker.scheduler.line()) == 1
+        assert len(it.broker.broker.scheduler.queue()) == 1
         page.press("Cancel ticket 1")
         page.press("Stop it")
         assert running.result(20).json()["error"] == "cancelled"

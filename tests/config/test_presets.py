@@ -19,7 +19,7 @@ from gpumanager.errors import ConsumerUnreachable
 from gpumanager.jobs.polling import job_id
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.calls import ControlCalls
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 URL = "http://127.0.0.1:8188"
 ANSWERS = Path(__file__).parent / "answers"

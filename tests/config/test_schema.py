@@ -20,7 +20,7 @@ from gpumanager.config import (
     load_config,
     parse_config,
 )
-from gpumanager.footprint import Declared
+from gpumanager.model import Declared
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -19,7 +19,7 @@ import requests
 from gpumanager.config import Config
 from gpumanager.demo import run, studio
 from gpumanager.demo.run import banner, run_demo
-from gpumanager.simulation.card import CardMemory, SimulatedCard
+from gpumanager.gpu.simulated import CardMemory, SimulatedCard
 from tests.demo.fakes import WAIT_S, environment, put_away
 
 FAKE_SPEECH = (sys.executable, "-m", "tests.demo.fakes")

@@ -26,7 +26,7 @@ from werkzeug.test import TestResponse
 from gpumanager.demo import speech, studio
 from gpumanager.demo.speech import create_app
 from gpumanager.demo.studio import Studio, pieces
-from gpumanager.simulation.card import Holder, SimulatedCard
+from gpumanager.gpu.simulated import Holder, SimulatedCard
 from tests.demo.fakes import RATE, WAIT_S, FakeVoice, environment, put_away
 
 VRAM_MIB = 1200

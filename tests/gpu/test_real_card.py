@@ -12,14 +12,14 @@ import yaml
 
 from gpumanager.clock import SystemClock
 from gpumanager.config import Config, parse_config
+from gpumanager.gpu.attribution import Attributor
+from gpumanager.gpu.containers import ContainedConsumers
+from gpumanager.gpu.device import GpuMemory, GpuUnavailable, open_card
+from gpumanager.host import checkpoint
+from gpumanager.host.errors import ReclaimFailed
+from gpumanager.host.processes import ConsumerProcesses, SystemProcesses
 from gpumanager.model import MemoryReading
-from gpumanager.monitoring.attribution import Attributor
-from gpumanager.monitoring.containers import ContainedConsumers
-from gpumanager.monitoring.memory import GpuMemory, GpuUnavailable, open_card
-from gpumanager.processes import ConsumerProcesses, SystemProcesses
-from gpumanager.reclaim import checkpoint
-from gpumanager.reclaim.errors import ReclaimFailed
-from gpumanager.scheduling.release import judge
+from gpumanager.residency.release import judge
 from tests.support.cuda_process import CudaProcess, cuda_process
 
 HELD_MIB = 4096

@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
+from gpumanager.errors import TruncatedAnswer
 from gpumanager.keys import ApiKey
-from gpumanager.upstream.exchange import TruncatedAnswer
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome

@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 
 from gpumanager.cli import main
+from gpumanager.gpu.simulated import SimulatedCard
 from gpumanager.keys import ApiKey
-from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, fake_server
 from tests.support.scene import BODIES

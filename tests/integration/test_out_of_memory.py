@@ -13,7 +13,7 @@ import pytest
 import requests
 import yaml
 
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.gpu.simulated import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import fake_server
 

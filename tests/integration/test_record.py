@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpumanager.clock import SystemClock
 from gpumanager.keys import ApiKey
-from gpumanager.web import metrics
+from gpumanager.telemetry import metrics
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.events import job
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer

@@ -12,10 +12,10 @@ import pytest
 import requests
 import yaml
 
-from gpumanager.admission import Admission
 from gpumanager.config import Config, load_config
 from gpumanager.config.live import LiveConfig, changes
-from gpumanager.registry import Registry
+from gpumanager.consumers.admission import Admission
+from gpumanager.consumers.registry import Registry
 from tests.integration.test_serving import free_port, serving
 from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker

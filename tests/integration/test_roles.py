@@ -53,7 +53,7 @@ def call(broker: LiveBroker, name: str, method: str, path: str) -> requests.Resp
 
 
 def tickets(broker: LiveBroker) -> list[int]:
-    return [entry.ticket for entry in broker.broker.scheduler.line()]
+    return [entry.ticket for entry in broker.broker.scheduler.queue()]
 
 
 OPERATIONS = [
@@ -179,7 +179,7 @@ def test_the_start_names_keys_without_a_role(
         "GPUMANAGER_API_KEYS", f"a {secret}a; b {secret}b role=client; c {secret}c max_queued=1"
     )
     monkeypatch.setattr(server, "set_defaults", lambda config: None)
-    monkeypatch.setattr("gpumanager.logs.configure", lambda settings: None)
+    monkeypatch.setattr("gpumanager.telemetry.logs.configure", lambda settings: None)
     monkeypatch.setattr("gpumanager.lifecycle.Lifecycle.install_signal_handlers", lambda *_: None)
     prepare(parse_config("{}")).stop()
     (said,) = [r for r in caplog.records if r.message == "keys without a role are admins"]

@@ -17,9 +17,9 @@ import pytest
 import requests
 import yaml
 
-from gpumanager.footprint import ENOUGH
-from gpumanager.reclaim import checkpoint
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.consumers.footprint import ENOUGH
+from gpumanager.gpu.simulated import SimulatedCard
+from gpumanager.host import checkpoint
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, command, fake_server
 from tests.support.sockets import free_port
@@ -734,7 +734,7 @@ def test_after_a_leak_nobody_goes_in_vain_and_the_refusal_names_it(card: Simulat
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's job waits for memory that is overdue."""
-    monkeypatch.setattr("gpumanager.scheduling.census.LATE_S", 0.0)
+    monkeypatch.setattr("gpumanager.residency.census.LATE_S", 0.0)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -23,7 +23,7 @@ import yaml
 
 from gpumanager.config import load_config
 from gpumanager.demo import studio
-from gpumanager.simulation.card import SimulatedCard
+from gpumanager.gpu.simulated import SimulatedCard
 from tests.support.fake_servers import Running, fake_server
 from tests.support.sockets import ScriptedConsumer, answer, free_port
 from tests.support.threads import eventually

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from gpumanager.cli import top
-from gpumanager.events import Pinned
+from gpumanager.telemetry.events import Pinned
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually

@@ -11,9 +11,9 @@ import yaml
 from gpumanager.clock import SystemClock
 from gpumanager.config import ConsumerConfig, parse_config
 from gpumanager.errors import BrokerError, Cancelled, ConsumerUnreachable
-from gpumanager.events import CancelFailed, Event, StillBusy
 from gpumanager.jobs import cancellation
 from gpumanager.jobs.cancellation import Cancellation
+from gpumanager.telemetry.events import CancelFailed, Event, StillBusy
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 

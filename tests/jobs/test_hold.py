@@ -11,18 +11,18 @@ import pytest
 import yaml
 
 import gpumanager
-from gpumanager.admission import Admission
-from gpumanager.breaker import Breakers
 from gpumanager.config import parse_config
+from gpumanager.consumers.admission import Admission
+from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ConsumerTimeout, ConsumerUnhealthy, ConsumerUnreachable
-from gpumanager.events import Event
 from gpumanager.jobs.hold import Hold, Means
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.learning import Learned
 from gpumanager.model import Job
-from gpumanager.registry import Registry
 from gpumanager.scheduling.factory import locked
+from gpumanager.telemetry.events import Event
 from gpumanager.web.security import Keyring
 from tests.jobs.test_cancellation import FakeCalls, FakeExchange
 from tests.support.clock import FakeClock

@@ -12,9 +12,9 @@ import yaml
 from gpumanager.clock import SystemClock
 from gpumanager.config import ConsumerConfig, Done, Lost, parse_config
 from gpumanager.errors import BrokerError, Cancelled, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.events import CancelFailed, Event, StillBusy
 from gpumanager.jobs import polling
 from gpumanager.jobs.polling import Completions, job_id
+from gpumanager.telemetry.events import CancelFailed, Event, StillBusy
 from tests.support.threads import PATIENCE_S
 
 DONE = {

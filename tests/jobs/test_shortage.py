@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from gpumanager.config import parse_config
-from gpumanager.footprint import Figure
+from gpumanager.consumers.footprint import Figure
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
 from gpumanager.jobs.shortage import Shortage, Shortages
-from gpumanager.learning import Learned
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
-from gpumanager.registry import Registry
 from tests.support.clock import FakeClock
 
 TOTAL = 12_000

@@ -16,7 +16,7 @@ from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
-from gpumanager.scheduling.line import LineTicket
+from gpumanager.scheduling.queue import QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
 from tests.support.threads import Outcome
@@ -121,7 +121,7 @@ def test_many_threads_leave_nothing_behind(make: Make) -> None:
         outcome.result()
     stats = scheduler.stats()
     assert (stats.queue_depth, stats.in_flight, stats.total_jobs) == (0, 0, 400)
-    assert scheduler.line() == ()
+    assert scheduler.queue() == ()
 
 
 @pytest.mark.parametrize("make", EVERY)
@@ -193,7 +193,7 @@ def test_the_line_shows_who_runs_and_for_what(make: Make) -> None:
     scheduler = build(make)
     ticket = scheduler.enqueue(job("whisper", client="10.0.0.7", request_id="abc"))
     ticket.wait()
-    (entry,) = scheduler.line()
+    (entry,) = scheduler.queue()
     assert (entry.ticket, entry.state) == (ticket.number, "running")
     assert (entry.job.consumer, entry.job.client) == ("whisper", "10.0.0.7")
     assert (entry.job.kind, entry.job.request_id) == ("tts", "abc")
@@ -271,7 +271,7 @@ def test_cancelling_while_stopped_frees_the_place(make: Make, place: int) -> Non
             ticket.close()
     stats = scheduler.stats()
     assert (stats.queue_depth, stats.in_flight, stats.total_jobs) == (0, 0, 3)
-    assert scheduler.line() == ()
+    assert scheduler.queue() == ()
 
 
 @pytest.mark.parametrize("make", EXCLUSIVE)
@@ -292,7 +292,7 @@ def test_a_grant_that_nobody_takes_is_given_on(make: Make) -> None:
     holder.close()  # grants to `absent`, whose thread is not there to take it
     absent.close()
     next_one.wait()
-    assert [entry.ticket for entry in scheduler.line()] == [next_one.number]
+    assert [entry.ticket for entry in scheduler.queue()] == [next_one.number]
 
 
 @pytest.mark.parametrize("make", EXCLUSIVE)
@@ -306,7 +306,7 @@ def test_a_full_line_refuses_the_next_and_keeps_the_rest(make: Make) -> None:
     assert scheduler.stats().queue_depth == 2
     tickets[0].close()
     scheduler.enqueue(job()).close()
-    assert [entry.ticket for entry in scheduler.line()] == [t.number for t in tickets[1:]]
+    assert [entry.ticket for entry in scheduler.queue()] == [t.number for t in tickets[1:]]
 
 
 @pytest.mark.parametrize("make", EXCLUSIVE)
@@ -545,7 +545,7 @@ def test_the_queue_tells_positions_and_when_each_turn_is_expected() -> None:
     for name in ("comfyui", "mvoice", "comfyui", "mvoice"):
         scheduler.enqueue(job(name))
     clock.advance(10)
-    line = scheduler.line()
+    line = scheduler.queue()
     assert [entry.position for entry in line] == [0, 1, 2, 3]
     # 20 s of the running job are left; then 2 s, then 30 s
     assert [entry.turn.wait_s for entry in line] == [0, 20, 22, 52]
@@ -721,7 +721,7 @@ def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
     stopped_by = [scheduler.enqueue(job()) for _ in range(1000)]
     woken = []
 
-    def count(ticket: LineTicket, n: int = 1) -> None:
+    def count(ticket: QueueTicket, n: int = 1) -> None:
         woken.append(ticket.number)
         threading.Condition.notify(ticket._turn, n)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gpumanager.learning import Learned, Times
+from gpumanager.consumers.learning import Learned, Times
 from gpumanager.model import Job, Turn
 from gpumanager.scheduling.estimate import (
     PLAYED,

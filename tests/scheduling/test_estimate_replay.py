@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumanager.learning import Learned, StateFile
+from gpumanager.consumers.learning import Learned, StateFile
 from tests.support.replay import SERVERS, Replay, median_error
 
 LONGEST_MEDIAN = 0.25

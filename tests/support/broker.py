@@ -16,8 +16,8 @@ from waitress.wasyncore import close_all
 
 from gpumanager.app import Broker
 from gpumanager.config import parse_config
+from gpumanager.gpu.device import Card
 from gpumanager.keys import ApiKey
-from gpumanager.monitoring.memory import Card
 from gpumanager.web import server
 from tests.support.sockets import RawClient
 from tests.support.threads import PATIENCE_S, eventually
@@ -57,7 +57,7 @@ class LiveBroker:
 
     def await_line(self, count: int) -> None:
         """Return once `count` requests run or wait."""
-        eventually(lambda: len(self.broker.scheduler.line()) == count)
+        eventually(lambda: len(self.broker.scheduler.queue()) == count)
 
     def await_idle(self, timeout: float = PATIENCE_S) -> None:
         """Return once nobody waits and nothing runs."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from gpumanager.events import Event, Evicted, JobEnded, Refused
-from gpumanager.monitoring.eventlog import Recorded
+from gpumanager.telemetry.eventlog import Recorded
+from gpumanager.telemetry.events import Event, Evicted, JobEnded, Refused
 
 AT = datetime(2026, 11, 23, 12, tzinfo=UTC)
 WHO: dict[str, Any] = {"client": "127.0.0.1", "address": "127.0.0.1", "request_id": "r"}

@@ -24,14 +24,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
-from gpumanager.simulation.card import OutOfMemory, SimulatedCard
+from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1024 * 1024
 
 RUNNER = """
 import sys
-from gpumanager.simulation.card import OutOfMemory, SimulatedCard
+from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 try:
     SimulatedCard(sys.argv[1]).allocate(sys.argv[2], int(sys.argv[3]))
 except OutOfMemory as error:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from gpumanager.config import EvictionMethod, parse_config
-from gpumanager.learning import Learned
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
 from gpumanager.model import (
     GpuProcess,
     GpuState,
@@ -25,11 +26,10 @@ from gpumanager.model import (
     ProbeReport,
     StoppedBy,
 )
-from gpumanager.registry import Registry
+from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Ticket
-from gpumanager.scheduling.room import RoomMaker
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
 
@@ -205,7 +205,7 @@ class Replay:
             weights = [server.weight for server in self.servers.values()]
             (name,) = self.chance.choices(list(self.servers), weights)
             ticket = self.queue.enqueue(Job(name, "tts"))
-            (entry,) = (each for each in self.queue.line() if each.ticket == ticket.number)
+            (entry,) = (each for each in self.queue.queue() if each.ticket == ticket.number)
             came = self.clock.monotonic()
             self._tickets.append((ticket, client, entry.turn.wait_s, came))
 

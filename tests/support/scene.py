@@ -13,10 +13,10 @@ from typing import Any
 import requests
 import yaml
 
+from gpumanager.gpu.device import SimulatedMemory
+from gpumanager.gpu.simulated import SimulatedCard
 from gpumanager.keys import ApiKey
 from gpumanager.model import MemoryReading
-from gpumanager.monitoring.memory import SimulatedMemory
-from gpumanager.simulation.card import SimulatedCard
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, fake_server
 
@@ -93,7 +93,7 @@ class Scene:
         """Send so many, one after the other into the queue."""
         sent = []
         for _ in range(count):
-            before = len(self.broker.broker.scheduler.line())
+            before = len(self.broker.broker.scheduler.queue())
             sent.append(self.job(kind))
             self.broker.await_line(before + 1)
         return sent

@@ -17,7 +17,7 @@ from gpumanager.config import Lost, parse_config
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.calls import ControlCalls
-from gpumanager.watcher import Watcher
+from gpumanager.upstream.watcher import Watcher
 
 URL = "http://127.0.0.1:8766"
 

@@ -18,8 +18,8 @@ from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.transport import OneShotAdapter
+from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import PIECE_BYTES, Wire
-from gpumanager.watcher import Watcher
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
 from tests.support.threads import PATIENCE_S, eventually
 

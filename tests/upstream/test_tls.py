@@ -17,8 +17,8 @@ from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.transport import OneShotAdapter
+from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import connect, trust
-from gpumanager.watcher import Watcher
 from tests.support.broker import config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome

@@ -25,7 +25,7 @@ RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 class NoCard:
     def read(self) -> Any:
-        from gpumanager.monitoring.memory import GpuUnavailable
+        from gpumanager.gpu.device import GpuUnavailable
 
         raise GpuUnavailable("NVML: Driver Not Loaded")
 

@@ -1,0 +1,127 @@
+"""A circuit breaker per consumer: after repeated failures of real calls it refuses fast, with a
+growing pause, then lets a single trial through."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gpumanager.clock import Clock
+from gpumanager.telemetry.events import BreakerClosed, BreakerOpen, Emit
+
+FAILURES_TO_OPEN = 3
+"""Failures in a row. A consumer's own answer, whatever its status, is no failure."""
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+
+State = Literal["closed", "open", "trial"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Circuit:
+    failures: int = 0
+    pause_s: float = 0.0
+    retry_at: float = 0.0
+    trial: bool = False
+    opened_at: float | None = None
+    reason: str = ""
+
+    @property
+    def tripped(self) -> bool:
+        return self.failures >= FAILURES_TO_OPEN
+
+
+_CLOSED = _Circuit()
+
+
+class Breakers:
+    """The breakers of all consumers, by name. Safe from any thread."""
+
+    def __init__(self, clock: Clock, emit: Emit) -> None:
+        self._clock = clock
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._circuits: dict[str, _Circuit] = {}
+
+    def state(self, name: str) -> State:
+        """`closed`: calls go through; `open`: they are refused; `trial`: one is on its way."""
+        circuit = self._circuits.get(name, _CLOSED)
+        if circuit.trial:
+            return "trial"
+        return "open" if circuit.tripped else "closed"
+
+    def opened_at(self, name: str) -> float | None:
+        """When it last opened (monotonic seconds); None while it is closed."""
+        return self._circuits.get(name, _CLOSED).opened_at
+
+    def reason(self, name: str) -> str:
+        """What the latest failure was, while it is open; else empty."""
+        circuit = self._circuits.get(name, _CLOSED)
+        return circuit.reason if circuit.tripped else ""
+
+    def forget(self, name: str) -> None:
+        """The consumer is another one now."""
+        with self._lock:
+            self._circuits.pop(name, None)
+
+    def refusal(self, name: str) -> float | None:
+        """Seconds after which to try again, if a call would be refused now; None if not."""
+        with self._lock:
+            return self._refusal_locked(self._circuits.get(name, _CLOSED))
+
+    def begin(self, name: str) -> float | None:
+        """As `refusal`, but a call that is let through counts: the first after a pause is the
+        trial, and until it has ended all others are refused."""
+        with self._lock:
+            circuit = self._circuits.get(name, _CLOSED)
+            refused = self._refusal_locked(circuit)
+            if refused is None and circuit.tripped:
+                self._circuits[name] = replace(circuit, trial=True)
+            return refused
+
+    def succeeded(self, name: str) -> None:
+        """The consumer answered."""
+        with self._lock:
+            was = self._circuits.pop(name, _CLOSED)
+        if was.tripped:
+            self._emit(BreakerClosed(consumer=name))
+
+    def failed(self, name: str, reason: str = "") -> None:
+        """It could not be reached, took too long, broke off, or did not load."""
+        with self._lock:
+            was = self._circuits.get(name, _CLOSED)
+            failures = was.failures + 1
+            pause = 0.0
+            if failures >= FAILURES_TO_OPEN:
+                pause = min(LONGEST_PAUSE_S, was.pause_s * 2 or FIRST_PAUSE_S)
+            now = self._clock.monotonic()
+            opened = was.opened_at if was.tripped else now if pause else None
+            self._circuits[name] = _Circuit(
+                failures, pause, now + pause, opened_at=opened, reason=reason
+            )
+        if pause:
+            self._emit(
+                BreakerOpen(
+                    consumer=name,
+                    failures=failures,
+                    pause_ms=round(pause * 1000),
+                    reason=reason or None,
+                )
+            )
+
+    def abandoned(self, name: str) -> None:
+        """The call ended without saying anything of the consumer, as when the client left."""
+        with self._lock:
+            circuit = self._circuits.get(name)
+            if circuit is not None:
+                self._circuits[name] = replace(circuit, trial=False)
+
+    def _refusal_locked(self, circuit: _Circuit) -> float | None:
+        if not circuit.tripped:
+            return None
+        remaining = circuit.retry_at - self._clock.monotonic()
+        if remaining > 0:
+            return remaining
+        return FIRST_PAUSE_S if circuit.trial else None

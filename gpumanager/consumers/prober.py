@@ -1,0 +1,86 @@
+"""Asks one consumer how it is. Each consumer has a prober and a thread of its own, so that a
+slow one delays nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from gpumanager.consumers.registry import Registry
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
+from gpumanager.telemetry.events import CameBack, Emit, Healthy, OnCpu, Unhealthy
+
+
+class Probes(Protocol):
+    """The calls a prober makes. They raise BrokerError on failure."""
+
+    def probe(self, name: str) -> ProbeReport:
+        """Ask health, and residency where the consumer can tell."""
+
+
+class Prober:
+    """`probe` is the body of a periodic worker; `interval` in seconds. `returned` says whether a
+    consumer that was stopped by a checkpoint is back by somebody else's doing."""
+
+    def __init__(
+        self,
+        name: str,
+        probes: Probes,
+        registry: Registry,
+        returned: Callable[[str, StoppedBy], Literal["resumed", "replaced"] | None],
+        emit: Emit,
+        *,
+        interval: float,
+    ) -> None:
+        self._name = name
+        self._probes = probes
+        self._registry = registry
+        self._returned = returned
+        self._emit = emit
+        self._interval = interval
+        self._gone = False
+
+    def probe(self) -> float:
+        """Probe once; returns the seconds until the next."""
+        before = self._registry.get(self._name)
+        try:
+            report = self._probes.probe(self._name)
+        except BrokerError as error:
+            self._failed(error, was_busy=_is_busy(before))
+        else:
+            self._look_at_a_checkpoint(before)
+            if self._gone:
+                self._gone = False
+                self._registry.process_returned(self._name, seen_version=before.residency_version)
+            changed = self._registry.probe_succeeded(
+                self._name, report, seen_version=before.residency_version
+            )
+            if changed:
+                self._emit(Healthy(consumer=self._name))
+            if report.on_cpu and report.on_cpu != before.on_cpu:
+                models = ", ".join(report.on_cpu)
+                self._emit(OnCpu(consumer=self._name, models=models))
+        return self._interval
+
+    def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
+        stopped_by = before.stopped_by
+        if stopped_by is None or stopped_by.method != "checkpoint" or before.busy:
+            return
+        if (how := self._returned(self._name, stopped_by)) is not None:
+            version = before.residency_version
+            self._registry.mark_started(self._name, resumed=how == "resumed", seen_version=version)
+            self._emit(CameBack(consumer=self._name, how=how))
+
+    def _failed(self, error: BrokerError, *, was_busy: bool) -> None:
+        busy = was_busy or _is_busy(self._registry.get(self._name))
+        if busy and isinstance(error, ConsumerTimeout):
+            return  # a server that works on a job may well be slow to answer: that proves nothing
+        gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
+        self._gone = self._gone or gone
+        if self._registry.probe_failed(self._name, error.message, process_gone=gone):
+            self._emit(Unhealthy(consumer=self._name, reason=error.message))
+
+
+def _is_busy(state: ConsumerState) -> bool:
+    return state.active > 0 or state.busy > 0

@@ -1,0 +1,151 @@
+"""Which consumer holds which memory of the card: listening port → process → its descendants, or
+its service's cgroup, or its container. What no consumer holds is foreign."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from gpumanager.clock import Clock
+from gpumanager.gpu.containers import Contained, ContainedConsumers, Place
+from gpumanager.host.processes import ConsumerProcesses, ProcessTable
+from gpumanager.model import GpuProcess, Holdings, MemoryReading
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 10.0
+"""After this, who listens where is looked up again, even if the processes on the card are the
+same. Before that only a new process that is nobody's has it looked up."""
+
+UNSEEN_MIB = 700
+"""More than a driver takes for itself: if so much is in use and no process shows, the processes
+are hidden, as in a container without the host's."""
+
+_SERVICE = re.compile(
+    r"(?!user@)[^/]+\.service|(docker|libpod|crio|cri-containerd)-[0-9a-f]{12,}\.scope"
+    r"|[0-9a-f]{64}"
+)
+"""The last part of a cgroup that is one service's, or one container's, own."""
+
+
+class Attributor:
+    """Draws up the holdings behind each reading. For one thread at a time."""
+
+    def __init__(
+        self,
+        consumers: ConsumerProcesses,
+        contained: ContainedConsumers,
+        table: ProcessTable,
+        clock: Clock,
+    ) -> None:
+        self._consumers = consumers
+        self._contained = contained
+        self._table = table
+        self._clock = clock
+        self._looked_at: float | None = None
+        self._owners: dict[int, frozenset[str]] = {}
+        self._names: dict[int, str] = {}
+        self._main: dict[str, tuple[int, ...]] = {}
+        self._found = Contained()
+        self._here: dict[str, Place] = {}
+
+    def attribute(self, reading: MemoryReading) -> Holdings:
+        """Never raises: what cannot be found out is said in `reason`."""
+        if reading.processes is None:
+            return Holdings(reason="the driver gives no figures per process (WSL2, WDDM, MIG)")
+        pids = frozenset(process.pid for process in reading.processes)
+        if not pids and reading.used_mib > UNSEEN_MIB:
+            return Holdings(reason=f"{reading.used_mib} MiB are in use, but no process shows")
+        try:
+            self._look(pids)
+            elsewhere = self._elsewhere(pids)
+        except Exception as error:
+            log.exception("attribution failed")
+            return Holdings(reason=f"the processes cannot be looked up: {error}")
+        if elsewhere:
+            return Holdings(reason="the card's processes are outside this PID namespace")
+        return self._drawn_up(reading.processes)
+
+    def _elsewhere(self, pids: frozenset[int]) -> bool:
+        """Whether the driver's numbers are those of another PID namespace: then a number that
+        happens to be somebody's here, too, means nothing either."""
+        unknown = [pid for pid in pids if not self._names[pid]]
+        if self._table.sees_all():
+            return bool(unknown) and len(unknown) == len(pids)  # some may just have ended
+        return bool(unknown)
+
+    def _drawn_up(self, processes: tuple[GpuProcess, ...]) -> Holdings:
+        here = [
+            name
+            for name, place in self._found.places.items()
+            if place.certain or self._here.get(name) == place
+        ]
+        held = dict.fromkeys([*self._main, *here], 0)
+        pids: dict[str, tuple[int, ...]] = {}
+        foreign, shared = [], set[str]()
+        for process in processes:
+            owners = self._owners[process.pid]
+            if not owners:
+                foreign.append(GpuProcess(process.pid, process.mib, self._names[process.pid]))
+            elif len(owners) > 1:
+                shared |= owners
+            else:
+                (owner,) = owners
+                held[owner] = held.get(owner, 0) + process.mib
+                pids[owner] = (*pids.get(owner, ()), process.pid)
+        for name in shared:  # what of it is whose cannot be told, nor that it is nothing
+            held.pop(name, None)
+            pids.pop(name, None)
+        foreign.sort(key=lambda process: (-process.mib, process.pid))
+        return Holdings(held, pids, tuple(foreign))
+
+    def _look(self, pids: frozenset[int]) -> None:
+        """Know every process, with as few costly look-ups as can be: who listens where is known
+        already for a process that descends from one that is known to."""
+        now = self._clock.monotonic()
+        if self._looked_at is None or now - self._looked_at >= REFRESH_S:
+            self._look_up(pids, now)
+            return
+        for pid in pids - self._owners.keys():
+            self._names[pid] = self._table.name(pid)
+            self._owners[pid] = self._owner(pid)
+            if not self._owners[pid]:
+                self._look_up(pids, now)  # perhaps it serves in the place of one that ended
+                return
+
+    def _look_up(self, pids: frozenset[int], now: float) -> None:
+        listening = self._consumers.find()
+        self._found = self._contained.find(listening.keys())
+        self._main = {**listening, **self._found.main}
+        self._owners = {pid: self._owner(pid) for pid in pids}
+        self._names = {pid: self._table.name(pid) for pid in pids}
+        self._looked_at = now
+
+    def _owner(self, pid: int) -> frozenset[str]:
+        """The consumers whose main process is nearest among `pid` and its ancestors; else the
+        one that alone shares its service's cgroup, or that listens in its network namespace.
+        More than one where several share a process; none if it is nobody's."""
+        for each in self._table.ancestry(pid):
+            names = [name for name, main in self._main.items() if each in main]
+            if names:
+                return frozenset(names)
+        return self._by_cgroup(pid) or self._by_network(pid)
+
+    def _by_cgroup(self, pid: int) -> frozenset[str]:
+        cgroup = self._table.cgroup(pid)
+        if not _SERVICE.fullmatch(cgroup.rpartition("/")[2]):
+            return frozenset()
+        sharing = [
+            name
+            for name, main in self._main.items()
+            if any(self._table.cgroup(each) == cgroup for each in main)
+        ]
+        return frozenset(sharing if len(sharing) == 1 else ())
+
+    def _by_network(self, pid: int) -> frozenset[str]:
+        if not self._found.places:
+            return frozenset()
+        network = self._table.network(pid)
+        found = {name: place for name, place in self._found.places.items() if place.is_in(network)}
+        self._here.update(found)
+        return frozenset(found)

@@ -1,0 +1,105 @@
+"""Samples the card's memory into the registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpumanager.clock import Clock
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
+from gpumanager.gpu.device import GpuMemory, GpuUnavailable
+from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, MemoryReading
+from gpumanager.telemetry import events
+
+BUSY_INTERVAL_S = 0.5
+"""While a job runs its consumer's peak is looked for, so samples are taken at least so often."""
+
+
+class Sampler:
+    """`sample` is the body of a periodic worker; `interval` in seconds. `look` is for those who
+    have to know now, from any thread."""
+
+    def __init__(
+        self,
+        memory: GpuMemory,
+        registry: Registry,
+        learned: Learned,
+        clock: Clock,
+        emit: events.Emit,
+        *,
+        interval: float,
+    ) -> None:
+        self._memory = memory
+        self._registry = registry
+        self._learned = learned
+        self._clock = clock
+        self._emit = emit
+        self._interval = interval
+
+    def look(self) -> MemoryReading | None:
+        """Take one sample now; None where the card cannot be measured."""
+        before, asked_at = self._registry.gpu, self._clock.monotonic()
+        try:
+            reading = self._memory.read()
+        except GpuUnavailable as error:
+            # The last good reading is put aside: nobody may take it for the present.
+            last = before.last if before.reading is None else before.reading
+            after = replace(before, reading=None, err=str(error), last=last)
+        else:
+            # What it shows was so then, or later: a reading from before an eviction must not look
+            # younger than it.
+            after = GpuState(reading, asked_at, reading.fault or "")
+        self._learn(after.reading)
+        self._registry.set_gpu(after)
+        if after.err != before.err:
+            lost = events.GpuUnavailable(reason=after.err) if after.err else None
+            self._emit(lost or events.GpuAvailable())
+        return after.reading
+
+    def sample(self) -> float:
+        """Take one sample; returns the seconds until the next."""
+        self.look()
+        if any(state.active for state in self._registry.snapshot().values()):
+            return min(self._interval, BUSY_INTERVAL_S)
+        return self._interval
+
+    def _learn(self, reading: MemoryReading | None) -> None:
+        """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
+        an upper bound of what they keep; and one that did not release its memory in time, but
+        most of it since, may be asked again."""
+        for name, state in self._registry.snapshot().items():
+            mib = None if reading is None else reading.measured_mib(name)
+            if state.on_cpu:
+                self._learned.spilled(name)
+            else:
+                self._learn_held(name, state, reading)
+            if mib is None:
+                continue
+            if state.assumed is not None and mib > CONTEXT_MIB:
+                self._registry.confirm(name)
+            if (
+                not state.loaded
+                and not state.active
+                and not state.busy
+                and state.stopped_by is None
+            ):
+                self._learned.kept(name, mib, self._clock.monotonic())
+            if state.quarantine and mib <= state.quarantine_mib:
+                self._registry.release(name)
+
+    def _learn_held(self, name: str, state: ConsumerState, reading: MemoryReading | None) -> None:
+        if not state.loaded:
+            return
+        mib, working = None if reading is None else reading.measured_mib(name), state.active > 0
+        if mib is None:
+            if state.resident_mib and not state.report_outdated and not working:
+                self._learned.held(name, state.resident_mib, "reported", working=False)
+        elif mib or (working and not _hides_a_model(reading)):
+            # At work and holding nothing here: it is on another card, or on the CPU.
+            self._learned.held(name, mib, working=working)
+
+
+def _hides_a_model(reading: MemoryReading | None) -> bool:
+    """Whether a process that is nobody's holds enough to be one of a consumer that shows none."""
+    foreign = () if reading is None or reading.holdings is None else reading.holdings.foreign
+    return any(process.mib > CONTEXT_MIB for process in foreign)

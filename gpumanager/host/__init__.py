@@ -1,0 +1,1 @@
+"""What the broker asks of the machine: processes, units, containers, signals."""

@@ -1,1 +1,0 @@
-"""Looking at the card and the consumers from the side, without touching a job."""

@@ -1,0 +1,131 @@
+"""What the broker does in quiet times: unload who has been idle for long, and load again who is to
+be resident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpumanager.clock import Clock
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.consumers.registry import Registry
+from gpumanager.errors import BrokerError, NoConsumer
+from gpumanager.model import ConsumerState, Job
+from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
+from gpumanager.telemetry.events import Emit, HousekeepingFailed
+
+INTERVAL_S = 1.0
+PATIENCE_S = 1.0
+"""Longest wait in line: if a job came first after all, it is quiet no longer."""
+
+
+class Housekeeper:
+    """`tidy` is the body of a periodic worker. Whatever it does, it waits in line for."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        scheduler: Scheduler,
+        moves: Moves,
+        clock: Clock,
+        emit: Emit,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._scheduler = scheduler
+        self._moves = moves
+        self._clock = clock
+        self._emit = emit
+        self._started = clock.monotonic()
+        self._seen_idle: dict[str, float] = {}
+        self._restored_after: dict[str, float] = {}
+
+    @property
+    def needed(self) -> bool:
+        """Whether the config asks for anything of it."""
+        return bool(self._config.default_resident) or any(
+            consumer.idle_unload is not None for consumer in self._config.consumers.values()
+        )
+
+    def tidy(self) -> float:
+        """Do the one thing that is due, if nobody is in line; returns the seconds until the next
+        look."""
+        if not self._scheduler.queue():
+            for name, consumer in self._config.consumers.items():
+                if self._is_idle(name, consumer):
+                    self._unload(name, consumer)
+                    return INTERVAL_S
+            for name in self._config.default_resident:
+                if self._is_missed(name):
+                    self._restore(name)
+                    return INTERVAL_S
+        return INTERVAL_S
+
+    def _is_idle(self, name: str, consumer: ConsumerConfig) -> bool:
+        """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
+        yet, for longer than it was seen loaded."""
+        limit, state = consumer.idle_unload, self._registry.get(name)
+        if state.is_pinned(consumer.pinned):
+            limit = None
+        if limit is None or not _is_at_rest(state) or not state.loaded or state.quarantine:
+            self._seen_idle.pop(name, None)
+            return False
+        now = self._clock.monotonic()
+        since = self._seen_idle.setdefault(name, now)
+        return now - max(since, state.last_used or since) >= limit
+
+    def _is_missed(self, name: str) -> bool:
+        """Not loaded, and nobody had a job for longer than `restore_after`. Tried once in each
+        quiet time, and never at the cost of another one that is to be resident."""
+        quiet_since = self._quiet_since()
+        state = self._registry.get(name)
+        if (
+            state.loaded
+            or not _is_at_rest(state)
+            or state.healthy is False
+            or self._restored_after.get(name) == quiet_since
+            or self._clock.monotonic() - quiet_since < self._config.restore_after
+        ):
+            return False
+        try:
+            with self._registry.using(name):
+                victims = {victim.name for victim in self._moves.preview(name).victims}
+        except NoConsumer:  # a reload has just removed it
+            return False
+        return victims.isdisjoint(self._config.default_resident)
+
+    def _quiet_since(self) -> float:
+        used = [state.last_used for state in self._registry.snapshot().values()]
+        return max((each for each in used if each is not None), default=self._started)
+
+    def _unload(self, name: str, consumer: ConsumerConfig) -> None:
+        def unless_used(ticket: Ticket) -> None:
+            if self._is_idle(name, consumer):  # a job may have come first after all
+                self._moves.unload(name, ticket, patient=False)
+
+        self._in_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False), unless_used)
+        self._seen_idle.pop(name, None)
+
+    def _restore(self, name: str) -> None:
+        self._restored_after[name] = self._quiet_since()
+        job = Job(name, "restore", max_wait=PATIENCE_S, runs=False)
+        self._in_turn(job, lambda ticket: self._moves.load(name, ticket))
+
+    def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:
+        """Wait in line, and act; what goes wrong is only told of."""
+        try:
+            with self._registry.using(job.consumer):
+                ticket = self._scheduler.enqueue(job)
+                try:
+                    ticket.wait()
+                    act(ticket)
+                finally:
+                    ticket.close()
+        except BrokerError as error:
+            self._emit(
+                HousekeepingFailed(consumer=job.consumer, kind=job.kind, reason=error.message)
+            )
+
+
+def _is_at_rest(state: ConsumerState) -> bool:
+    return not state.active and not state.busy

@@ -1,1 +1,0 @@
-"""A card that exists only in a file, for the demo, for tests and for machines without a GPU."""

@@ -1,0 +1,1 @@
+"""What happened, declared as events; metrics, traces and logs are made from them."""

@@ -1,0 +1,182 @@
+"""What a consumer is taken to need, from what is declared and what its jobs were seen to hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gpumanager.consumers.footprint import (
+    ENOUGH,
+    KEPT_S,
+    LONGEST_PATIENCE,
+    PATIENCE,
+    RAISED_FOR_S,
+    REMEMBERED,
+    Figure,
+    Footprint,
+)
+from gpumanager.model import Declared
+
+
+def after(*jobs: int, footprint: Footprint | None = None) -> Footprint:
+    """Jobs that were seen to hold so much, one a second from 1 on."""
+    footprint = footprint or Footprint()
+    for at, mib in enumerate(jobs, 1):
+        footprint.saw(mib, "measured", at)
+        footprint.job_done(at)
+    return footprint
+
+
+def test_a_declaration_is_all_there_is_at_first() -> None:
+    assert Footprint().needed(Declared(6000), 0) == Figure(6000, "declared")
+    assert Footprint().peak is None
+
+
+def test_a_higher_peak_counts_from_the_moment_it_is_seen() -> None:
+    footprint = Footprint()
+    assert footprint.saw(3000, "measured", 1)
+    assert not footprint.saw(2900, "measured", 2)
+    assert footprint.needed(Declared(2800), 3) == Figure(3000, "measured", 1)
+    assert footprint.needed(Declared(0), 3) == Figure(3000, "measured", 1)
+    assert footprint.needed(Declared(4000), 3) == Figure(4000, "declared")
+
+
+@pytest.mark.parametrize("really", [2000, 0])
+def test_a_declaration_that_is_too_high_counts_only_until_enough_is_known(really: int) -> None:
+    """0: it runs on another card, or on the CPU."""
+    footprint = after(*[really] * (ENOUGH - 1))
+    assert footprint.needed(Declared(6000), 9).source == "declared"
+    after(really, footprint=footprint)
+    assert footprint.needed(Declared(6000), 9) == Figure(really, "measured", 1)
+
+
+def test_one_large_job_is_forgotten_after_ten() -> None:
+    footprint = after(9000, *[3000] * 8)
+    assert footprint.needed(Declared(0), 9).mib == 9000
+    after(3000, footprint=footprint)
+    assert footprint.needed(Declared(0), 9).mib == 3000
+    assert footprint.peak == Figure(9000, "measured", 1)
+    after(*[3000] * REMEMBERED, footprint=footprint)
+    assert footprint.peak is not None
+    assert footprint.peak.mib == 3000
+
+
+def test_one_job_in_five_that_is_large_is_never_forgotten() -> None:
+    footprint = Footprint()
+    for _ in range(20):
+        after(9000, 3000, 3000, 3000, 3000, footprint=footprint)
+        assert footprint.needed(Declared(0), 9).mib == 9000
+
+
+def test_what_an_out_of_memory_raised_counts_until_enough_jobs_went_well() -> None:
+    footprint = after(*[3000] * ENOUGH)
+    footprint.raise_to(7000, 10)
+    assert footprint.needed(Declared(3000), 11) == Figure(7000, "out-of-memory", 10)
+    after(*[3000] * (PATIENCE - 1), footprint=footprint)
+    assert footprint.needed(Declared(3000), 11).mib == 7000
+    after(3000, footprint=footprint)
+    assert footprint.needed(Declared(3000), 11) == Figure(3000, "measured", 1)
+    assert footprint.raised(11) is None
+
+
+def test_it_is_kept_for_longer_each_time_that_forgetting_it_was_too_soon() -> None:
+    footprint = Footprint()
+    patience = PATIENCE
+    for _ in range(8):
+        footprint.raise_to(7000, 1)
+        footprint.raise_to(6000, 2)  # before it is forgotten: no other occasion, nor less
+        raised = footprint.raised(3)
+        assert raised is not None
+        assert (raised.mib, raised.patience) == (7000, patience)
+        for _ in range(patience):
+            footprint.job_done(4)
+        assert footprint.raised(5) is None
+        patience = min(LONGEST_PATIENCE, 2 * patience)
+
+
+def test_it_does_not_outlive_a_week_without_a_job() -> None:
+    footprint = Footprint()
+    footprint.raise_to(7000, 100)
+    assert footprint.needed(Declared(3000), 99 + RAISED_FOR_S).mib == 7000
+    assert footprint.needed(Declared(3000), 101 + RAISED_FOR_S).mib == 3000
+
+
+def test_room_is_never_made_for_more_than_is_declared_as_the_most() -> None:
+    footprint = after(*[22_000] * 9)
+    footprint.raise_to(23_000, 10)
+    assert footprint.needed(Declared(4000, 6000), 11) == Figure(6000, "declared")
+    assert footprint.needed(Declared(4000), 11).mib == 23_000
+
+
+def test_what_an_elastic_one_holds_counts_not_at_all_but_an_out_of_memory_does() -> None:
+    footprint = after(*[22_000] * 9)
+    elastic = Declared(4000, elastic=True)
+    assert footprint.needed(elastic, 11) == Figure(4000, "declared")
+    footprint.raise_to(7000, 10)
+    assert footprint.needed(elastic, 11) == Figure(7000, "out-of-memory", 10)
+    capped = Declared(4000, 6000, elastic=True)
+    assert footprint.needed(capped, 11) == Figure(6000, "declared")
+
+
+def test_a_report_counts_where_it_is_more_and_nobody_measured() -> None:
+    footprint = Footprint()
+    for _ in range(ENOUGH):
+        footprint.saw(5000, "reported", 1)
+        footprint.job_done(2)
+    assert footprint.needed(Declared(4000), 3) == Figure(5000, "reported", 1)
+    assert footprint.needed(Declared(6000), 3).source == "declared"
+    after(4500, footprint=footprint)
+    assert footprint.needed(Declared(4000), 3).source == "measured"
+
+
+def test_what_it_holds_at_rest_is_of_the_job_before() -> None:
+    footprint = Footprint()
+    footprint.saw(2000, "measured", 1, working=False)  # loaded, but no job yet
+    footprint.saw(2500, "measured", 2)
+    footprint.job_done(3)
+    assert footprint.peak == Figure(2500, "measured", 2)
+    footprint.saw(3000, "measured", 4, working=False)
+    footprint.saw(2900, "measured", 5, working=False)
+    assert (footprint.peak, footprint.measured_jobs) == (Figure(3000, "measured", 4), 1)
+    footprint.job_done(6)  # too short for anybody to look
+    assert footprint.measured_jobs == 1
+    footprint.saw(3100, "measured", 7, working=False)
+    footprint.unloaded()
+    assert (footprint.peak, footprint.measured_jobs) == (Figure(3100, "measured", 7), 2)
+    footprint.saw(9000, "measured", 8, working=False)  # somebody else had it load
+    footprint.unloaded()
+    assert footprint.peak == Figure(3100, "measured", 7)
+
+
+def test_what_a_failed_job_held_says_nothing() -> None:
+    footprint = Footprint()
+    footprint.saw(9000, "measured", 1)
+    footprint.discard()
+    footprint.job_done(2)
+    assert footprint.needed(Declared(3000), 3).mib == 3000
+
+
+def test_what_went_to_the_cpu_is_no_measure_of_what_is_needed() -> None:
+    footprint = after(*[6000] * ENOUGH)
+    footprint.unloaded()
+    after(*[2000] * 45, footprint=footprint)
+    assert footprint.needed(Declared(6000), 9).mib == 2000
+    footprint.spilled()
+    assert footprint.needed(Declared(6000), 9).mib == 6000
+    footprint.spilled()  # the rest is from before
+    assert footprint.measured_jobs == ENOUGH
+
+
+def test_all_of_it_outlives_a_restart() -> None:
+    footprint = after(3000, 4000)
+    footprint.saw(4500, "reported", 3)
+    footprint.raise_to(7000, 4)
+    footprint.job_done(5)
+    footprint.saw(4100, "measured", 6)
+    data = json.loads(json.dumps(footprint.as_data()))
+    again = Footprint.from_data(data, 7)
+    assert again.as_data() == footprint.as_data()
+    assert again.raised(7) == footprint.raised(7)
+    assert again.needed(Declared(0), 7) == footprint.needed(Declared(0), 7)
+    assert Footprint.from_data(data, KEPT_S + 10).peak is None

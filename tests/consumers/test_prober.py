@@ -1,0 +1,206 @@
+"""What a probe's outcome says of a consumer, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gpumanager.consumers.prober import Prober
+from gpumanager.consumers.registry import Registry
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.gpu.accounting import held
+from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
+from gpumanager.telemetry.events import CameBack, Event
+from tests.support.clock import FakeClock
+from tests.support.events import ignore
+
+TIMEOUT = ConsumerTimeout("mvoice: no answer within 3 s")
+REFUSED = ConsumerUnreachable("mvoice refused the connection", nothing_listens=True)
+BROKEN = ConsumerUnreachable("mvoice answered 500 to GET /health")
+
+
+def held_mib(state: ConsumerState, declared: int) -> int:
+    return held("mvoice", state, declared, None).mib
+
+
+class ScriptedProbes:
+    def __init__(self) -> None:
+        self.answer: ProbeReport | BrokerError = ProbeReport()
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def probe(self, name: str) -> ProbeReport:
+        assert name == "mvoice"
+        self.meanwhile()
+        if isinstance(self.answer, BrokerError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def probes() -> ScriptedProbes:
+    return ScriptedProbes()
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry({"mvoice": True}, FakeClock())
+
+
+@pytest.fixture
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def prober(probes: ScriptedProbes, registry: Registry, told: list[Event]) -> Prober:
+    return Prober(
+        "mvoice", probes, registry, lambda name, stopped_by: None, told.append, interval=5.0
+    )
+
+
+def test_a_good_answer_makes_it_healthy(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    probes.answer = ProbeReport(loaded=True, resident_mib=2800)
+    assert prober.probe() == 5.0
+    assert registry.get("mvoice").healthy is True
+    assert registry.get("mvoice").resident_mib == 2800
+
+
+@pytest.mark.parametrize("error", [TIMEOUT, REFUSED, BROKEN])
+def test_a_failure_makes_it_unhealthy(
+    prober: Prober, probes: ScriptedProbes, registry: Registry, error: BrokerError
+) -> None:
+    probes.answer = error
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
+    assert registry.get("mvoice").last_error == error.message
+
+
+def test_a_time_out_while_its_job_runs_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    registry.job_started("mvoice")
+    probes.answer = TIMEOUT
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+def test_a_time_out_of_a_probe_that_a_job_overtook_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    probes.answer = TIMEOUT
+    probes.meanwhile = lambda: registry.job_started("mvoice")
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+def test_a_time_out_of_a_probe_that_began_during_a_job_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    registry.job_started("mvoice")
+    probes.answer = TIMEOUT
+    probes.meanwhile = lambda: registry.job_finished("mvoice")
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+
+
+@pytest.mark.parametrize("error", [REFUSED, BROKEN])
+def test_any_other_failure_counts_while_a_job_runs(
+    prober: Prober, probes: ScriptedProbes, registry: Registry, error: BrokerError
+) -> None:
+    registry.job_started("mvoice")
+    probes.answer = error
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
+
+
+def test_one_that_went_and_came_back_is_a_fresh_process(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    probes.answer = ProbeReport(loaded=True, resident_mib=2800)
+    prober.probe()
+    probes.answer = REFUSED
+    prober.probe()
+    assert held_mib(registry.get("mvoice"), 2800) == 0
+    probes.answer = ProbeReport()
+    prober.probe()
+    assert registry.get("mvoice").healthy is True
+    assert held_mib(registry.get("mvoice"), 3000) == 3000
+
+
+def test_transitions_are_events_and_nothing_else_is(
+    prober: Prober, probes: ScriptedProbes, told: list[Event]
+) -> None:
+    prober.probe()
+    prober.probe()
+    probes.answer = BROKEN
+    prober.probe()
+    prober.probe()
+    probes.answer = ProbeReport()
+    prober.probe()
+    assert [event.name for event in told] == ["healthy", "unhealthy", "healthy"]
+
+
+def test_a_time_out_while_the_broker_has_it_load_says_nothing(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    prober.probe()
+    probes.answer = TIMEOUT
+    with registry.busy("mvoice"):
+        prober.probe()
+    assert registry.get("mvoice").healthy is True
+    prober.probe()
+    assert registry.get("mvoice").healthy is False
+
+
+# -- stopped by a checkpoint ---------------------------------------------------------------------
+
+SUSPENDED = StoppedBy("checkpoint", ((11, 1.0),))
+
+
+@pytest.mark.parametrize(("how", "loaded"), [(None, False), ("resumed", True), ("replaced", False)])
+def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
+    probes: ScriptedProbes, how: Any, loaded: bool, told: list[Event]
+) -> None:
+    """Only its CUDA calls are stopped: /health goes on answering."""
+    registry = Registry({"mvoice": False}, FakeClock())
+    registry.mark_stopped("mvoice", SUSPENDED)
+    prober = Prober(
+        "mvoice", probes, registry, lambda name, stopped_by: how, told.append, interval=5.0
+    )
+    prober.probe()
+    state = registry.get("mvoice")
+    assert (state.stopped_by, state.loaded) == (SUSPENDED if how is None else None, loaded)
+    assert told == ([] if how is None else [CameBack(consumer="mvoice", how=how)])
+
+
+def test_a_stopped_process_that_ends_is_one_that_is_gone(
+    prober: Prober, probes: ScriptedProbes, registry: Registry
+) -> None:
+    registry.mark_stopped("mvoice", SUSPENDED)
+    probes.answer = TIMEOUT
+    prober.probe()
+    assert registry.get("mvoice").stopped_by == SUSPENDED
+    probes.answer = REFUSED
+    prober.probe()
+    state = registry.get("mvoice")
+    assert (state.stopped_by, state.healthy, state.loaded) == (None, False, False)
+
+
+def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) -> None:
+    registry = Registry({"mvoice": False}, FakeClock())
+    registry.mark_stopped("mvoice", SUSPENDED)
+
+    def returned(name: str, stopped_by: StoppedBy) -> Any:
+        registry.mark_started(name, resumed=True)
+        registry.mark_stopped(name, SUSPENDED)
+        return "resumed"
+
+    Prober("mvoice", probes, registry, returned, ignore, interval=5.0).probe()
+    assert registry.get("mvoice").stopped_by == SUSPENDED
