@@ -3,12 +3,13 @@ people paste into chats."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from gpumanager.addresses import is_loopback
 
 KEYS_ENV = "GPUMANAGER_API_KEYS"
 SHORTEST_SECRET = 16
@@ -44,12 +45,7 @@ GUARD_IT = f"set {KEYS_ENV} or auth.keys_file, or listen on 127.0.0.1"
 def unguarded(host: str, keys: Collection[ApiKey]) -> bool:
     """Whether everybody who can reach `host`, where the broker listens, may use it: there are no
     keys, and it is more than loopback."""
-    if keys:
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host != "localhost"
+    return not keys and not is_loopback(host)
 
 
 class KeysError(Exception):

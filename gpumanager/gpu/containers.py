@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from urllib.parse import urlsplit
 
+from gpumanager.addresses import host_and_port, is_loopback
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.host import engine
 from gpumanager.host.errors import ReclaimFailed
@@ -138,16 +138,16 @@ class ContainedConsumers:
             if name in hidden and (place := self._behind(pids)) is not None:
                 found[name] = place
         named = {
-            name: (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+            name: leads_to
             for name, consumer in hidden.items()
-            if name not in found and (parts := urlsplit(consumer.base_url)).hostname
+            if name not in found and (leads_to := host_and_port(consumer.base_url))[0]
         }
-        resolved = self._resolver.addresses({str(host) for host, _ in named.values()})
+        resolved = self._resolver.addresses({host for host, _ in named.values()})
         # In this process's own network whoever shares it would be taken for the consumer.
         own = self._table.network(os.getpid()).addresses
         for name, (host, port) in named.items():
-            addresses = frozenset(map(_unmapped, resolved[str(host)])) - own
-            if addresses and not any(ipaddress.ip_address(each).is_loopback for each in addresses):
+            addresses = frozenset(map(_unmapped, resolved[host])) - own
+            if addresses and not any(map(is_loopback, addresses)):
                 found[name] = Place(addresses, port, certain=False)
         return found
 

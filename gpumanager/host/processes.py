@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import psutil
 
+from gpumanager.addresses import host_and_port
 from gpumanager.config import Config, ConsumerConfig
 
 _FRONTS = frozenset(
@@ -269,8 +269,7 @@ def own_addresses() -> Set[str]:
 
 def _local_address(base_url: str) -> Address | None:
     """The IP and port a consumer of this machine is reached at; None for another machine's."""
-    parts = urlsplit(base_url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = host_and_port(base_url)
     if host == "localhost":
         return "127.0.0.1", port
     try:

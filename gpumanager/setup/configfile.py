@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
+from gpumanager.addresses import host_and_port
 from gpumanager.config import Config, parse_config
 from gpumanager.host.processes import own_addresses
 from gpumanager.setup.discovery import Found
@@ -251,12 +251,11 @@ def local_port(url: str) -> int | None:
     """The port of a consumer's URL, None if that is on another machine: an IP address that is
     none of this one's. A name counts as this one's."""
     try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host, port = host_and_port(url)
     except ValueError:
         return None
     try:
-        address = ipaddress.ip_address(parts.hostname or "")
+        address = ipaddress.ip_address(host)
     except ValueError:
         return port
     if address.is_loopback or address.is_unspecified:

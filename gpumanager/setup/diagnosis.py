@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gpumanager.addresses import is_loopback
 from gpumanager.client import KEY_ENV
 from gpumanager.config import Config
+from gpumanager.keys import GUARD_IT
 from gpumanager.model import MemoryReading
 from gpumanager.setup.brokers import RunningBroker, Stranger
 from gpumanager.setup.configfile import local_port
@@ -104,13 +105,13 @@ def own_broker(there: RunningBroker | Stranger | None, listen: str, file: str) -
 
 def exposure(config: Config, keys: int, listening: Iterable[tuple[str, int]]) -> Iterator[Finding]:
     """Ports that others can reach. `keys`: how many API keys there are."""
-    if not _is_loopback(config.host) and not keys:
+    if not keys and not is_loopback(config.host):
         yield Finding(
             "bad",
             f"the broker listens on {config.listen}, for everybody who can reach it, without keys",
-            "set GPUMANAGER_API_KEYS or auth.keys_file, or listen on 127.0.0.1",
+            GUARD_IT,
         )
-    open_ports = {port for host, port in listening if not _is_loopback(host)}
+    open_ports = {port for host, port in listening if not is_loopback(host)}
     for name, consumer in config.consumers.items():
         port = local_port(consumer.url)
         if port in open_ports:
@@ -172,10 +173,3 @@ def releases(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             f"{name} released no memory {count} times when it was unloaded",
             "look at its log, or give it another eviction method (evict)",
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
+from gpumanager.addresses import is_loopback
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
@@ -25,7 +26,7 @@ from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.reasons import in_words, links
 from gpumanager.upstream.transport import OneShotAdapter, dialling
 from gpumanager.upstream.watcher import Watch, Watcher
-from gpumanager.upstream.wire import Wire, is_local, serialise
+from gpumanager.upstream.wire import Wire, serialise
 
 READ_BYTES = 256 * 1024
 
@@ -201,7 +202,7 @@ class Exchange:
         host, _, tls = self.address
         body = self._outbound.body
         small = body is None or (isinstance(body, bytes) and len(body) <= AHEAD_BYTES)
-        if small and not tls and is_local(host):
+        if small and not tls and is_loopback(host):
             self._begun = adapter.send_ahead(self, self._outbound.method, AHEAD_S)
 
     @property

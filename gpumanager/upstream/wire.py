@@ -38,15 +38,6 @@ def serialise(method: str, target: str, host: str, headers: Iterable[tuple[str, 
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
-@cache
-def is_local(host: str) -> bool:
-    """Whether a host is surely this machine, by its address or the one name that stands for it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 class Wire:
     """An open connection. One thread owns it; any may `shut` it.
 

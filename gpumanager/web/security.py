@@ -14,13 +14,13 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, request
 
+from gpumanager.addresses import is_loopback
 from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_LOCAL_NAMES = frozenset({"localhost", "localhost.localdomain"})
 CREDENTIAL_HEADERS = frozenset({"HTTP_AUTHORIZATION", "HTTP_X_API_KEY"})
 
 
@@ -152,14 +151,15 @@ def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:
     to: a page can have its name resolve to the machine's address in the network, too.
     """
     client, own = environ.get("REMOTE_ADDR", ""), environ.get(LOCAL_ADDRESS)
-    loopback = _is_loopback(client)
+    # `localhost` is what waitress calls whoever comes by a Unix socket: a reverse proxy.
+    loopback = client != "localhost" and is_loopback(client)
     if not loopback and client != own:
         return
     host = environ.get("HTTP_HOST")
     if host is None:
         return  # HTTP/1.0; a browser always sends one
     name = _host_name(host)
-    if name in _LOCAL_NAMES or name in allowed or _is_loopback(name):
+    if name == "localhost.localdomain" or name in allowed or is_loopback(name):
         return
     if not loopback and _same_address(name, client):
         return
@@ -222,11 +222,3 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].rstrip(".").lower()
-
-
-@lru_cache(maxsize=1024)
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

@@ -203,6 +203,8 @@ LAN = "192.168.1.5"
         # From loopback.
         ("127.0.0.1", "127.0.0.1", LAN, False),
         ("127.0.0.1", "127.0.0.1", "127.0.0.1", True),
+        # From a reverse proxy, by a Unix socket.
+        ("localhost", None, "gpu.lan", True),
         # A server that does not tell its own address.
         (LAN, None, "box.lan", True),
     ],
