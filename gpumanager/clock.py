@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 
@@ -20,11 +21,8 @@ class Clock(Protocol):
 class SystemClock:
     """The operating system's clocks."""
 
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
+    monotonic = staticmethod(time.monotonic)
+    now = staticmethod(partial(datetime.now, UTC))
 
 
 def wall_time(clock: Clock, instant: float) -> datetime:

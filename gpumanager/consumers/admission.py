@@ -27,16 +27,17 @@ class Admission:
                 consumer=name,
                 retry_after=self._retry_s,
             )
-        self._refuse(name, self._breakers.refusal(name))
+        seconds = self._breakers.refusal(name)
+        if seconds is not None:
+            raise _fails(name, seconds)
 
     def begin(self, name: str) -> None:
         """As `check` for the breaker alone, for a call that is made now: it may be the trial."""
-        self._refuse(name, self._breakers.begin(name))
-
-    def _refuse(self, name: str, seconds: float | None) -> None:
+        seconds = self._breakers.begin(name)
         if seconds is not None:
-            raise ConsumerUnhealthy(
-                f"consumer {name} failed several times in a row",
-                consumer=name,
-                retry_after=seconds,
-            )
+            raise _fails(name, seconds)
+
+
+def _fails(name: str, seconds: float) -> ConsumerUnhealthy:
+    message = f"consumer {name} failed several times in a row"
+    return ConsumerUnhealthy(message, consumer=name, retry_after=seconds)

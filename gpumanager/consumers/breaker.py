@@ -21,16 +21,14 @@ State = Literal["closed", "open", "trial"]
 
 @dataclass(frozen=True, slots=True)
 class _Circuit:
+    """Of a consumer that failed. It is open once `opened_at` is not None."""
+
     failures: int = 0
     pause_s: float = 0.0
     retry_at: float = 0.0
     trial: bool = False
     opened_at: float | None = None
     reason: str = ""
-
-    @property
-    def tripped(self) -> bool:
-        return self.failures >= FAILURES_TO_OPEN
 
 
 _CLOSED = _Circuit()
@@ -50,7 +48,7 @@ class Breakers:
         circuit = self._circuits.get(name, _CLOSED)
         if circuit.trial:
             return "trial"
-        return "open" if circuit.tripped else "closed"
+        return "closed" if circuit.opened_at is None else "open"
 
     def opened_at(self, name: str) -> float | None:
         """When it last opened (monotonic seconds); None while it is closed."""
@@ -59,7 +57,7 @@ class Breakers:
     def reason(self, name: str) -> str:
         """What the latest failure was, while it is open; else empty."""
         circuit = self._circuits.get(name, _CLOSED)
-        return circuit.reason if circuit.tripped else ""
+        return "" if circuit.opened_at is None else circuit.reason
 
     def forget(self, name: str) -> None:
         """The consumer is another one now."""
@@ -68,16 +66,18 @@ class Breakers:
 
     def refusal(self, name: str) -> float | None:
         """Seconds after which to try again, if a call would be refused now; None if not."""
-        with self._lock:
-            return self._refusal_locked(self._circuits.get(name, _CLOSED))
+        circuit = self._circuits.get(name, _CLOSED)
+        return None if circuit.opened_at is None else self._refusal(circuit)
 
     def begin(self, name: str) -> float | None:
         """As `refusal`, but a call that is let through counts: the first after a pause is the
         trial, and until it has ended all others are refused."""
         with self._lock:
             circuit = self._circuits.get(name, _CLOSED)
-            refused = self._refusal_locked(circuit)
-            if refused is None and circuit.tripped:
+            if circuit.opened_at is None:
+                return None
+            refused = self._refusal(circuit)
+            if refused is None:
                 self._circuits[name] = replace(circuit, trial=True)
             return refused
 
@@ -85,7 +85,7 @@ class Breakers:
         """The consumer answered."""
         with self._lock:
             was = self._circuits.pop(name, _CLOSED)
-        if was.tripped:
+        if was.opened_at is not None:
             self._emit(BreakerClosed(consumer=name))
 
     def failed(self, name: str, reason: str = "") -> None:
@@ -97,7 +97,9 @@ class Breakers:
             if failures >= FAILURES_TO_OPEN:
                 pause = min(LONGEST_PAUSE_S, was.pause_s * 2 or FIRST_PAUSE_S)
             now = self._clock.monotonic()
-            opened = was.opened_at if was.tripped else now if pause else None
+            opened = was.opened_at
+            if pause and opened is None:
+                opened = now
             self._circuits[name] = _Circuit(
                 failures, pause, now + pause, opened_at=opened, reason=reason
             )
@@ -118,9 +120,7 @@ class Breakers:
             if circuit is not None:
                 self._circuits[name] = replace(circuit, trial=False)
 
-    def _refusal_locked(self, circuit: _Circuit) -> float | None:
-        if not circuit.tripped:
-            return None
+    def _refusal(self, circuit: _Circuit) -> float | None:
         remaining = circuit.retry_at - self._clock.monotonic()
         if remaining > 0:
             return remaining

@@ -16,7 +16,7 @@ class ClientWatch:
         self._lock = threading.Lock()
         self._gone = False
         self._action: Callable[[], object] | None = None
-        self._watch = None if record.gone is None else watcher.watch(record.gone, self._left)
+        self._stop = None if record.gone is None else watcher.watch(record.gone, self._left)
 
     def when_gone(self, action: Callable[[], object] | None) -> None:
         """From now on do `action` when the client leaves: at once, if it has left already."""
@@ -28,8 +28,8 @@ class ClientWatch:
 
     def stop(self) -> None:
         """Look no more."""
-        if self._watch is not None:
-            self._watch.stop()
+        if self._stop is not None:
+            self._stop()
 
     def _left(self) -> None:
         with self._lock:

@@ -73,13 +73,13 @@ class EventLog:
 
     def emit(self, event: Event) -> None:
         """It happened: log it, number it, tell the listeners. Never raises."""
-        at, fields = self._clock.now(), event.fields
+        at, fields, kept = self._clock.now(), event.fields, event.kept
         if event.message is not None:
             log.log(_LEVELS[event.level], event.message, extra=fields)
         with self._lock:
-            number = self._last + 1 if event.kept else 0
+            number = self._last + 1 if kept else 0
             recorded = Recorded(number, at, event, fields)
-            if event.kept:
+            if kept:
                 self._last = number
                 self._events.append(recorded)
             listeners = self._listeners

@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any
@@ -25,7 +26,7 @@ from gpumanager.upstream.headers import printable, relayable
 from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.reasons import in_words, links
 from gpumanager.upstream.transport import OneShotAdapter, dialling
-from gpumanager.upstream.watcher import Watch, Watcher
+from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import Wire, serialise
 
 READ_BYTES = 256 * 1024
@@ -81,7 +82,7 @@ class Exchange:
         self._discarded: BrokerError | None = None
         self._ended = False
         self._reached = False
-        self._watch: Watch | None = None
+        self._unwatch: Callable[[], object] | None = None
         self._deadline = 0.0
         self._overdue: BrokerError | None = None
         self._raw: Any = None
@@ -222,7 +223,7 @@ class Exchange:
             self._bound(began + to_head, f"no answer within {timeouts.first_byte:g} s")
         else:
             self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
-        self._watch = self._watcher.watch(self._is_overdue, self._abort_overdue)
+        self._unwatch = self._watcher.watch(self._is_overdue, self._abort_overdue)
         try:
             with dialling(self):
                 response = adapter.send(
@@ -352,8 +353,8 @@ class Exchange:
                 return
             self._ended = True
             self._wire = None
-        if self._watch is not None:
-            self._watch.stop()
+        if self._unwatch is not None:
+            self._unwatch()
 
     def _raise_if_unwanted(self) -> None:
         """Raise the error of `abort`: what was read since may be the end that it made. Or that of

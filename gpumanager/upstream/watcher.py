@@ -4,8 +4,9 @@ waiters cost one sweep over a list five times a second, not a thousand timers.""
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 log = logging.getLogger(__name__)
 
@@ -13,59 +14,36 @@ SWEEP_S = 0.2
 """Seconds between two looks, and so the delay with which a condition is noticed at worst."""
 
 
-class Watch:
-    """A condition that is being looked after. `stop` is idempotent."""
-
-    __slots__ = ("_act", "_due", "_watcher")
-
-    def __init__(
-        self, watcher: Watcher, due: Callable[[], bool], act: Callable[[], object]
-    ) -> None:
-        self._watcher = watcher
-        self._due = due
-        self._act = act
-
-    def stop(self) -> None:
-        """Look no more. An action that has begun may still end after this."""
-        self._watcher._forget(self)
-
-
 class Watcher:
     """Calls an action, once, when its condition has come true.
 
     `sweep` is the body of a periodic worker. Conditions must be quick and must not block;
-    actions run on the worker's thread.
+    actions run on the worker's thread. Safe from any thread: each change of the dictionary, and
+    its copy, is one step of the interpreter's.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, tuple[Callable[[], bool], Callable[[], object]]] = {}
+        self._numbers = count()
 
-    def watch(self, due: Callable[[], bool], act: Callable[[], object]) -> Watch:
-        """Have `act` called within one sweep after `due` returns True."""
-        watch = Watch(self, due, act)
-        with self._lock:
-            self._watches[id(watch)] = watch
-        return watch
+    def watch(self, due: Callable[[], bool], act: Callable[[], object]) -> Callable[[], object]:
+        """Have `act` called within one sweep after `due` returns True. Returns what stops it, as
+        often as it is called; an action that has begun may still end after that."""
+        number = next(self._numbers)
+        self._watches[number] = (due, act)
+        return partial(self._watches.pop, number, None)
 
     def sweep(self) -> float:
         """Look once at everything; returns the seconds until the next look."""
-        with self._lock:
-            watches = list(self._watches.values())
-        for watch in watches:
+        for number, (due, act) in self._watches.copy().items():
             try:
-                if watch._due():
-                    self._forget(watch)
-                    watch._act()
+                if due() and self._watches.pop(number, None) is not None:
+                    act()
             except Exception:
-                self._forget(watch)
+                self._watches.pop(number, None)
                 log.exception("watch failed")
         return SWEEP_S
 
     def __len__(self) -> int:
         """How much is being looked after."""
         return len(self._watches)
-
-    def _forget(self, watch: Watch) -> None:
-        with self._lock:
-            self._watches.pop(id(watch), None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
@@ -34,16 +35,12 @@ log = logging.getLogger(__name__)
 
 
 _POLLED = frozenset(
-    {"/healthz", "/metrics", "/v1/status", "/v1/queue", "/v1/events", "/v1/history"}
+    (method, path)
+    for method in ("GET", "HEAD")
+    for path in ("/healthz", "/metrics", "/v1/status", "/v1/queue", "/v1/events", "/v1/history")
 )
-"""What open pages, probes and Prometheus ask for again and again."""
-
-
-def _level(record: RequestRecord) -> int:
-    """How loudly a request is logged: an answer that only says how things are, and is asked for
-    every second, must not drown the jobs."""
-    polled = record.path in _POLLED and record.method in ("GET", "HEAD") and record.status < 400
-    return logging.DEBUG if polled else logging.INFO
+"""What open pages, probes and Prometheus ask for again and again: it must not drown the jobs in the
+log."""
 
 
 class Guard:
@@ -113,7 +110,7 @@ class Guard:
         except BaseException:
             self._finish(record)
             raise
-        return _GuardedBody(body, lambda: self._finish(record))
+        return _GuardedBody(body, partial(self._finish, record))
 
     def _finish(self, record: RequestRecord) -> None:
         with self._lock:
@@ -122,24 +119,28 @@ class Guard:
             record.stack.close()
         except Exception:
             log.exception("clean-up failed", extra={"request_id": record.request_id})
-        fields: dict[str, object] = {
+        seconds = {
+            "ms": self._clock.monotonic() - record.started,
+            "wait_ms": record.waited_s,
+            "evict_ms": record.prepared_s,
+            "run_ms": record.run_s,
+        }
+        ms = {name: round(s * 1000, 1) for name, s in seconds.items() if s is not None}
+        fields = {
             "method": record.method,
             "path": record.path,
             "status": record.status,
-            "ms": _ms(self._clock.monotonic() - record.started),
+            "ms": ms["ms"],
             "client": record.client,
             "request_id": record.request_id,
-        }
-        optional = {
             "key": record.key,
             "consumer": record.consumer,
-            "wait_ms": _ms(record.waited_s),
-            "evict_ms": _ms(record.prepared_s),
-            "run_ms": _ms(record.run_s),
+            **ms,
             "failure": record.failure,
         }
-        fields.update((name, value) for name, value in optional.items() if value is not None)
-        access_log.log(_level(record), "request", extra=fields)
+        told = {name: value for name, value in fields.items() if value is not None}
+        polled = (record.method, record.path) in _POLLED and record.status < 400
+        access_log.log(logging.DEBUG if polled else logging.INFO, "request", extra=told)
         if record.failure is not None and record.run_s is None:
             self._emit(
                 Refused(
@@ -151,7 +152,7 @@ class Guard:
                     key=record.key,
                     path=record.path,
                     request_id=record.request_id,
-                    wait_ms=_ms(record.waited_s),
+                    wait_ms=ms.get("wait_ms"),
                 )
             )
 
@@ -159,18 +160,14 @@ class Guard:
 class _GuardedBody:
     """The application's body, whose `close` also finishes the request, once."""
 
-    __slots__ = ("_body", "_finish", "_iterator")
+    __slots__ = ("_body", "_finish")
 
     def __init__(self, body: Iterable[bytes], finish: Callable[[], None]) -> None:
         self._body = body
-        self._iterator = iter(body)
         self._finish: Callable[[], None] | None = finish
 
-    def __iter__(self) -> _GuardedBody:
-        return self
-
-    def __next__(self) -> bytes:
-        return next(self._iterator)
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
 
     def close(self) -> None:
         finish, self._finish = self._finish, None
@@ -182,7 +179,3 @@ class _GuardedBody:
                 close()
         finally:
             finish()
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 1)

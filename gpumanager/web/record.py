@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from gpumanager.jobs.record import RequestRecord
@@ -40,10 +41,8 @@ def shown(text: str) -> str:
     return whole if len(whole) <= LONGEST_SHOWN else f"{whole[: LONGEST_SHOWN - 1]}…"
 
 
-def record_of(environ: Mapping[str, Any]) -> RequestRecord:
-    """The record of the request that `environ` belongs to."""
-    record: RequestRecord = environ[RECORD_KEY]
-    return record
+record_of: Callable[[Mapping[str, Any]], RequestRecord] = itemgetter(RECORD_KEY)
+"""The record of the request that an environ belongs to."""
 
 
 def traceparent(environ: Mapping[str, Any]) -> str | None:

@@ -23,9 +23,9 @@ def test_an_action_is_called_once_when_its_condition_comes_true() -> None:
 
 def test_what_was_stopped_is_not_called() -> None:
     watcher, calls = Watcher(), []
-    watch = watcher.watch(lambda: True, lambda: calls.append("left"))
-    watch.stop()
-    watch.stop()
+    stop = watcher.watch(lambda: True, lambda: calls.append("left"))
+    stop()
+    stop()
     watcher.sweep()
     assert calls == []
     assert len(watcher) == 0
