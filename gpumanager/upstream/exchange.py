@@ -264,6 +264,12 @@ class Exchange:
         """
         return self._ahead.popleft() if self._ahead else self._read_on()
 
+    def rest(self) -> list[bytes]:
+        """What `read` would still return, once the consumer is done: it is all there."""
+        rest = list(self._ahead)
+        self._ahead.clear()
+        return rest
+
     def read_ahead(self, limit: int) -> bytes | None:
         """The whole body, if it has no more than `limit` bytes; None if it has. `read` returns
         what was read here once more. Raises as `read`."""

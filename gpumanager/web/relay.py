@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import IO, TYPE_CHECKING, cast
 
 from flask import Response
@@ -56,82 +56,71 @@ class RelayedResponse(Response):
             answer.on_break(error)
             answer.on_end()
             return error_response(error, environ)(environ, start_response)
+        if exchange.consumer_done:
+            answer.on_end()
         write = start_response(f"{exchange.status} {exchange.reason}", exchange.headers)
+        if exchange.consumer_done:
+            return exchange.rest()
         if not exchange.ready():
             # The head goes out now: servers send it with the first bytes of the body only.
             write(b"")
-        return RelayedBody(answer, environ)
-
-
-class RelayedBody:
-    """The body of a RelayedResponse. An iterator for one thread, with a `close`."""
-
-    def __init__(self, answer: Answer, environ: WSGIEnvironment) -> None:
-        self._answer = answer
-        self._exchange = answer.exchange
-        self._environ = environ
-        self._pending = pending_output(environ)
-        self._chunks = self._relay()
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
         # A `Remainder` comes from our own server only, which knows what to do with it.
-        return cast(bytes, next(self._chunks))
+        return cast(Iterable[bytes], _relayed(answer, environ))
 
-    def close(self) -> None:
-        """Let go of what waits for the client."""
-        self._chunks.close()
 
-    def _relay(self) -> Generator[bytes | Remainder, None, None]:
-        with _Spool() as spool:
-            while not (self._exchange.ended and not len(spool)):
-                if not len(spool):
-                    chunk = self._read()
-                    if chunk and self._pending() > PENDING_BYTES:
-                        spool.append(chunk)
-                    elif chunk:
-                        yield chunk
-                    continue
-                room = self._pending() <= PENDING_BYTES
-                if room:
-                    yield spool.take()
-                if self._exchange.ended:
-                    self._exchange.close()
-                    if len(spool):
-                        yield spool.hand_over()  # to the server, which needs no thread for it
-                elif spool.full:
-                    self._await_reader()
-                elif self._exchange.ready(0.0 if room else SLOW_POLL_S):
-                    spool.append(self._read())
+def _relayed(answer: Answer, environ: WSGIEnvironment) -> Generator[bytes | Remainder, None, None]:
+    """The body of an answer that is still to come, at least in part."""
+    exchange, pending = answer.exchange, pending_output(environ)
+    with _Spool() as spool:
+        while spool.size or not exchange.ended:
+            if not spool.size:
+                chunk = _read(answer, environ)
+                if chunk and pending() > PENDING_BYTES:
+                    spool.append(chunk)
+                elif chunk:
+                    yield chunk
+                continue
+            room = pending() <= PENDING_BYTES
+            if room:
+                yield spool.take()
+            if exchange.ended:
+                exchange.close()
+                if spool.size:
+                    yield spool.hand_over()  # to the server, which needs no thread for it
+            elif spool.full:
+                _await_reader(pending)
+            elif exchange.ready(0.0 if room else SLOW_POLL_S):
+                spool.append(_read(answer, environ))
 
-    def _read(self) -> bytes:
-        try:
-            return self._exchange.read()
-        except BrokerError as error:
-            record = record_of(self._environ)
-            if not isinstance(error, ClientGone):
-                record.truncated(error.message)
-            self._answer.on_break(error)
-            if record.goes_on:
-                end_answer(self._environ)
-            raise TruncatedAnswer(error) from error
-        finally:
-            if self._exchange.ended:
-                self._answer.on_end()
 
-    def _await_reader(self) -> None:
-        """Return when the server can take more."""
-        waited = 0.0
-        pending = self._pending()
-        pause = threading.Event()
-        while pending > PENDING_BYTES:
-            pause.wait(SLOW_POLL_S)
-            before, pending = pending, self._pending()
-            waited = waited + SLOW_POLL_S if pending >= before else 0.0
-            if waited >= STALLED_READER_S:
-                raise TruncatedAnswer(ClientGone("the client stopped reading"))
+def _read(answer: Answer, environ: WSGIEnvironment) -> bytes:
+    exchange = answer.exchange
+    try:
+        return exchange.read()
+    except BrokerError as error:
+        record = record_of(environ)
+        if not isinstance(error, ClientGone):
+            record.truncated(error.message)
+        answer.on_break(error)
+        if record.goes_on:
+            end_answer(environ)
+        raise TruncatedAnswer(error) from error
+    finally:
+        if exchange.ended:
+            answer.on_end()
+
+
+def _await_reader(pending: Callable[[], int]) -> None:
+    """Return when the server can take more."""
+    waited = 0.0
+    left = pending()
+    pause = threading.Event()
+    while left > PENDING_BYTES:
+        pause.wait(SLOW_POLL_S)
+        before, left = left, pending()
+        waited = waited + SLOW_POLL_S if left >= before else 0.0
+        if waited >= STALLED_READER_S:
+            raise TruncatedAnswer(ClientGone("the client stopped reading"))
 
 
 class _Spool:
@@ -149,7 +138,9 @@ class _Spool:
         if self._file is not None:
             self._file.close()
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
         return self._write_at - self._read_at
 
     @property
@@ -167,7 +158,7 @@ class _Spool:
         """All that is left, which is not this spool's any more."""
         assert self._file is not None  # noqa: S101  # it is not empty
         file, self._file = self._file, None
-        rest = Remainder(file, self._read_at, len(self))
+        rest = Remainder(file, self._read_at, self.size)
         self._read_at = self._write_at = 0
         return rest
 
@@ -175,9 +166,9 @@ class _Spool:
         if self._file is None:
             return b""
         self._file.seek(self._read_at)
-        data = self._file.read(min(READ_BYTES, len(self)))
+        data = self._file.read(min(READ_BYTES, self.size))
         self._read_at += len(data)
-        if not len(self):
+        if not self.size:
             self._file.truncate(0)
             self._read_at = self._write_at = 0
         return data
