@@ -10,19 +10,9 @@ import yaml
 
 from gpumanager.config.faults import Fault, Path, dotted, shown
 
-MOST_NODES = 100_000
-"""Values in a document, aliases expanded: far beyond any config, far below an alias bomb."""
-
-DEEPEST = 50
-
-LARGEST_INT = 2**63 - 1
-
 _YAML = "tag:yaml.org,2002:"
+_TOO_DEEP = "is not valid YAML: nested too deeply, or an alias contains itself"
 _SCALARS = frozenset(_YAML + kind for kind in ("null", "bool", "int", "float", "str", "timestamp"))
-
-
-_Inside = tuple[int, ...]
-"""The ids of the nodes around a node."""
 
 
 class SourceError(Exception):
@@ -82,7 +72,7 @@ def read(text: str | bytes) -> Document:
     except yaml.MarkedYAMLError as error:
         raise SourceError(_syntax_fault(error)) from None
     except RecursionError:
-        raise SourceError(Fault("", None, "is not valid YAML: nested too deeply")) from None
+        raise SourceError(Fault("", None, _TOO_DEEP)) from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise SourceError(Fault("", None, f"is not valid YAML: {reason}")) from None
@@ -94,13 +84,11 @@ class _Reader:
     def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
         self._loader = loader
         self._document = document
-        self._nodes = 0
 
-    def mapping(self, node: yaml.MappingNode, path: Path, inside: _Inside = ()) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         data: dict[str, Any] = {}
         seen: dict[str, int] = {}
-        inside = self._entered(node, path, inside)
-        for key_node, value_node, merged in self._entries(node, path, inside):
+        for key_node, value_node, merged in self._entries(node, path):
             key = self._key(key_node, path)
             if key is None or (merged and key in data):
                 continue
@@ -112,25 +100,23 @@ class _Reader:
             if not merged:
                 seen[key] = _line(key_node)
             self._document.lines[here] = _line(key_node)
-            data[key] = self._value(value_node, here, inside)
+            data[key] = self._value(value_node, here)
         return data
 
-    def _value(self, node: yaml.Node, path: Path, inside: _Inside) -> Any:
+    def _value(self, node: yaml.Node, path: Path) -> Any:
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_YAML}map":
-            return self.mapping(node, path, inside)
+            return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_YAML}seq":
-            return self._sequence(node, path, inside)
-        self._count(node, path)
+            return self._sequence(node, path)
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
             return self._scalar(node, path)
         self._refuse(node, path, f"the tag {node.tag} is not allowed")
         return None
 
-    def _sequence(self, node: yaml.SequenceNode, path: Path, inside: _Inside) -> list[Any]:
-        inside = self._entered(node, path, inside)
+    def _sequence(self, node: yaml.SequenceNode, path: Path) -> list[Any]:
         for index, item in enumerate(node.value):
             self._document.lines[*path, index] = _line(item)
-        return [self._value(item, (*path, i), inside) for i, item in enumerate(node.value)]
+        return [self._value(item, (*path, i)) for i, item in enumerate(node.value)]
 
     def _key(self, node: yaml.Node, path: Path) -> str | None:
         if isinstance(node, yaml.ScalarNode) and node.tag == f"{_YAML}str":
@@ -143,19 +129,15 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         kind = node.tag.removeprefix(_YAML)
         try:
-            value = self._loader.construct_object(node)
+            return self._loader.construct_object(node)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
             # PyYAML's constructors trust that the text fits its tag: 2026-13-45, !!bool x, 0b_
             message = f"is no valid {kind} in YAML; put it in quotes if it is meant as text"
             self._refuse(node, path, message)
             return None
-        if kind == "int" and abs(value) > LARGEST_INT:
-            self._refuse(node, path, f"must be a number of at most {LARGEST_INT}")
-            return None
-        return value
 
     def _entries(
-        self, node: yaml.MappingNode, path: Path, inside: _Inside
+        self, node: yaml.MappingNode, path: Path
     ) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
         """A mapping's own entries, then those merged in by `<<`, which its own override."""
         merges: list[yaml.Node] = []
@@ -167,23 +149,8 @@ class _Reader:
         for merge in merges:
             if not isinstance(merge, yaml.MappingNode):
                 raise SourceError(Fault(dotted(path), _line(merge), "'<<' must merge a mapping"))
-            within = self._entered(merge, path, inside)
-            for key, value, _ in self._entries(merge, path, within):
-                self._count(key, path)
+            for key, value, _ in self._entries(merge, path):
                 yield key, value, True
-
-    def _entered(self, node: yaml.Node, path: Path, inside: _Inside) -> _Inside:
-        self._count(node, path)
-        if id(node) in inside:
-            raise SourceError(Fault(dotted(path), _line(node), "an alias contains itself"))
-        if len(inside) > DEEPEST:
-            raise SourceError(Fault(dotted(path), _line(node), "the document is too deep"))
-        return (*inside, id(node))
-
-    def _count(self, node: yaml.Node, path: Path) -> None:
-        self._nodes += 1
-        if self._nodes > MOST_NODES:
-            raise SourceError(Fault(dotted(path), _line(node), "the document is too large"))
 
     def _refuse(self, node: yaml.Node, path: Path, message: str) -> None:
         found = shown(node.value) if isinstance(node, yaml.ScalarNode) else ""

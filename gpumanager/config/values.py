@@ -7,6 +7,7 @@ import ipaddress
 import json
 import re
 import ssl
+import sys
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ def number(value: object) -> object:
         return float(found[1]) * _UNITS[found[2]]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("must be a number of seconds, or one with its unit, such as 90s or 15m")
-    if value != value or value in (float("inf"), float("-inf")):
+    if not abs(value) <= sys.float_info.max:  # so that it is no NaN either
         raise ValueError("must be a finite number")
     return float(value)
 
