@@ -12,22 +12,15 @@ from jmespath.parser import ParsedResult
 
 from gpumanager.config.faults import nearest
 
-_DEEPEST = 50
-"""Far beyond any expression meant, and far from the interpreter's own limit when it is applied."""
-
 
 def checked(expression: str) -> str:
     """`expression`, if it can be compiled and every function in it is known; else ValueError."""
     try:
         parsed = _compiled(expression).parsed
-    except RecursionError:
-        raise ValueError("is nested too deeply for a JMESPath expression") from None
-    except ValueError as error:  # jmespath's own errors, and int()'s
+    except (ValueError, RecursionError) as error:  # jmespath's own errors, and int()'s
         reason = " ".join(str(error).split())
         raise ValueError(f"must be a JMESPath expression: {reason}") from None
-    for node, depth in _nodes(parsed):
-        if depth > _DEEPEST:
-            raise ValueError("is nested too deeply for a JMESPath expression")
+    for node in _nodes(parsed):
         if node["type"] == "function_expression" and node["value"] not in Functions.FUNCTION_TABLE:
             known = nearest(node["value"], Functions.FUNCTION_TABLE)
             raise ValueError(f"unknown JMESPath function '{node['value']}'{known}")
@@ -49,10 +42,10 @@ def _compiled(expression: str) -> ParsedResult:
     return jmespath.compile(expression)
 
 
-def _nodes(parsed: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """The nodes of a syntax tree with their depths; a slice's children are plain numbers."""
-    waiting = [(parsed, 1)]
+def _nodes(parsed: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The nodes of a syntax tree; a slice's children are plain numbers."""
+    waiting = [parsed]
     while waiting:
-        node, depth = waiting.pop()
-        yield node, depth
-        waiting += [(child, depth + 1) for child in node["children"] if isinstance(child, dict)]
+        node = waiting.pop()
+        yield node
+        waiting += [child for child in node["children"] if isinstance(child, dict)]

@@ -446,8 +446,7 @@ def test_what_a_call_may_not_be(call: dict[str, Any], path: str, words: str) -> 
     [
         ({"path": "/p", "loaded": "a["}, "loaded", "JMESPath expression"),
         ({"path": "/p", "resident": ""}, "resident", "JMESPath expression"),
-        ({"path": "/p", "loaded": "(" * 5000}, "loaded", "nested too deeply"),
-        ({"path": "/p", "loaded": "!" * 60 + "a"}, "loaded", "nested too deeply"),
+        ({"path": "/p", "loaded": "(" * 5000}, "loaded", "JMESPath expression"),
         ({"path": "/p", "loaded": "a[" + "9" * 5000 + "]"}, "loaded", "JMESPath expression"),
         ({"path": "/p", "loaded": "a && lenght(b[0:2])"}, "loaded", "did you mean 'length'?"),
         ({"path": "/p", "items": 5}, "items", "must be a string"),
