@@ -156,7 +156,6 @@ class Broker:
         jobs = JobRunner(
             means,
             places,
-            proxy,
             self._completions,
             self.watcher,
             shortages,

@@ -44,13 +44,13 @@ def files_that_mention(library: str) -> set[str]:
                 "demo/speech.py",
             },
         ),
-        ("urllib3", {"upstream/exchange.py", "upstream/transport.py"}),
+        ("urllib3", {"upstream/exchange.py", "upstream/reasons.py"}),
         (
             "requests",
             {
                 "client.py",
                 "setup/asking.py",
-                "upstream/exchange.py",
+                "upstream/reasons.py",
                 "upstream/transport.py",
             },
         ),

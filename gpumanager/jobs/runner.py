@@ -18,7 +18,6 @@ from gpumanager.jobs.shortage import LARGEST_REQUEST_BYTES, Shortages
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.upstream.exchange import Exchange
-from gpumanager.upstream.proxy import Proxy
 from gpumanager.upstream.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,6 @@ class JobRunner:
         self,
         means: Means,
         places: Places,
-        proxy: Proxy,
         completions: Completions,
         watcher: Watcher,
         shortages: Shortages,
@@ -52,7 +50,6 @@ class JobRunner:
         self._means = means
         self._places = places
         self._breakers = means.breakers
-        self._proxy = proxy
         self._completions = completions
         self._watcher = watcher
         self._shortages = shortages
@@ -95,7 +92,7 @@ class JobRunner:
             else:
                 client.when_gone(hold.cancellation.client_left)
                 ticket.when_cancelled(hold.cancellation.cancelled)
-            self._proxy.send(exchange)
+            exchange.send()
 
         try:
             send(exchange)
@@ -142,7 +139,7 @@ class JobRunner:
                 hold.begin(exchange)
             except BrokerError:
                 return False  # the job's own thread will be told the same
-            self._proxy.send_ahead(exchange)
+            exchange.send_ahead()
             return True
 
         try:

@@ -25,7 +25,6 @@ from gpumanager.config import (
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
 from gpumanager.upstream.exchange import Exchange, Outbound
-from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.upstream.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,6 @@ class ControlCalls:
         self._config = config
         self._watcher = watcher
         self._clock = clock
-        self._adapter = OneShotAdapter()
 
     def probe(self, name: str) -> ProbeReport:
         """Ask the consumer how it is.
@@ -270,7 +268,7 @@ class ControlCalls:
         )
         exchange = Exchange(name, outbound, timeouts, self._watcher, self._clock)
         try:
-            exchange.send(self._adapter)
+            exchange.send()
             parts: list[bytes] = []
             size = 0
             while chunk := exchange.read():

@@ -14,20 +14,19 @@ from functools import cache
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-import requests
 import urllib3
 
 from gpumanager.addresses import is_loopback
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
-from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout
 from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.headers import printable, relayable
-from gpumanager.upstream.parsing import InvalidAnswer
-from gpumanager.upstream.reasons import in_words, links
-from gpumanager.upstream.transport import OneShotAdapter, dialling
+from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
+from gpumanager.upstream.reasons import explained, too_late
+from gpumanager.upstream.transport import ADAPTER, Request, is_hooked
 from gpumanager.upstream.watcher import Watcher
-from gpumanager.upstream.wire import Wire, serialise
+from gpumanager.upstream.wire import Wire, connect, serialise, trust
 
 READ_BYTES = 256 * 1024
 
@@ -58,6 +57,10 @@ class Exchange:
     """Owned by one thread, which calls `send`, then `read` until it returns b"", and `close`
     in a `finally`. Any thread may call `abort`. All that can be prepared is prepared when it is
     made: raises BadRequest for what cannot be sent.
+
+    `reached`: the consumer has accepted the connection, and `begun` is the answer to come.
+    `aborted`: it was ended by `abort`. `timed_out`: it has ended with a ConsumerTimeout.
+    `consumer_done`: nothing more comes from the consumer, read by the owner or not.
     """
 
     def __init__(
@@ -65,60 +68,37 @@ class Exchange:
     ) -> None:
         self._consumer = consumer
         self._outbound = outbound
-        self._address = _address(outbound.base_url)
-        self._prepared = self._prepare()
-        body = outbound.body
-        self._body_at = 0 if body is None or isinstance(body, bytes) else body.tell()
         self._timeouts = timeouts
         self._watcher = watcher
         self._clock = clock
+        body, self._headers = outbound.body, list(outbound.headers)
+        if outbound.length is not None:
+            self._headers.append(("Content-Length", str(outbound.length)))
+        self._headers.append(("Connection", "close"))
+        self._address = _address(outbound.base_url)
+        try:
+            self._head = serialise(
+                outbound.method, outbound.target, self._address[3], self._headers
+            )
+        except ValueError as error:
+            message = f"the request cannot be sent to {consumer}: {error}"
+            raise BadRequest(message, consumer=consumer) from None
+        self._body_at = 0 if body is None or isinstance(body, bytes) else body.tell()
         self._guard = threading.Lock()
         self._wire: Wire | None = None
-        self._begun: Answer | None = None
         self._failure: BrokerError | None = None
-        self._timed_out = False
+        self._discarded: BrokerError | None = None
         self._kept = False
         self._rest: socket.socket | None = None
-        self._discarded: BrokerError | None = None
-        self._ended = False
-        self._reached = False
+        self._bound = (0.0, "", 0.0)
         self._unwatch: Callable[[], object] | None = None
-        self._deadline = 0.0
-        self._overdue: BrokerError | None = None
         self._raw: Any = None
         self._ahead: deque[bytes] = deque()
+        self.begun: Answer | None = None
+        self.reached = self.aborted = self.timed_out = self.consumer_done = False
         self.status = 0
         self.reason = ""
         self.headers: list[tuple[str, str]] = []
-
-    # -- Dial ------------------------------------------------------------------------------
-
-    @property
-    def address(self) -> tuple[str, int, bool]:
-        return self._address[:3]
-
-    @property
-    def ca_file(self) -> str | None:
-        return self._outbound.ca_file
-
-    @property
-    def head(self) -> bytes:
-        return self._head
-
-    @property
-    def body(self) -> bytes | IO[bytes] | None:
-        return self._outbound.body
-
-    def connected(self, wire: Wire) -> None:
-        with self._guard:
-            if self._failure is not None:
-                raise OSError("aborted")
-            self._wire = wire
-            if self._kept:
-                self._rest = wire.twin()
-        wire.shake_hands()
-        wire.timeout = self._timeouts.first_byte
-        self._reached = True
 
     # -- any thread ------------------------------------------------------------------------
 
@@ -126,11 +106,12 @@ class Exchange:
         """End it: the connection is shut down, which the consumer sees at once, and the owner's
         call raises `error`. False if it was over already."""
         with self._guard:
-            if self._ended:
+            if self.consumer_done:
                 return False
             if self._failure is None:
                 self._failure = error
-                self._timed_out = isinstance(error, ConsumerTimeout)
+                self.aborted = True
+                self.timed_out = isinstance(error, ConsumerTimeout)
             if self._wire is not None:
                 self._wire.shut()
             return True
@@ -147,27 +128,7 @@ class Exchange:
     @property
     def ended(self) -> bool:
         """True once the answer was read to its end, broke off, or was closed."""
-        return self._ended and not self._ahead
-
-    @property
-    def consumer_done(self) -> bool:
-        """True once nothing more comes from the consumer, read by the owner or not."""
-        return self._ended
-
-    @property
-    def reached(self) -> bool:
-        """True once the consumer accepted the connection."""
-        return self._reached
-
-    @property
-    def aborted(self) -> bool:
-        """True if it was ended by `abort`."""
-        return self._failure is not None
-
-    @property
-    def timed_out(self) -> bool:
-        """True if it ended with a ConsumerTimeout."""
-        return self._timed_out
+        return self.consumer_done and not self._ahead
 
     def keep_for_its_end(self) -> None:
         """Before it is sent: if there is no answer in time, keep the connection, for
@@ -196,56 +157,58 @@ class Exchange:
             except OSError:
                 return True
 
-    def send_ahead(self, adapter: OneShotAdapter) -> None:
+    def send_ahead(self) -> None:
         """Connect and send, where that can be done without a wait: a small request to this
-        machine. For any thread, once, before the owner's `send`, which goes on from there, or
-        does all of it. Never raises."""
-        host, _, tls = self.address
+        machine, with nobody in between who is to see it first. For any thread, once, before the
+        owner's `send`, which goes on from there, or does all of it. Never raises."""
+        host, _, tls, _ = self._address
         body = self._outbound.body
         small = body is None or (isinstance(body, bytes) and len(body) <= AHEAD_BYTES)
-        if small and not tls and is_loopback(host):
-            self._begun = adapter.send_ahead(self, self._outbound.method, AHEAD_S)
+        if small and not tls and is_loopback(host) and not is_hooked():
+            with contextlib.suppress(
+                OSError, urllib3.exceptions.HTTPError, InvalidAnswer, BrokenAnswer
+            ):
+                self._begin(AHEAD_S)
 
-    @property
-    def begun(self) -> Answer | None:
-        return self._begun
-
-    def send(self, adapter: OneShotAdapter) -> None:
+    def send(self) -> None:
         """Send the request and return when the answer's head is there.
 
         Raises ConsumerUnreachable, ConsumerTimeout, BadRequest for what cannot be sent, or the
         error of `abort`.
         """
-        timeouts = self._timeouts
+        timeouts, outbound = self._timeouts, self._outbound
         began = self._clock.monotonic()
         to_head = timeouts.connect + timeouts.first_byte
+        whole = (began + timeouts.total, "not done", timeouts.total)
         if to_head < timeouts.total and not self._kept:
-            self._bound(began + to_head, f"no answer within {timeouts.first_byte:g} s")
+            self._bound = (began + to_head, "no answer", timeouts.first_byte)
         else:
-            self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
+            self._bound = whole
         self._unwatch = self._watcher.watch(self._is_overdue, self._abort_overdue)
+        url = outbound.base_url + outbound.target
+        request = Request(outbound.method, url, self._headers, outbound.body, self)
         try:
-            with dialling(self):
-                response = adapter.send(
-                    self._prepared, stream=True, timeout=_timeout(timeouts.connect), proxies={}
-                )
+            response = ADAPTER.send(
+                request, stream=True, timeout=_timeout(timeouts.connect), proxies={}
+            )
         except Exception as error:
             self._stop()
             raise self._explain(error) from error
-        self._bound(began + timeouts.total, f"not done within {timeouts.total:g} s")
+        self._bound = whole
         if self._wire is not None:
             self._wire.timeout = timeouts.idle
-        self._raw = response.raw
-        self._raise_if_unwanted()
-        self.status = response.status_code
-        self.reason = printable(response.reason or "")
+        self._raw = raw = response.raw
+        if self.aborted or self._discarded is not None:
+            self._raise_unwanted()
+        self.status, self.reason = response.status_code, response.reason or ""
+        if not self.reason.isprintable():
+            self.reason = printable(self.reason)
         try:
-            self.headers = relayable(self.status, self._raw.headers.items())
+            fields = raw.fields if isinstance(raw, Answer) else raw.headers.items()
+            self.headers = relayable(self.status, fields)
         except ValueError as error:
             self.close()
             raise self._explain(InvalidAnswer(str(error))) from error
-        if self._raw.length_remaining == 0:
-            self._end()
         self.take_in()
 
     def take_in(self) -> None:
@@ -313,21 +276,22 @@ class Exchange:
         return Exchange(self._consumer, self._outbound, self._timeouts, self._watcher, self._clock)
 
     def _read_on(self) -> bytes:
-        if self._ended:
+        if self.consumer_done:
             return b""
         try:
             data: bytes = self._raw.read1(READ_BYTES, decode_content=False)
         except Exception as error:
             self._stop()
             raise self._explain(error) from error
-        self._raise_if_unwanted()
+        if self.aborted or self._discarded is not None:
+            self._raise_unwanted()
         if not data or self._raw.length_remaining == 0:
             self._end()
         return data
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True if `read` would not have to wait, within `timeout` seconds."""
-        if self._ahead or self._ended or not isinstance(self._raw, Answer):
+        if self._ahead or self.consumer_done or not isinstance(self._raw, Answer):
             return True
         return self._raw.ready(timeout)
 
@@ -345,24 +309,22 @@ class Exchange:
 
     def _stop(self) -> None:
         """Read no more. A connection that was kept stays open."""
-        self._end()
-        if self._raw is not None:
-            self._raw.close()
-        elif self._begun is not None:
-            self._begun.close()
+        if not self.consumer_done:
+            self._end()
+        answer = self.begun if self._raw is None else self._raw
+        if answer is not None:
+            answer.close()
 
     def _end(self) -> None:
         """Nothing more comes. The connection is closed later: that takes a while, in which the
         next job could run."""
         with self._guard:
-            if self._ended:
-                return
-            self._ended = True
+            self.consumer_done = True
             self._wire = None
         if self._unwatch is not None:
             self._unwatch()
 
-    def _raise_if_unwanted(self) -> None:
+    def _raise_unwanted(self) -> None:
         """Raise the error of `abort`: what was read since may be the end that it made. Or that of
         `discard`, once the consumer has finished."""
         with self._guard:
@@ -375,66 +337,62 @@ class Exchange:
             self._stop()
             raise discarded
 
+    # -- on behalf of `requests` -----------------------------------------------------------
+
+    def urlopen(self, *, timeout: Any, **_: Any) -> Answer:
+        """Return with the head of the answer. Raises what a pool of urllib3's would, and
+        InvalidAnswer or BrokenAnswer."""
+        answer = self._begin(timeout.connect_timeout) if self.begun is None else self.begun
+        answer.await_head()
+        return answer
+
+    def _begin(self, timeout: float) -> Answer:
+        """Connect and send. Whatever this raises, `begun` is what there is to go on with."""
+        try:
+            wire = self._connect(timeout)
+        except TimeoutError as error:
+            raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
+        self.begun = answer = Answer(wire, self._outbound.method)
+        wire.send(self._head, self._outbound.body, answer.hear)
+        return answer
+
+    def _connect(self, timeout: float) -> Wire:
+        host, port, tls, _ = self._address
+        trusted = trust(self._outbound.ca_file) if tls else None
+        wire = connect(host, port, timeout=timeout, tls=trusted)
+        try:
+            with self._guard:
+                if self.aborted:
+                    raise OSError("aborted")
+                self._wire = wire
+                if self._kept:
+                    self._rest = wire.twin()
+            if tls:
+                wire.shake_hands()
+        except BaseException:
+            wire.close()
+            raise
+        wire.timeout = self._timeouts.first_byte
+        self.reached = True
+        return wire
+
     # -- inside ----------------------------------------------------------------------------
 
-    def _prepare(self) -> requests.PreparedRequest:
-        """A request that `requests` has not touched: nothing added, nothing re-encoded."""
-        outbound = self._outbound
-        headers = list(outbound.headers)
-        if outbound.length is not None:
-            headers.append(("Content-Length", str(outbound.length)))
-        headers.append(("Connection", "close"))
-        try:
-            self._head = serialise(outbound.method, outbound.target, self._address[3], headers)
-        except ValueError as error:
-            message = f"the request cannot be sent to {self._consumer}: {error}"
-            raise BadRequest(message, consumer=self._consumer) from None
-        prepared = requests.PreparedRequest()
-        prepared.method = outbound.method
-        prepared.url = outbound.base_url + outbound.target
-        prepared.headers = dict(headers)  # type: ignore[assignment]  # for whoever looks
-        prepared.body = outbound.body  # type: ignore[assignment]  # or a file
-        prepared.hooks = {}
-        return prepared
-
-    def _bound(self, deadline: float, message: str) -> None:
-        """Have the watcher abort at `deadline` (monotonic), which no slow trickle puts off."""
-        self._overdue = ConsumerTimeout(f"{self._consumer}: {message}", consumer=self._consumer)
-        self._deadline = deadline
-
     def _is_overdue(self) -> bool:
-        return self._clock.monotonic() >= self._deadline
+        return self._clock.monotonic() >= self._bound[0]
 
     def _abort_overdue(self) -> None:
-        if self._overdue is not None:
-            self.abort(self._overdue)
+        _, what, seconds = self._bound
+        self.abort(too_late(self._consumer, what, seconds))
 
     def _explain(self, error: Exception) -> BrokerError:
         """The broker's error for what `requests`, urllib3 or the socket raised."""
         with self._guard:
             if self._failure is not None:
                 return self._failure
-        explained = self._named(error)
-        self._timed_out = isinstance(explained, ConsumerTimeout)
-        return explained
-
-    def _named(self, error: Exception) -> BrokerError:
-        name = self._consumer
-        chain = list(links(error))
-        if any(isinstance(link, ConnectionRefusedError) for link in chain):
-            message = f"{name} refused the connection"
-            return ConsumerUnreachable(message, consumer=name, nothing_listens=True)
-        if any(map(_is_timeout, chain)):
-            if any(isinstance(link, urllib3.exceptions.ConnectTimeoutError) for link in chain):
-                what, seconds = "no connection", self._timeouts.connect
-            elif self._raw is None:
-                what, seconds = "no answer", self._timeouts.first_byte
-            else:
-                what, seconds = "nothing more came", self._timeouts.idle
-            return ConsumerTimeout(f"{name}: {what} within {seconds:g} s", consumer=name)
-        if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
-            return BadRequest(f"the request cannot be sent to {name}", consumer=name)
-        return ConsumerUnreachable(f"{name} {in_words(chain)}", consumer=name)
+        found = explained(error, self._consumer, self._timeouts, answered=self._raw is not None)
+        self.timed_out = isinstance(found, ConsumerTimeout)
+        return found
 
 
 @cache
@@ -449,7 +407,3 @@ def _address(base_url: str) -> tuple[str, int, bool, str]:
 def _timeout(connect_s: float) -> Any:
     """As `requests` would make of a number, each time."""
     return urllib3.Timeout(connect=connect_s)
-
-
-def _is_timeout(link: BaseException) -> bool:
-    return isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 HOP_BY_HOP = frozenset(
     {
@@ -22,9 +23,11 @@ HOP_BY_HOP = frozenset(
 """RFC 9110 section 7.6.1, and the names servers before it used."""
 
 
-def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """`headers` without the hop-by-hop ones and those that `Connection` names; the rest in
-    their order, repeated ones kept."""
+def end_to_end(
+    headers: Iterable[tuple[str, str]], *, without: AbstractSet[str] = frozenset()
+) -> list[tuple[str, str]]:
+    """`headers` but the hop-by-hop ones, those that `Connection` names, and those in `without`
+    (in lower case); the rest in their order, repeated ones kept."""
     listed = list(headers)
     named = {
         token.strip().lower()
@@ -32,11 +35,8 @@ def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         if name.lower() == "connection"
         for token in value.split(",")
     }
-    return [
-        (name, value)
-        for name, value in listed
-        if name.lower() not in HOP_BY_HOP and name.lower() not in named
-    ]
+    dropped = HOP_BY_HOP | named | without
+    return [(name, value) for name, value in listed if name.lower() not in dropped]
 
 
 def declared_length(headers: Iterable[tuple[str, str]]) -> int | None:
@@ -64,9 +64,9 @@ def relayable(status: int, headers: Iterable[tuple[str, str]]) -> list[tuple[str
     length = declared_length(listed)
     chunked = any(name.lower() == "transfer-encoding" for name, _ in listed)
     kept = [
-        (name, printable(value))
-        for name, value in end_to_end(listed)
-        if name.lower() != "content-length" and _TOKEN.fullmatch(name)
+        (name, value if value.isprintable() else printable(value))
+        for name, value in end_to_end(listed, without={"content-length"})
+        if _TOKEN.fullmatch(name)
     ]
     if length is not None and not chunked and status not in (204, 304):
         kept.append(("Content-Length", str(length)))

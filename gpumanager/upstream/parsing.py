@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import http
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 from gpumanager.upstream.headers import declared_length
@@ -45,17 +45,6 @@ class BrokenAnswer(Exception):
     """The connection ended before the answer did; the text says where."""
 
 
-class Head:
-    """The fields of an answer, in their order, repeated ones kept."""
-
-    def __init__(self, fields: list[tuple[str, str]]) -> None:
-        self._fields = fields
-
-    def items(self) -> Iterator[tuple[str, str]]:
-        """Name and value of each."""
-        return iter(self._fields)
-
-
 class HeadReader:
     """Takes in the head of an answer as it comes; interim ones (1xx) are skipped. What it has read
     is of use once `feed` has said that it is complete."""
@@ -78,8 +67,10 @@ class HeadReader:
         at = 0
         while (end := data.find(b"\n", at)) >= 0:
             line = data[at:end].removesuffix(b"\r")
-            self._count(end + 1 - at)
+            self._size += end + 1 - at
             at = end + 1
+            if self._size > LARGEST_HEAD_BYTES:
+                break
             if not self.status:
                 self._take_status(line)
             elif line:
@@ -90,13 +81,8 @@ class HeadReader:
                 self._skip_interim()
         self._rest = data[at:]
         if self._size + len(self._rest) > LARGEST_HEAD_BYTES:
-            self._count(len(self._rest))
-        return None
-
-    def _count(self, size: int) -> None:
-        self._size += size
-        if self._size > LARGEST_HEAD_BYTES:
             raise InvalidAnswer(f"a head of more than {LARGEST_HEAD_BYTES} bytes")
+        return None
 
     def _take_status(self, line: bytes) -> None:
         found = _STATUS.fullmatch(line)
@@ -132,8 +118,9 @@ class HeadReader:
 class Body(Protocol):
     """The body of an answer, by its framing."""
 
-    left: int | None
-    """Bytes still to come; None where that is not known, 0 once it is complete."""
+    @property
+    def left(self) -> int | None:
+        """Bytes still to come; None where that is not known, 0 once it is complete."""
 
     fault: InvalidAnswer | BrokenAnswer | None
     """Why nothing more can come, though it is not complete."""
@@ -170,16 +157,14 @@ class SizedBody:
     """One with a Content-Length, or none. What comes beyond it is dropped."""
 
     def __init__(self, length: int) -> None:
-        self.left: int | None = length
+        self.left = length
         self.fault: InvalidAnswer | BrokenAnswer | None = None
-        self._left = length
 
     def feed(self, data: bytes) -> bytes:
-        if not data and self._left:
+        if not data and self.left:
             self.fault = BrokenAnswer("broke off its answer")
-        content = data[: self._left]
-        self._left -= len(content)
-        self.left = self._left
+        content = data[: self.left]
+        self.left -= len(content)
         return content
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -10,7 +10,6 @@ from gpumanager.clock import Clock
 from gpumanager.config import Config
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.headers import end_to_end
-from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.upstream.watcher import Watcher
 
 SMALL_BODY_BYTES = 256 * 1024
@@ -39,7 +38,6 @@ class Proxy:
         self._config = config
         self._watcher = watcher
         self._clock = clock
-        self._adapter = OneShotAdapter()
 
     def prepare(
         self, consumer: str, inbound: Inbound, path: str, method: str | None = None
@@ -64,20 +62,15 @@ class Proxy:
             method=method,
             base_url=settings.base_url,
             target=target,
-            headers=[*_forwardable(inbound.headers), ("X-Request-Id", inbound.request_id)],
+            headers=[
+                *end_to_end(inbound.headers, without=_NOT_FORWARDED),
+                ("X-Request-Id", inbound.request_id),
+            ],
             body=body or None,
             length=length,
             ca_file=settings.ca_file,
         )
         return Exchange(consumer, outbound, settings.timeouts, self._watcher, self._clock)
-
-    def send_ahead(self, exchange: Exchange) -> None:
-        """Send it already, if nobody has to wait for that; see `Exchange.send_ahead`."""
-        exchange.send_ahead(self._adapter)
-
-    def send(self, exchange: Exchange) -> None:
-        """Send a prepared exchange; see `Exchange.send`."""
-        exchange.send(self._adapter)
 
 
 def inbound_headers(environ: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -90,9 +83,3 @@ def inbound_headers(environ: Mapping[str, Any]) -> list[tuple[str, str]]:
     if environ.get("CONTENT_TYPE"):
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     return headers
-
-
-def _forwardable(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [
-        (name, value) for name, value in end_to_end(headers) if name.lower() not in _NOT_FORWARDED
-    ]

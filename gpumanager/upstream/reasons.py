@@ -6,10 +6,40 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+import requests
+import urllib3
+
+from gpumanager.config import Timeouts
+from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
 
 
-def links(error: BaseException) -> Iterator[BaseException]:
+def too_late(consumer: str, what: str, seconds: float) -> ConsumerTimeout:
+    """The error for `what` did not come about within a time-out of the consumer's."""
+    return ConsumerTimeout(f"{consumer}: {what} within {seconds:g} s", consumer=consumer)
+
+
+def explained(
+    error: Exception, consumer: str, timeouts: Timeouts, *, answered: bool
+) -> BrokerError:
+    """The broker's error for what `requests`, urllib3 or the socket raised; `answered`: after the
+    head of an answer."""
+    chain = list(_links(error))
+    if any(isinstance(link, ConnectionRefusedError) for link in chain):
+        message = f"{consumer} refused the connection"
+        return ConsumerUnreachable(message, consumer=consumer, nothing_listens=True)
+    if any(isinstance(link, TimeoutError | urllib3.exceptions.TimeoutError) for link in chain):
+        if any(isinstance(link, urllib3.exceptions.ConnectTimeoutError) for link in chain):
+            return too_late(consumer, "no connection", timeouts.connect)
+        if not answered:
+            return too_late(consumer, "no answer", timeouts.first_byte)
+        return too_late(consumer, "nothing more came", timeouts.idle)
+    if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
+        return BadRequest(f"the request cannot be sent to {consumer}", consumer=consumer)
+    return ConsumerUnreachable(f"{consumer} {_in_words(chain)}", consumer=consumer)
+
+
+def _links(error: BaseException) -> Iterator[BaseException]:
     """`error` and everything it was raised from, or carries as an argument."""
     seen: set[int] = set()
     todo: list[BaseException] = [error]
@@ -23,7 +53,7 @@ def links(error: BaseException) -> Iterator[BaseException]:
         todo.extend(item for item in related if isinstance(item, BaseException))
 
 
-def in_words(chain: list[BaseException]) -> str:
+def _in_words(chain: list[BaseException]) -> str:
     """What went wrong, in words that hold no address."""
     for link in chain:
         if isinstance(link, BrokenAnswer):

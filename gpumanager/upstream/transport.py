@@ -12,124 +12,47 @@ docs/performance.md.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import IO, Any, Protocol
 
 import requests
 import requests.adapters
-import urllib3.exceptions
 
 from gpumanager.upstream.answer import Answer
-from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
-from gpumanager.upstream.wire import Wire, connect, trust
 
 
-class Dial(Protocol):
-    """What a connection is told by, and tells, the exchange it is opened for."""
+class Opener(Protocol):
+    """Stands where `requests` has one of urllib3's pools."""
 
-    @property
-    def address(self) -> tuple[str, int, bool]:
-        """Host, port, and whether to speak TLS."""
-
-    @property
-    def ca_file(self) -> str | None:
-        """The certificates that the host's own must be signed by; None: the usual ones."""
-
-    @property
-    def head(self) -> bytes:
-        """The head of the request, to be sent to the letter."""
-
-    @property
-    def body(self) -> bytes | IO[bytes] | None:
-        """What comes after it."""
-
-    @property
-    def begun(self) -> Answer | None:
-        """The answer to come, if the request was sent ahead."""
-
-    def connected(self, wire: Wire) -> None:
-        """The connection is open, and TLS yet to begin. May raise OSError to end the exchange."""
+    def urlopen(self, *, timeout: Any, **_: Any) -> Answer:
+        """Send the request, and return with the head of its answer."""
 
 
-class _CurrentDial(threading.local):
-    dial: Dial | None = None
+class Request(requests.PreparedRequest):
+    """A request that `requests` has not touched: nothing added, nothing re-encoded. It brings the
+    one that sends it along."""
 
-
-_current = _CurrentDial()
-
-
-@contextmanager
-def dialling(dial: Dial) -> Iterator[None]:
-    """Connections opened by this thread meanwhile belong to `dial`."""
-    _current.dial = dial
-    try:
-        yield
-    finally:
-        _current.dial = None
-
-
-class _OneShot:
-    """In the place of one of urllib3's pools."""
-
-    def urlopen(self, *, method: str, timeout: Any, **_: Any) -> Answer:
-        """Make the current dial's exchange up to the head of the answer."""
-        dial = _current.dial
-        if dial is None:
-            raise RuntimeError("a request outside of an exchange")
-        answer = dial.begun
-        if answer is not None:
-            answer.await_head()
-            return answer
-        wire = _connected(dial, timeout.connect_timeout)
-        try:
-            answer = Answer(wire, method)
-            wire.send(dial.head, dial.body, answer.hear)
-            answer.await_head()
-        except BaseException:
-            wire.close()
-            raise
-        return answer
-
-
-def _connected(dial: Dial, timeout: float) -> Wire:
-    host, port, tls = dial.address
-    try:
-        wire = connect(host, port, timeout=timeout, tls=trust(dial.ca_file) if tls else None)
-        try:
-            dial.connected(wire)
-        except BaseException:
-            wire.close()
-            raise
-    except TimeoutError as error:
-        raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
-    return wire
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        headers: list[tuple[str, str]],
+        body: bytes | IO[bytes] | None,
+        opener: Opener,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.url = url
+        self.headers = dict(headers)  # type: ignore[assignment]  # for whoever looks
+        self.body = body  # type: ignore[assignment]  # or a file
+        self.opener = opener
 
 
 class OneShotAdapter(requests.adapters.HTTPAdapter):
-    """A `requests` adapter whose connections serve one exchange each. Safe from any thread."""
+    """A `requests` adapter for `Request`s. Safe from any thread."""
 
-    def send_ahead(self, dial: Dial, method: str, timeout: float) -> Answer | None:
-        """Send a request that `send` is going to be called for, and not wait for its answer. None,
-        and nothing was sent, if there is no connection within `timeout` seconds, or if `send` is
-        no longer that of `requests`: whoever put himself there, as mocks do, is to see the request
-        before the consumer does, or instead of it."""
-        send = type(self).send
-        if not isinstance(send, FunctionType) or send.__globals__ is not vars(requests.adapters):
-            return None
-        try:
-            wire = _connected(dial, timeout)
-        except (OSError, urllib3.exceptions.ConnectTimeoutError):
-            return None
-        answer = Answer(wire, method)
-        with suppress(OSError, InvalidAnswer, BrokenAnswer):  # `await_head` will say it
-            wire.send(dial.head, dial.body, answer.hear)
-        return answer
-
-    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> Any:
-        return _ONE_SHOT
+    def get_connection_with_tls_context(self, request: Any, *_: Any, **__: Any) -> Any:
+        return request.opener
 
     def cert_verify(self, *_: Any, **__: Any) -> None:
         """Done where the connection is opened."""
@@ -146,4 +69,11 @@ class OneShotAdapter(requests.adapters.HTTPAdapter):
         return response
 
 
-_ONE_SHOT = _OneShot()
+ADAPTER = OneShotAdapter()
+
+
+def is_hooked() -> bool:
+    """Whether `ADAPTER.send` is no longer that of `requests`: whoever put himself there, as mocks
+    do, is to see a request before the consumer does, or instead of it."""
+    send = OneShotAdapter.send
+    return not isinstance(send, FunctionType) or send.__globals__ is not vars(requests.adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import os
 import re
@@ -42,10 +43,12 @@ class Wire:
     """An open connection. One thread owns it; any may `shut` it.
 
     `timeout` is how long, in seconds, the owner's calls wait for the peer to take or say anything.
+    `close` is idempotent.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         sock.setblocking(False)
+        self.close = sock.close
         self._sock = sock
         self._poll = select.poll()
         self.timeout = timeout
@@ -58,10 +61,6 @@ class Wire:
         """
         with contextlib.suppress(OSError):  # the peer was faster
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._sock.close()
 
     def twin(self) -> socket.socket:
         """The same connection once more, without TLS, and open when this one is closed."""
@@ -109,10 +108,11 @@ class Wire:
         is the answer, the rest is not sent: a consumer that answers before it has read all may
         read no more. Raises OSError, not for a peer that closed its end: there may be an answer,
         and whatever `answered` raises."""
+        source = io.BytesIO(body or b"") if body is None or isinstance(body, bytes) else body
+        piece = head + source.read(max(0, PIECE_BYTES - len(head)))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for piece in _pieces(head, body):
-                if not self._send(piece, answered):
-                    return
+            while piece and self._send(piece, answered):
+                piece = source.read(PIECE_BYTES)
 
     def _send(self, piece: bytes, answered: Callable[[bytes], bool]) -> bool:
         """True once all of it is sent; False if there is no need to."""
@@ -166,19 +166,6 @@ def connect(host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None)
     except BaseException:
         sock.close()
         raise
-
-
-def _pieces(head: bytes, body: bytes | IO[bytes] | None) -> Iterable[bytes]:
-    """A request in pieces of PIECE_BYTES, but the last."""
-    if body is None or isinstance(body, bytes):
-        whole = head + (body or b"")
-        for at in range(0, len(whole), PIECE_BYTES):
-            yield whole[at : at + PIECE_BYTES]
-        return
-    piece = head + body.read(max(0, PIECE_BYTES - len(head)))
-    while piece:
-        yield piece
-        piece = body.read(PIECE_BYTES)
 
 
 @cache

@@ -305,7 +305,7 @@ def _audio_routes(app: Flask, services: Services) -> None:
         client = ClientWatch(record, services.watcher)
         record.stack.callback(client.stop)
         client.when_gone(lambda: exchange.abort(errors.ClientGone("the client left")))
-        services.proxy.send(exchange)
+        exchange.send()
         return RelayedResponse(Answer(exchange, on_end=lambda: None))
 
     app.add_url_rule(

@@ -17,7 +17,6 @@ from gpumanager.errors import ClientGone, ConsumerUnreachable
 from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.parsing import InvalidAnswer
-from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import PIECE_BYTES, Wire
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
@@ -46,7 +45,7 @@ def test_what_was_read_ahead_comes_again(size: int) -> None:
         ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer,
         closing(exchange(consumer.url)) as one,
     ):
-        one.send(OneShotAdapter())
+        one.send()
         assert one.read_ahead(1_000_000) == body
         assert one.ended is (size == 0)
         assert one.ready()
@@ -59,7 +58,7 @@ def test_a_consumer_that_said_all_at_once_is_done_before_its_answer_is_read() ->
         ScriptedConsumer(lambda peer, _: peer.send(answer(b"hello"))) as consumer,
         closing(exchange(consumer.url)) as one,
     ):
-        one.send(OneShotAdapter())
+        one.send()
         assert one.consumer_done
         assert not one.ended
         assert drained(one) == b"hello"
@@ -76,7 +75,7 @@ def test_a_consumer_that_has_more_to_say_is_not_done() -> None:
         peer.send(whole[-2:])
 
     with ScriptedConsumer(in_two_parts) as consumer, closing(exchange(consumer.url)) as one:
-        one.send(OneShotAdapter())
+        one.send()
         assert not one.consumer_done
         go_on.set()
         assert drained(one) == b"hello"
@@ -89,7 +88,7 @@ def test_an_answer_beyond_the_limit_is_not_read_to_its_end() -> None:
         ScriptedConsumer(lambda peer, _: peer.send(answer(body))) as consumer,
         closing(exchange(consumer.url)) as one,
     ):
-        one.send(OneShotAdapter())
+        one.send()
         assert one.read_ahead(1000) is None
         assert not one.ended
         assert drained(one) == body
@@ -99,7 +98,7 @@ def test_an_answer_that_breaks_off_while_it_is_read_ahead_is_an_error() -> None:
     half = answer(b"z" * 1000)[:-500]
     with ScriptedConsumer(lambda peer, _: peer.send(half)) as consumer:
         one = exchange(consumer.url)
-        one.send(OneShotAdapter())
+        one.send()
         with pytest.raises(ConsumerUnreachable, match="broke off"):
             one.read_ahead(10_000)
 
@@ -115,10 +114,10 @@ def test_the_same_request_can_be_made_again(kind: str) -> None:
     }
     with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
         one = exchange(consumer.url, *bodies[kind])
-        one.send(OneShotAdapter())
+        one.send()
         again = one.again()
         assert again is not None
-        again.send(OneShotAdapter())
+        again.send()
         assert [each.body for each in consumer.requests] == [b"hello", b"hello"]
         one.close()
         again.close()
@@ -142,7 +141,7 @@ def test_a_file_is_sent_in_pieces_whatever_the_head(head: int, size: int) -> Non
         outbound = Outbound("POST", consumer.url, "/", headers, Piecewise(body), size)
         timeouts = Timeouts(connect=2, first_byte=2, idle=2, total=5)
         with closing(Exchange("it", outbound, timeouts, Watcher(), SystemClock())) as one:
-            one.send(OneShotAdapter())
+            one.send()
             assert one.status == 200
         assert consumer.requests[0].header("x-long") == "y" * head
         assert consumer.requests[0].body == body
@@ -170,10 +169,10 @@ def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
         peer.send(answer(b"hi"))
 
     with ScriptedConsumer(script) as consumer, closing(exchange(consumer.url, b"hello", 5)) as one:
-        one.send_ahead(OneShotAdapter())
+        one.send_ahead()
         assert arrived.wait(10)
         assert one.reached
-        one.send(OneShotAdapter())
+        one.send()
         assert drained(one) == b"hi"
         assert [each.body for each in consumer.requests] == [b"hello"]
 
@@ -190,22 +189,22 @@ def test_a_small_request_is_sent_before_its_owner_goes_on() -> None:
 )
 def test_what_could_make_it_wait_is_left_to_its_owner(host: str, body: bytes | IO[bytes]) -> None:
     one = exchange(f"http://{host}:9", body, 5)
-    one.send_ahead(OneShotAdapter())
+    one.send_ahead()
     assert one.begun is None
     assert not one.reached
 
 
 def test_a_consumer_that_is_gone_is_told_to_the_owner() -> None:
     one = exchange(f"http://127.0.0.1:{free_port()}")
-    one.send_ahead(OneShotAdapter())
+    one.send_ahead()
     with pytest.raises(ConsumerUnreachable, match="refused"):
-        one.send(OneShotAdapter())
+        one.send()
 
 
 def test_one_that_was_started_and_never_gone_on_with_is_closed() -> None:
     with ScriptedConsumer(lambda peer, _: peer.send(answer())) as consumer:
         one = exchange(consumer.url)
-        one.send_ahead(OneShotAdapter())
+        one.send_ahead()
         one.close()
         assert one.begun is not None
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -220,10 +219,10 @@ def test_one_that_was_aborted_after_its_start_says_so() -> None:
         ScriptedConsumer(script) as consumer,
         closing(exchange(consumer.url)) as one,
     ):
-        one.send_ahead(OneShotAdapter())
+        one.send_ahead()
         one.abort(ClientGone("left"))
         with pytest.raises(ClientGone):
-            one.send(OneShotAdapter())
+            one.send()
 
 
 def test_a_reset_that_was_seen_by_a_look_is_not_the_end_of_an_answer() -> None:
@@ -236,7 +235,7 @@ def test_a_reset_that_was_seen_by_a_look_is_not_the_end_of_an_answer() -> None:
         peer.reset()
 
     with ScriptedConsumer(script) as consumer, closing(exchange(consumer.url)) as one:
-        one.send(OneShotAdapter())
+        one.send()
         assert one.read() == b"all of it?"
         assert not one.ready()
         read.set()

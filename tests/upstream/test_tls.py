@@ -16,7 +16,6 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.upstream.exchange import Exchange, Outbound
-from gpumanager.upstream.transport import OneShotAdapter
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import connect, trust
 from tests.support.broker import config_for, live_broker
@@ -63,7 +62,7 @@ def exchange(url: str, ca_file: Path | None, body: bytes = b"{}") -> Exchange:
 def answered(one: Exchange) -> bytes:
     parts = []
     with closing(one):
-        one.send(OneShotAdapter())
+        one.send()
         while chunk := one.read():
             parts.append(chunk)
     return b"".join(parts)
@@ -146,7 +145,7 @@ def test_after_an_abort_nothing_is_taken_for_content(
 
     consumer.script = script
     with closing(exchange(consumer.url, ca_file)) as one:
-        one.send(OneShotAdapter())
+        one.send()
         assert sent.wait(PATIENCE_S)
         assert set(one.read()) == {ord("a")}
         one.abort(ClientGone("left"))
@@ -184,7 +183,7 @@ def test_an_abort_is_seen_by_a_reader_that_waits(consumer: ScriptedConsumer, ca_
 
     consumer.script = script
     with closing(exchange(consumer.url, ca_file)) as one:
-        one.send(OneShotAdapter())
+        one.send()
         assert one.read() == b"a"
         waiting = Outcome(one.read)
         one.abort(ClientGone("left"))
@@ -202,7 +201,7 @@ def test_an_abort_ends_a_handshake_that_never_ends(ca_file: Path) -> None:
 
     with Silent(echo) as consumer:
         one = exchange(consumer.url.replace("http", "https"), ca_file)
-        sending = Outcome(lambda: one.send(OneShotAdapter()))
+        sending = Outcome(one.send)
         assert taken.wait(PATIENCE_S)
         one.abort(ClientGone("left"))
         with pytest.raises(ClientGone):
@@ -215,7 +214,7 @@ def test_a_handshake_that_never_ends_is_a_time_out(ca_file: Path) -> None:
             pass
 
     with Silent(echo) as consumer, pytest.raises(ConsumerTimeout, match="no connection within 2 s"):
-        exchange(consumer.url.replace("http", "https"), ca_file).send(OneShotAdapter())
+        exchange(consumer.url.replace("http", "https"), ca_file).send()
 
 
 def test_a_connection_that_is_cut_is_not_the_end_of_an_answer(
