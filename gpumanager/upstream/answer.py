@@ -33,22 +33,24 @@ class Answer:
     def hear(self, data: bytes) -> bool:
         """Take in what came; b"" is the end of the connection. True once the head is complete.
         Raises InvalidAnswer or BrokenAnswer for a head that never will be."""
-        if self._body is not None:
-            self._take_content(self._body, data)
-            return True
-        head = self._head
-        try:
-            rest = head.feed(data)
-            if rest is None:
-                return False
-            body = body_of(self._method, head.status, head.fields)
-        except (InvalidAnswer, BrokenAnswer) as error:
-            self._fault = error
-            raise
-        self.status, self.reason, self.fields = head.status, head.reason, head.fields
-        self._body, self._left = body, body.left
-        if rest:
-            self._take_content(body, rest)
+        if self._body is None:
+            head = self._head
+            try:
+                rest = head.feed(data)
+                if rest is None:
+                    return False
+                self._body = body_of(self._method, head.status, head.fields)
+            except (InvalidAnswer, BrokenAnswer) as error:
+                self._fault = error
+                raise
+            self.status, self.reason, self.fields = head.status, head.reason, head.fields
+            self._left = self._body.left
+            if not rest:
+                return True
+            data = rest
+        if self._left != 0:
+            self._content += self._body.feed(data)
+            self._left, self._fault = self._body.left, self._body.fault
         return True
 
     def await_head(self) -> None:
@@ -92,8 +94,3 @@ class Answer:
             else:
                 return False
         return True
-
-    def _take_content(self, body: Body, data: bytes) -> None:
-        if self._left != 0:
-            self._content += body.feed(data)
-            self._left, self._fault = body.left, body.fault

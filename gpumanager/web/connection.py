@@ -77,7 +77,8 @@ class Connection(HTTPChannel):
         self._deaf = False
         self._linger_until: float | None = None
         self.local_address = _address(self.socket)
-        self._make_way()
+        if len(self._map) >= self.adj.connection_limit:  # type: ignore[attr-defined]  # not in its stubs
+            self._make_way()
 
     def parser_class(self, adj: Adjustments) -> StrictRequestParser:  # type: ignore[override]
         """Waitress makes its parsers with this."""
@@ -172,7 +173,7 @@ class Connection(HTTPChannel):
             if now >= self._linger_until:
                 self.handle_close()
         elif self.requests:
-            self._giving.rest()
+            self._giving.since = None
         elif self._giving.too_slow(now, self._received, busy=self._in_body):
             self._give_up(TookTooLong("the body came too slowly"))
         elif head_due and request is None:
@@ -214,12 +215,10 @@ class Connection(HTTPChannel):
         return admitted
 
     def _make_way(self) -> None:
-        """Close the connection that is worth least, if there are as many as there may be. Those
-        that wait for a head go first, then those that send a body or take an answer, each time
-        the one that has done so for longest; those with a request at work stay."""
+        """Close the connection that is worth least. Those that wait for a head go first, then
+        those that send a body or take an answer, each time the one that has done so for longest;
+        those with a request at work stay."""
         me: Any = self
-        if len(me._map) < self.adj.connection_limit:
-            return
         everybody = [each for each in me._map.values() if isinstance(each, Connection)]
         others = [each for each in everybody if each is not self and not each.requests]
         if others:
@@ -262,22 +261,18 @@ class Connection(HTTPChannel):
         super().service()
         self._unchanged_since = time.monotonic()
 
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        """As waitress's, counted."""
-        sent = int(super().send(data, do_close))
-        self._sent += sent
-        return sent
-
     def _flush_some(self, do_close: bool = True) -> bool:
         if self._abandoned:
             raise ConnectionAbortedError("its answer is not whole")  # waitress closes it
+        before = self.total_outbufs_len
         self._flushing = True
         try:
             return bool(super()._flush_some(do_close))  # type: ignore[misc]  # not in its stubs
         finally:
             self._flushing = False
+            self._sent += before - self.total_outbufs_len
             if not self.total_outbufs_len:
-                self._taking.rest()
+                self._taking.since = None
 
 
 def _address(sock: Any) -> str:
@@ -289,22 +284,18 @@ def _address(sock: Any) -> str:
 
 
 class _Pace:
-    """Whether a count of bytes rises by `LEAST_RATE`, while it is to rise."""
+    """Whether a count of bytes rises by `LEAST_RATE`, while it is to rise. `since` is when it was
+    last noted; None while there is nothing to do."""
 
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._before = 0
-
-    def rest(self) -> None:
-        """There is nothing to do at the moment."""
-        self._since = None
+    since: float | None = None
+    _before = 0
 
     def too_slow(self, now: float, count: int, *, busy: bool) -> bool:
         """True if a whole window passed in which it was busy, and did too little."""
-        since, before = self._since, self._before
+        since, before = self.since, self._before
         if not busy:
-            self._since = None
+            self.since = None
         elif since is None or now - since >= RATE_WINDOW_S:
-            self._since, self._before = now, count
+            self.since, self._before = now, count
             return since is not None and count - before < LEAST_RATE * RATE_WINDOW_S
         return False

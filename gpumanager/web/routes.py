@@ -88,7 +88,7 @@ def create_app(services: Services) -> Flask:
     app.url_map.strict_slashes = True
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
-    app.extensions[ADMIT] = checks.before_body
+    app.extensions[ADMIT] = checks.admit
     jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
     security.install(app, checks, for_clients={*jobs, "cancel"})
     for path, view in jobs.items():

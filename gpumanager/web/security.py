@@ -14,6 +14,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -97,6 +98,7 @@ class Checks:
 
     def __init__(self, keyring: Keyring, allowed_hosts: Iterable[str]) -> None:
         self._keyring = keyring
+        self._keyed = bool(keyring)
         self._allowed = frozenset(allowed_hosts)
 
     def __call__(self, environ: WSGIEnvironment) -> None:
@@ -105,26 +107,23 @@ class Checks:
         if isinstance(admitted, BrokerError):
             raise admitted
         if admitted is None:
-            admitted = self._admit(environ, asks=not _is_open(environ["PATH_INFO"]))
+            path = environ["PATH_INFO"]
+            is_open = path == "/healthz" or path.startswith(dashboard.PREFIX)
+            admitted = self.admit(environ, asks=not is_open)
         record = record_of(environ)
         record.key, record.role = admitted
         if record.key is not None:
             for header in CREDENTIAL_HEADERS:  # no consumer ever sees the key
                 environ.pop(header, None)
 
-    def before_body(self, environ: WSGIEnvironment) -> Admitted:
-        """The same for a request that has a body still to come: nobody without a key sends one,
-        not even to `/healthz`. What this returns stands in the whole request's `environ`."""
-        return self._admit(environ, asks=True)
-
-    def _admit(self, environ: WSGIEnvironment, *, asks: bool) -> Admitted:
+    def admit(self, environ: WSGIEnvironment, *, asks: bool = True) -> Admitted:
+        """Whose request it is, by its head; `asks`: for a key, where there are any. Raises as
+        above. For a request whose body is still to come this is asked first, and always for a key:
+        nobody without one sends a body, not even to `/healthz`. What it returned stands then in
+        the whole request's `environ`."""
         check_host(environ, self._allowed)
         check_origin(environ)
-        return self._keyring.identify(environ) if asks and self._keyring else (None, "admin")
-
-
-def _is_open(path: str) -> bool:
-    return path == "/healthz" or path.startswith(dashboard.PREFIX)
+        return self._keyring.identify(environ) if asks and self._keyed else (None, "admin")
 
 
 def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
@@ -217,6 +216,7 @@ def _same_origin(origin: str, host: str) -> bool:
     return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
 
+@lru_cache(maxsize=1024)
 def _host_name(host: str) -> str:
     """The name in a Host header, without port and brackets, lower case."""
     if host.startswith("["):
