@@ -86,6 +86,7 @@ def create_app(services: Services) -> Flask:
     app = Flask("gpumanager", static_folder=None)
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = True
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
     app.extensions[ADMIT] = checks.admit
@@ -97,7 +98,6 @@ def create_app(services: Services) -> Flask:
             endpoint=path,
             view_func=partial(_from_flask, view),
             methods=["POST"],
-            provide_automatic_options=False,
         )
     _control_routes(app, services)
     _operator_routes(app, services)
@@ -128,7 +128,7 @@ def _job_view(services: Services, kind: Kind) -> JobView:
 
 
 def _control_routes(app: Flask, services: Services) -> None:
-    @app.get("/v1/status", provide_automatic_options=False)
+    @app.get("/v1/status")
     def status() -> Response:
         return json_response(services.status.snapshot(_record().whose))
 
@@ -137,15 +137,15 @@ def _control_routes(app: Flask, services: Services) -> None:
         """Made when somebody asks for it first: to read its file would delay each start."""
         return describe(services.config, services.version, keys=bool(services.keyring))
 
-    @app.get("/openapi.json", provide_automatic_options=False)
+    @app.get("/openapi.json")
     def openapi() -> Response:
         return json_response(description())
 
-    @app.get("/v1/queue", provide_automatic_options=False)
+    @app.get("/v1/queue")
     def queue() -> Response:
         return json_response({"queue": services.status.queue(_record().whose)})
 
-    @app.delete("/v1/queue/<int:ticket>", provide_automatic_options=False)
+    @app.delete("/v1/queue/<int:ticket>")
     def cancel(ticket: int) -> Response:
         try:
             roles.check_owner(_record(), ticket, services.status.key_of(ticket))
@@ -156,19 +156,19 @@ def _control_routes(app: Flask, services: Services) -> None:
             raise _no_ticket(ticket)
         return json_response({"ticket": ticket, "state": "cancelled"})
 
-    @app.get("/healthz", provide_automatic_options=False)
+    @app.get("/healthz")
     def healthz() -> Response:
         if services.draining():
             return json_response({"status": "draining"}, 503)
         return json_response({"status": "ok"})
 
-    @app.get("/", provide_automatic_options=False)
+    @app.get("/")
     def root() -> Response:
         if dashboard.wanted():
             return dashboard.response()
         return Response(ROOT_TEXT, content_type="text/plain; charset=utf-8")
 
-    @app.get(f"{dashboard.PREFIX}<name>", provide_automatic_options=False)
+    @app.get(f"{dashboard.PREFIX}<name>")
     def dashboard_file(name: str) -> Response:
         return dashboard.file(name)
 
@@ -184,7 +184,7 @@ def _no_ticket(ticket: int) -> errors.NotFound:
 def _record_routes(app: Flask, services: Services) -> None:
     events = services.events
 
-    @app.get("/v1/events", provide_automatic_options=False)
+    @app.get("/v1/events")
     def happened() -> Response:
         since = _query_number("since", 0)
         limit = _query_number("limit", MOST_EVENTS, most=MOST_EVENTS)
@@ -200,7 +200,7 @@ def _record_routes(app: Flask, services: Services) -> None:
             }
         )
 
-    @app.get("/v1/history", provide_automatic_options=False)
+    @app.get("/v1/history")
     def history() -> Response:
         seconds = _query_number("seconds", 0, most=HISTORY_S) or None
         return json_response(
@@ -218,11 +218,11 @@ def _record_routes(app: Flask, services: Services) -> None:
             }
         )
 
-    @app.get("/v1/trace", provide_automatic_options=False)
+    @app.get("/v1/trace")
     def trace() -> Response:
         return json_response(chrome_trace(roles.visible(events.since(0).events, _record().whose)))
 
-    @app.get("/metrics", provide_automatic_options=False)
+    @app.get("/metrics")
     def metrics() -> Response:
         return Response(
             services.metrics.exposition(whole=_record().whose is None), content_type=METRICS_TYPE
@@ -249,30 +249,29 @@ def _operator_routes(app: Flask, services: Services) -> None:
         f"/v1/plan/<any({', '.join(KINDS)}):kind>",
         view_func=plan,
         methods=["GET"],
-        provide_automatic_options=False,
     )
 
-    @app.post("/v1/consumers/<name>/unload", provide_automatic_options=False)
+    @app.post("/v1/consumers/<name>/unload")
     def unload(name: str) -> Response:
         return json_response(operations.unload(_record(), name))
 
-    @app.post("/v1/consumers/<name>/load", provide_automatic_options=False)
+    @app.post("/v1/consumers/<name>/load")
     def load(name: str) -> Response:
         return json_response(operations.load(_record(), name))
 
-    @app.delete("/v1/consumers/<name>/learned", provide_automatic_options=False)
+    @app.delete("/v1/consumers/<name>/learned")
     def forget(name: str) -> Response:
         return json_response(operations.forget(name))
 
-    @app.post("/v1/consumers/<name>/pin", provide_automatic_options=False)
+    @app.post("/v1/consumers/<name>/pin")
     def pin(name: str) -> Response:
         return json_response(operations.pin(name, True))
 
-    @app.delete("/v1/consumers/<name>/pin", provide_automatic_options=False)
+    @app.delete("/v1/consumers/<name>/pin")
     def unpin(name: str) -> Response:
         return json_response(operations.pin(name, False))
 
-    @app.post("/v1/drain", provide_automatic_options=False)
+    @app.post("/v1/drain")
     def drain() -> Response:
         # Nobody ends a broker by accident, or another than the one that was meant.
         if request.args.get("boot") != services.events.boot:
@@ -280,7 +279,7 @@ def _operator_routes(app: Flask, services: Services) -> None:
         services.drain()
         return json_response({"status": "draining"}, 202)
 
-    @app.post("/v1/reload", provide_automatic_options=False)
+    @app.post("/v1/reload")
     def reload() -> Response:
         return json_response(services.reload())
 
@@ -312,7 +311,6 @@ def _audio_routes(app: Flask, services: Services) -> None:
         f"{prefix}<path:name_of_file>",
         view_func=audio,
         methods=["GET"],
-        provide_automatic_options=False,
     )
 
 
