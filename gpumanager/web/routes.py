@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -91,24 +91,16 @@ def create_app(services: Services) -> Flask:
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
     app.extensions[ADMIT] = checks.admit
     jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
-    security.install(app, checks, for_clients={*jobs, "cancel"})
-    for path, view in jobs.items():
-        app.add_url_rule(
-            path,
-            endpoint=path,
-            view_func=partial(_from_flask, view),
-            methods=["POST"],
-        )
+    security.install(app, checks, for_clients={"cancel"})
+    for path in jobs:
+        # Its POST never comes here; any other method gets Flask's 405.
+        app.add_url_rule(path, endpoint=path, methods=["POST"])
     _control_routes(app, services)
     _operator_routes(app, services)
     _record_routes(app, services)
     _audio_routes(app, services)
     app.wsgi_app = Entrance(app.wsgi_app, jobs, checks)  # type: ignore[method-assign]
     return app
-
-
-def _from_flask(view: JobView) -> Response:
-    return view(request.environ)
 
 
 def _job_view(services: Services, kind: Kind) -> JobView:
@@ -242,14 +234,9 @@ def _query_number(name: str, default: int, *, most: int = 2**53) -> int:
 def _operator_routes(app: Flask, services: Services) -> None:
     operations = services.operations
 
+    @app.get(f"/v1/plan/<any({', '.join(KINDS)}):kind>")
     def plan(kind: Kind) -> Response:
         return json_response(operations.plan(kind))
-
-    app.add_url_rule(
-        f"/v1/plan/<any({', '.join(KINDS)}):kind>",
-        view_func=plan,
-        methods=["GET"],
-    )
 
     @app.post("/v1/consumers/<name>/unload")
     def unload(name: str) -> Response:
@@ -288,6 +275,7 @@ def _audio_routes(app: Flask, services: Services) -> None:
     prefix, name = services.config.audio_path_prefix, services.config.audio_proxy
     places = threading.BoundedSemaphore(AUDIO_THREADS)
 
+    @app.get(f"{prefix}<path:name_of_file>")
     def audio(name_of_file: str) -> Response:  # noqa: ARG001  # the raw path is what counts
         if name is None:
             raise errors.NoAudioProxy("audio_proxy is not configured")
@@ -306,12 +294,6 @@ def _audio_routes(app: Flask, services: Services) -> None:
         client.when_gone(lambda: exchange.abort(errors.ClientGone("the client left")))
         exchange.send()
         return RelayedResponse(Answer(exchange, on_end=lambda: None))
-
-    app.add_url_rule(
-        f"{prefix}<path:name_of_file>",
-        view_func=audio,
-        methods=["GET"],
-    )
 
 
 def preferred_wait(header: str) -> float | None:

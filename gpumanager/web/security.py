@@ -128,7 +128,8 @@ class Checks:
 
 def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
     """Check every request to `app` before its route is looked at. `for_clients` are the endpoints
-    that change something and are open to keys with the role client."""
+    that change something and are open to keys with the role client, beside the jobs, which do not
+    come here."""
 
     @app.before_request
     def check() -> Response | None:
