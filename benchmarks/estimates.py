@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from gpumanager.consumers.learning import Learned, StateFile
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.statefile import StateFile
 from tests.support.replay import SERVERS, Replay, Told
 
 LONGEST_MEDIAN = 0.25

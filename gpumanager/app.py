@@ -13,13 +13,14 @@ from typing import Any
 
 from gpumanager import __version__
 from gpumanager.clock import Clock, SystemClock
-from gpumanager.config import Config, ConfigError, ConsumerConfig
+from gpumanager.config import Config, ConfigError
 from gpumanager.config.live import Changes, LiveConfig, changes
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
-from gpumanager.consumers.learning import Learned, StateFile, state_path
+from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.prober import Prober
 from gpumanager.consumers.registry import InUse, Registry
+from gpumanager.consumers.statefile import StateFile, state_path
 from gpumanager.consumers.stopped import Stopped
 from gpumanager.errors import BadRequest
 from gpumanager.gpu.attribution import Attributor
@@ -83,18 +84,18 @@ class Broker:
         config_file: str | None = None,
     ) -> None:
         self._read_config = read_config
-        self._live = LiveConfig(config)
         self._file_events: EventFile | None = None
         clock = SystemClock() if clock is None else clock
-        self.registry = Registry(
-            {name: _assumed_loaded(consumer) for name, consumer in config.consumers.items()}, clock
-        )
+        self.registry = Registry(config, clock)
         self.learned = Learned(config.consumers, lambda: clock.now().timestamp())
+        self.learned.publish(self.registry.learn)
         self.events = EventLog(clock)
         emit = self.events.emit
         if config.events.file is not None:
             self._file_events = EventFile(self.events, config.events)
-        config = self._live.seen  # what is made from here on sees the next one, too
+        config = LiveConfig(
+            lambda: self.registry.now.config
+        ).seen  # what is made from here on sees the next one, too
         self.watcher = Watcher()
         processes = SystemProcesses()
         consumer_processes = ConsumerProcesses(config, processes)
@@ -137,12 +138,12 @@ class Broker:
         self.scheduler = build_scheduler(config.scheduler, room, clock)
         self._completions = Completions(calls, clock, emit)
         keyring = Keyring(keys)
-        places = Places(config, self.registry, self.scheduler, keyring)
+        places = Places(self.registry, self.scheduler, keyring)
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
         self._saving: PeriodicWorker | None = None
         proxy = Proxy(config, self.watcher, clock)
-        shortages = Shortages(config, self.registry, self.learned, sampler.look, emit)
+        shortages = Shortages(self.registry, self.learned, sampler.look, emit)
         means = Means(
             registry=self.registry,
             learned=self.learned,
@@ -161,16 +162,14 @@ class Broker:
             shortages,
             look=sampler.look,
         )
-        self._stopped = Stopped(config, self.registry, consumer_processes.of)
+        self._stopped = Stopped(self.registry, consumer_processes.of)
         self._state = (
             None if state_file is None else StateFile(state_file, self.learned, self._stopped.now)
         )
-        self._history = MemoryHistory(config, self.registry, clock)
+        self._history = MemoryHistory(self.registry, clock)
         draining = threading.Event()
         status = StatusView(
-            config,
             self.registry,
-            self.learned,
             self.scheduler,
             self.breakers,
             lambda: shortages.failures,
@@ -238,7 +237,7 @@ class Broker:
     @property
     def config(self) -> Config:
         """The config as it is applied at the moment."""
-        return self._live.current
+        return self.registry.now.config
 
     def start(self) -> None:
         """Restore what was learned; start sampling, probing and watching. Idempotent."""
@@ -298,7 +297,7 @@ class Broker:
         return STATE_INTERVAL_S
 
     def _make_workers(self, sampler: Sampler) -> list[PeriodicWorker]:
-        config = self._live.current
+        config = self.config
         workers = [
             PeriodicWorker("watcher", self.watcher.sweep, retry_s=1.0),
             PeriodicWorker("gpu-sampler", sampler.sample, retry_s=config.gpu.sample_interval),
@@ -315,7 +314,7 @@ class Broker:
     def _adjust_workers(self) -> None:
         """One prober for every consumer that can be asked, and a housekeeper, if there is
         anything to keep."""
-        config = self._live.current
+        config = self.config
         for name, consumer in config.consumers.items():
             if name in self._probers or (consumer.health is None and consumer.probe is None):
                 continue  # who is never probed is never refused
@@ -355,7 +354,7 @@ class Broker:
                 new = self._read_config()
             except ConfigError as error:
                 raise BadRequest(f"the config was not applied; {error}") from None
-            old = self._live.current
+            old = self.config
             found = changes(old, new)
             if found.fixed:
                 fixed = ", ".join(found.fixed)
@@ -375,12 +374,12 @@ class Broker:
         # First, so that no probe looks for a consumer that is not there, or takes the answer of
         # the one at the old address for that of the new.
         self._end_probers((*found.removed, *found.changed))
-        fresh = {name: _assumed_loaded(new.consumers[name]) for name in (*found.added, *moved)}
+        fresh = (*found.added, *moved)
         for name in fresh:
             self.learned.add(name)
             self.breakers.forget(name)
         try:
-            self.registry.reshape(fresh, found.removed, lambda: self._live.replace(new))
+            self.registry.reshape(new, fresh)
         except InUse as error:
             raise BadRequest(f"the config was not applied: {error}") from None
         finally:
@@ -480,9 +479,3 @@ def prepare(
     broker.lifecycle.install_signal_handlers(broker.reload)
     broker.start()
     return broker
-
-
-def _assumed_loaded(consumer: ConsumerConfig) -> bool:
-    """Whether to take a consumer for loaded before it has told: yes, unless it can only be
-    unloaded, which is how servers that load with their first job look."""
-    return consumer.unload is None or consumer.load is not None

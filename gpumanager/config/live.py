@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,37 +28,20 @@ FIXED_OF_GPU = ("device", "sample_interval")
 
 
 class LiveConfig:
-    """Reads like the Config that it holds at the moment; whoever keeps it sees the next one as
-    soon as it is there."""
+    """Reads like the Config that `current` gives at the moment: for who looks at one setting, at
+    the moment when it matters. Who has to see one and the same config in several looks takes it
+    from a snapshot."""
 
-    _current: Config
-
-    def __init__(self, config: Config) -> None:
-        self.replace(config)
+    def __init__(self, current: Callable[[], Config]) -> None:
+        self._current = current
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._current, name)
-
-    @property
-    def current(self) -> Config:
-        """What it holds."""
-        return self._current
+        return getattr(self._current(), name)
 
     @property
     def seen(self) -> Config:
         """Itself, as the type that its readers know."""
         return cast(Config, self)
-
-    def replace(self, config: Config) -> None:
-        """From now on it is `config`."""
-        # The fields as attributes of its own, all at once: `__getattr__` costs a call each time.
-        self.__dict__ = {**vars(config), "_current": config}
-
-
-def in_force(config: Config) -> Config:
-    """The config that `config` stands for at this moment, which no reload changes any more: for
-    whoever has to see one and the same in several looks."""
-    return config.current if isinstance(config, LiveConfig) else config
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class Admission:
 
     def check(self, name: str) -> None:
         """A consumer that was never probed is admitted."""
-        state = self._registry.get(name)
+        state = self._registry.now.states[name]
         if state.healthy is False:
             raise ConsumerUnhealthy(
                 f"consumer {name} last probe failed: {state.last_error}",

@@ -57,6 +57,41 @@ class Raised:
     patience: int = PATIENCE
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the memory that a consumer needs follows from: what its jobs were seen to hold, by the
+    card's figures and by its own; of how many jobs the former is; and what an out-of-memory has
+    raised it to. Of one moment, and never changed."""
+
+    measured: Figure | None = None
+    reported: Figure | None = None
+    measured_jobs: int = 0
+    raised: Raised | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether enough of its jobs were measured for a declaration to count no more."""
+        return self.measured_jobs >= ENOUGH
+
+    def of(self, declared: Declared) -> Figure:
+        """What it needs to be resident and work."""
+        found = _declared(declared.mib) if declared.elastic else self._seen(declared.mib)
+        if self.raised is not None and self.raised.mib > found.mib:
+            found = Figure(self.raised.mib, "out-of-memory", self.raised.at)
+        if declared.max_mib is not None and found.mib > declared.max_mib:
+            return Figure(declared.max_mib, "declared")
+        return found
+
+    def _seen(self, declared_mib: int) -> Figure:
+        if self.measured is not None:
+            counts = self.known or self.measured.mib > declared_mib
+            return self.measured if counts else _declared(declared_mib)
+        # Its own figure leaves out what the driver adds: a declaration that is higher stands.
+        if self.reported is not None and self.reported.mib > declared_mib:
+            return self.reported
+        return _declared(declared_mib)
+
+
 class Footprint:
     """Of one consumer. Every time is in seconds since the epoch."""
 
@@ -114,6 +149,7 @@ class Footprint:
 
     def raise_to(self, mib: int, at: float) -> None:
         """It ran out of memory, and needs so much at least."""
+        self._forget_raised(at)
         if self._raised is None:
             self._raised = Raised(mib, at, patience=self._patience)
             self._patience = min(LONGEST_PATIENCE, 2 * self._patience)
@@ -140,23 +176,16 @@ class Footprint:
 
     def needed(self, declared: Declared, now: float) -> Figure:
         """What it needs to be resident and work."""
-        found = _declared(declared.mib) if declared.elastic else self._seen(declared.mib)
-        raised = self.raised(now)
-        if raised is not None and raised.mib > found.mib:
-            found = Figure(raised.mib, "out-of-memory", raised.at)
-        if declared.max_mib is not None and found.mib > declared.max_mib:
-            return Figure(declared.max_mib, "declared")
-        return found
+        return self.needs(now).of(declared)
 
-    def _seen(self, declared_mib: int) -> Figure:
-        measured, reported = self._figure("measured"), self._figure("reported")
-        if measured is not None:
-            known = len(self._peaks["measured"]) >= ENOUGH
-            return measured if known or measured.mib > declared_mib else _declared(declared_mib)
-        # Its own figure leaves out what the driver adds: a declaration that is higher stands.
-        if reported is not None and reported.mib > declared_mib:
-            return reported
-        return _declared(declared_mib)
+    def needs(self, now: float) -> Needs:
+        """What that follows from."""
+        return Needs(
+            self._figure("measured"),
+            self._figure("reported"),
+            self.measured_jobs,
+            self.raised(now),
+        )
 
     def _figure(self, source: Seen) -> Figure | None:
         peaks, current = self._peaks[source], self._current.get(source)

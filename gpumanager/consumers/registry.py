@@ -1,7 +1,7 @@
-"""What is known of the consumers and the card: one lock around immutable snapshots.
+"""What the broker knows at the moment, and the one lock of all who change it.
 
-Writers replace one consumer's state under the lock; readers take the current mapping without
-one, since a published mapping is never changed again.
+Writers put a whole new snapshot in the place of the one before. Readers take `Registry.now`, once
+for each thing they do, without a lock: what they hold is of one moment and never changes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from gpumanager.clock import Clock
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.consumers import transitions
+from gpumanager.consumers.learning import Figures
+from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
 from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, ProbeReport, StoppedBy
+
+_UNKNOWN = ConsumerState(loaded=False)
 
 
 class InUse(Exception):
@@ -26,40 +32,53 @@ class InUse(Exception):
         self.name = name
 
 
-FIRST_QUARANTINE_S = 60.0
-LONGEST_QUARANTINE_S = 600.0
-"""For how long one that gave nothing back is not asked again, the first time and at most; twice as
-long each time."""
+def assumed_loaded(consumer: ConsumerConfig) -> bool:
+    """Whether to take a consumer for loaded before it has told: yes, unless it can only be
+    unloaded, which is how servers that load with their first job look."""
+    return consumer.unload is None or consumer.load is not None
 
 
 class Registry:
-    """The live state of every consumer, and of the GPU. Safe from any thread.
+    """Holds the snapshot in force, `now`. Safe from any thread.
 
-    `assumed_loaded` gives, by consumer name, whether to take it for loaded as long as nothing
-    better is known.
+    `assumes` says of a consumer whether to take it for loaded as long as nothing better is known.
+    What happens to a consumer that a reload has just removed is passed over.
     """
 
-    def __init__(self, assumed_loaded: Mapping[str, bool], clock: Clock) -> None:
+    now: Snapshot
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        assumes: Callable[[ConsumerConfig], bool] = assumed_loaded,
+    ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._assumed_loaded = dict(assumed_loaded)
-        self._consumers: Mapping[str, ConsumerState] = MappingProxyType(
-            {name: self._fresh(loaded) for name, loaded in assumed_loaded.items()}
-        )
-        self._gpu = GpuState()
+        self._assumes = assumes
         self._users = Counter[str]()
-        self._removed: set[str] = set()
+        at = clock.monotonic()
+        states = {
+            name: transitions.fresh(assumes(consumer), at)
+            for name, consumer in config.consumers.items()
+        }
+        self.now = Snapshot(config, MappingProxyType(states))
+
+    def get(self, name: str) -> ConsumerState:
+        """The state of one consumer; KeyError for a name that is not configured."""
+        return self.now.states[name]
 
     # -- who works with whom, and another config -------------------------------------------
 
-    def enter(self, name: str) -> None:
+    def enter(self, name: str) -> Snapshot:
         """Somebody begins to work with a consumer (a job from its route on, an operator's call,
-        an eviction): until `leave` no reload removes or moves it. Raises NoConsumer if one has
-        removed it already."""
+        an eviction): until `leave` no reload removes or moves it. Returns the snapshot of this
+        moment. Raises NoConsumer if a reload has removed it already."""
         with self._lock:
-            if name in self._removed or name not in self._consumers:
+            if name not in self.now.config.consumers:
                 raise NoConsumer(f"consumer {name} is not in the config any more", consumer=name)
             self._users[name] += 1
+            return self.now
 
     def leave(self, name: str) -> None:
         """The counterpart of `enter`."""
@@ -67,69 +86,52 @@ class Registry:
             self._users[name] -= 1
 
     @contextmanager
-    def using(self, name: str) -> Iterator[None]:
+    def using(self, name: str) -> Iterator[Snapshot]:
         """`enter`, and `leave` at the end."""
-        self.enter(name)
+        snapshot = self.enter(name)
         try:
-            yield
+            yield snapshot
         finally:
             self.leave(name)
 
-    def reshape(
-        self, fresh: Mapping[str, bool], removed: Iterable[str], swap: Callable[[], object]
-    ) -> None:
-        """Take in the consumers of another config, and call `swap`, which puts that config in
-        force, all in one piece: nobody enters in between.
+    def reshape(self, config: Config, fresh: Iterable[str] = ()) -> None:
+        """Put another config in force.
 
-        `fresh` are consumers that are new, or at another address than before: nothing is known of
-        them but whether to take them for loaded. Raises InUse, with nothing changed and `swap`
-        not called, if somebody works with one of those, or of the `removed`.
+        Nothing is known of its new consumers, nor of the `fresh` ones, as those at another address
+        than before, but whether to take them for loaded. Raises InUse, with nothing changed, if
+        somebody works with one of those, or with one that the config does not have any more.
         """
         with self._lock:
-            removed = tuple(removed)
-            for name in (*removed, *fresh):
-                state = self._consumers.get(name)
+            states, now = self.now.states, self._clock.monotonic()
+            before, after = self.now.config.consumers, config.consumers
+            anew = {*fresh, *(name for name in after if name not in before)}
+            for name in (*(name for name in before if name not in after), *anew):
+                state = states.get(name)
                 if self._users[name] > 0 or (state is not None and state.stopped_by is not None):
                     raise InUse(name)
             changed = {}
-            for name, loaded in fresh.items():
-                before = self._consumers.get(name)
+            for name in anew:
+                known = states.get(name)
                 # What was asked of the one before must not be taken for an answer of this one.
-                version = 0 if before is None else before.residency_version + 1
-                changed[name] = replace(self._fresh(loaded), residency_version=version)
-            self._assumed_loaded.update(fresh)
-            # Those that are removed keep their last state, for readers of the config before.
-            self._consumers = MappingProxyType({**self._consumers, **changed})
-            self._removed = (self._removed | set(removed)) - set(fresh)
-            swap()
+                version = 0 if known is None else known.residency_version + 1
+                loaded = self._assumes(after[name])
+                changed[name] = transitions.fresh(loaded, now, residency_version=version)
+            self.now = replace(
+                self.now, config=config, states=MappingProxyType({**states, **changed})
+            )
 
-    # -- reading ---------------------------------------------------------------------------
-
-    def _fresh(self, loaded: bool) -> ConsumerState:
-        return ConsumerState(loaded=loaded, assumed=self._since(loaded))
-
-    def _since(self, loaded: bool) -> float | None:
-        """Since when it is assumed to be loaded, if it is assumed from now on."""
-        return self._clock.monotonic() if loaded else None
-
-    def snapshot(self) -> Mapping[str, ConsumerState]:
-        """Every consumer's state by name, as it was at one instant."""
-        return self._consumers
-
-    def get(self, name: str) -> ConsumerState:
-        """The state of one consumer; KeyError for a name that is not configured."""
-        return self._consumers[name]
-
-    @property
-    def gpu(self) -> GpuState:
-        """The latest sample of the card."""
-        return self._gpu
+    # -- the card, and what is learned -----------------------------------------------------
 
     def set_gpu(self, state: GpuState) -> None:
-        """Publish a sample, unless a younger one was faster."""
+        """Publish a sample of the card, unless a younger one was faster."""
         with self._lock:
-            if (self._gpu.sampled_at or 0.0) <= (state.sampled_at or 0.0):
-                self._gpu = state
+            if (self.now.gpu.sampled_at or 0.0) <= (state.sampled_at or 0.0):
+                self.now = replace(self.now, gpu=state)
+
+    def learn(self, learned: Mapping[str, Figures]) -> None:
+        """Publish what was learned of the consumers; a mapping that is never changed again."""
+        with self._lock:
+            self.now = replace(self.now, learned=learned)
 
     # -- jobs ------------------------------------------------------------------------------
 
@@ -137,21 +139,7 @@ class Registry:
         """A real job begins: it counts as use, and from here on the model takes memory, which is
         an assumption until the job has ended well. Returns the state before."""
         now = self._clock.monotonic()
-        return self._change(
-            name,
-            lambda state: replace(
-                state,
-                active=state.active + 1,
-                cold=not state.loaded,
-                total_requests=state.total_requests + 1,
-                last_used=now,
-                loaded=True,
-                assumed=state.assumed if state.loaded else now,
-                unloaded_at=None,
-                resident_mib=state.resident_mib if state.loaded else None,
-                residency_version=state.residency_version + 1,
-            ),
-        )
+        return self._change(name, lambda state: transitions.job_started(state, now))[0]
 
     def job_finished(
         self,
@@ -165,67 +153,27 @@ class Registry:
 
         `worked`: the consumer did what it was asked, which shows that it is loaded; `unloaded`:
         the job loaded nothing, so back to what was so before it; `process_gone`: nothing listens
-        there. What the consumer reported before the job is a lower bound of what it holds now.
+        there.
         """
         now = self._clock.monotonic()
-
-        def change(state: ConsumerState) -> ConsumerState:
-            loaded, resident, outdated = state.loaded, state.resident_mib, True
-            assumed, unloaded_at = None if worked else state.assumed, state.unloaded_at
-            quarantine, leaks = state.quarantine, state.leaks
-            if process_gone:
-                loaded, resident, outdated, quarantine, leaks = False, 0, False, "", 0
-                assumed = None
-            elif unloaded is not None:
-                loaded, resident = unloaded.loaded, unloaded.resident_mib
-                assumed, unloaded_at = unloaded.assumed, unloaded.unloaded_at
-                outdated = unloaded.report_outdated
-            return replace(
-                state,
-                active=state.active - 1,
-                last_used=now,
-                loaded=loaded,
-                assumed=assumed,
-                unloaded_at=unloaded_at,
-                resident_mib=resident,
-                report_outdated=outdated,
-                quarantine=quarantine,
-                leaks=leaks,
-                residency_version=state.residency_version + 1,
-            )
-
-        self._change(name, change)
+        self._change(
+            name,
+            lambda state: transitions.job_finished(
+                state, now, worked=worked, unloaded=unloaded, process_gone=process_gone
+            ),
+        )
 
     # -- residency -------------------------------------------------------------------------
 
     def set_loaded(self, name: str, loaded: bool) -> None:
         """The broker itself loaded or unloaded the consumer."""
-        unloaded_at = None if loaded else self._clock.monotonic()
-        self._change(
-            name,
-            lambda state: replace(
-                state,
-                loaded=loaded,
-                assumed=None,
-                unloaded_at=unloaded_at,
-                resident_mib=None if loaded else 0,
-                report_outdated=False,
-                on_cpu=(),
-                residency_version=state.residency_version + 1,
-            ),
-        )
+        now = self._clock.monotonic()
+        self._change(name, lambda state: transitions.set_loaded(state, loaded, now))
 
     def drop_assumption(self, name: str) -> None:
         """It cannot be loaded, as was assumed: others hold the memory. Does nothing if it was
         confirmed meanwhile, or works on a job."""
-
-        def change(state: ConsumerState) -> ConsumerState:
-            if state.assumed is None or state.active:
-                return state
-            version = state.residency_version + 1
-            return replace(state, loaded=False, assumed=None, residency_version=version)
-
-        self._change(name, change)
+        self._change(name, transitions.drop_assumption)
 
     def confirm(self, name: str) -> None:
         """The card shows that it is loaded."""
@@ -234,77 +182,33 @@ class Registry:
     def mark_stopped(self, name: str, stopped_by: StoppedBy) -> None:
         """The broker stopped the consumer: that it does not answer says nothing from now on."""
         now = self._clock.monotonic()
-        self._change(
-            name,
-            lambda state: replace(
-                state,
-                healthy=None,
-                last_error="",
-                loaded=False,
-                assumed=None,
-                unloaded_at=now,
-                resident_mib=0,
-                report_outdated=False,
-                on_cpu=(),
-                stopped_by=stopped_by,
-                quarantine="",
-                leaks=0,
-                residency_version=state.residency_version + 1,
-            ),
-        )
+        self._change(name, lambda state: transitions.stopped(state, stopped_by, now))
 
     def mark_started(self, name: str, *, resumed: bool, seen_version: int | None = None) -> None:
         """It was started again; `resumed`: it goes on where it was, with its model. Does nothing
         if `seen_version` is given, and is not its `residency_version` any more."""
-        loaded = resumed or self._assumed_loaded[name]
-        assumed = None if resumed else self._since(loaded)
+        now, assumed = self._clock.monotonic(), self._assumed(name)
 
         def change(state: ConsumerState) -> ConsumerState:
             if seen_version not in (None, state.residency_version):
                 return state
-            return replace(
-                state,
-                healthy=True,
-                loaded=loaded,
-                assumed=assumed,
-                unloaded_at=None,
-                resident_mib=None,
-                stopped_by=None,
-                residency_version=state.residency_version + 1,
-            )
+            return transitions.started(state, now, resumed=resumed, assumed_loaded=assumed)
 
         self._change(name, change)
-
-    def stopped_by(self) -> Mapping[str, StoppedBy]:
-        """The consumers that the broker has stopped."""
-        return {
-            name: state.stopped_by
-            for name, state in self._consumers.items()
-            if state.stopped_by is not None
-        }
 
     def quarantine(self, name: str, reason: str, ends_mib: int = CONTEXT_MIB) -> float:
         """It did not release memory that it was asked to: it is not asked again for a while,
         longer each time, or until it is seen to hold no more than `ends_mib`, or its process
         ends. Returns for how many seconds."""
         now = self._clock.monotonic()
-
-        def change(state: ConsumerState) -> ConsumerState:
-            seconds = min(LONGEST_QUARANTINE_S, FIRST_QUARANTINE_S * 2**state.leaks)
-            return replace(
-                state,
-                quarantine=reason,
-                quarantine_until=now + seconds,
-                quarantine_mib=ends_mib,
-                leaks=state.leaks + 1,
-            )
-
-        self._change(name, change)
-        return self._consumers[name].quarantine_until - now
+        _, after = self._change(
+            name, lambda state: transitions.quarantined(state, reason, ends_mib, now)
+        )
+        return after.quarantine_until - now
 
     def release(self, name: str) -> None:
         """It released its memory after all, or an operator wants it asked: no quarantine."""
-        if self._consumers[name].leaks:
+        if self.now.states[name].leaks:
             self._change(name, lambda state: replace(state, quarantine="", leaks=0))
 
     def came_back(self, name: str) -> None:
@@ -314,7 +218,7 @@ class Registry:
     def end_quarantines(self) -> None:
         """Those whose time is over may be asked again."""
         now = self._clock.monotonic()
-        for name, state in self._consumers.items():
+        for name, state in self.now.states.items():
             if state.quarantine and now >= state.quarantine_until:
                 self._change(name, lambda state: replace(state, quarantine=""))
 
@@ -341,37 +245,14 @@ class Registry:
         changed meanwhile, or a job runs, the answer's word on the residency may be out of date:
         it could have been given just before the job loaded the model.
         """
-        now = self._clock.monotonic()
-
-        def change(state: ConsumerState) -> ConsumerState:
-            if state.stopped_by is not None and (
-                seen_version != state.residency_version or state.stopped_by.method == "checkpoint"
-            ):
-                # From just before it was stopped; or only its CUDA calls were.
-                return replace(state, last_probe=now)
-            if state.stopped_by is not None:  # somebody else has started it
-                state = self._as_assumed(name, state)
-            state = replace(state, healthy=True, last_error="", last_probe=now, stopped_by=None)
-            state = replace(state, tells=report.loaded is not None)
-            if seen_version != state.residency_version or state.active:
-                return state
-            state = replace(state, on_cpu=report.on_cpu)
-            loaded = state.loaded if report.loaded is None else report.loaded
-            if report.loaded is not None:
-                state = replace(state, assumed=None)
-            if report.resident_mib is None:
-                resident = state.resident_mib if loaded == state.loaded else None
-                return replace(state, loaded=loaded, resident_mib=resident)
-            much = report.resident_mib > CONTEXT_MIB and not state.is_releasing(now)
-            if report.loaded is None and much:
-                loaded = True  # it cannot say so, but its memory does
-                state = replace(state, assumed=None)
-            return replace(
-                state, loaded=loaded, resident_mib=report.resident_mib, report_outdated=False
-            )
-
-        before = self._change(name, change)
-        return before.healthy is not True and self._consumers[name].healthy is True
+        now, assumed = self._clock.monotonic(), self._assumed(name)
+        before, after = self._change(
+            name,
+            lambda state: transitions.probe_succeeded(
+                state, report, now, seen_version=seen_version, assumed_loaded=assumed
+            ),
+        )
+        return before.healthy is not True and after.healthy is True
 
     def probe_failed(self, name: str, error: str, *, process_gone: bool = False) -> bool:
         """Take in a failed probe; True if it changed `healthy`.
@@ -380,59 +261,41 @@ class Registry:
         loaded when it comes back is what was assumed at the start.
         """
         now = self._clock.monotonic()
-
-        def change(state: ConsumerState) -> ConsumerState:
-            if state.stopped_by is not None and not (
-                process_gone and state.stopped_by.method == "checkpoint"  # that one had to go on
-            ):
-                return replace(state, last_probe=now)
-            state = replace(state, healthy=False, last_error=error, last_probe=now, stopped_by=None)
-            if not process_gone or state.active:
-                return state
-            version = state.residency_version + 1
-            return replace(
-                state,
-                loaded=False,
-                assumed=None,
-                unloaded_at=None,
-                resident_mib=0,
-                on_cpu=(),
-                quarantine="",
-                leaks=0,
-                residency_version=version,
-            )
-
-        before = self._change(name, change)
-        return before.healthy is not False and self._consumers[name].healthy is False
+        before, after = self._change(
+            name,
+            lambda state: transitions.probe_failed(state, error, now, process_gone=process_gone),
+        )
+        return before.healthy is not False and after.healthy is False
 
     def process_returned(self, name: str, *, seen_version: int) -> None:
         """A consumer that was gone answers again: a fresh process, so back to the assumption,
         unless a job, a load or an unload came in between."""
+        now, assumed = self._clock.monotonic(), self._assumed(name)
 
         def change(state: ConsumerState) -> ConsumerState:
             if seen_version != state.residency_version or state.active:
                 return state
-            return self._as_assumed(name, state)
+            return transitions.as_assumed(state, assumed, now)
 
         self._change(name, change)
 
-    def _as_assumed(self, name: str, state: ConsumerState) -> ConsumerState:
-        """A fresh process, of which nothing is known."""
-        loaded = self._assumed_loaded[name]
-        return replace(
-            state,
-            loaded=loaded,
-            assumed=self._since(loaded),
-            unloaded_at=None,
-            resident_mib=None,
-        )
+    # -- inside ----------------------------------------------------------------------------
 
-    def _change(self, name: str, change: Callable[[ConsumerState], ConsumerState]) -> ConsumerState:
-        """Publish one consumer's changed state; returns the one before."""
+    def _assumed(self, name: str) -> bool:
+        consumer = self.now.config.consumers.get(name)
+        return consumer is not None and self._assumes(consumer)
+
+    def _change(
+        self, name: str, change: Callable[[ConsumerState], ConsumerState]
+    ) -> tuple[ConsumerState, ConsumerState]:
+        """Publish one consumer's changed state; returns the one before, and the one after."""
         with self._lock:
-            before = self._consumers[name]
+            states = self.now.states
+            before = states.get(name)
+            if before is None:
+                return _UNKNOWN, _UNKNOWN
             after = change(before)
             if (after.healthy, after.stopped_by) != (before.healthy, before.stopped_by):
                 after = replace(after, health_since=self._clock.monotonic())
-            self._consumers = MappingProxyType({**self._consumers, name: after})
-        return before
+            self.now = replace(self.now, states=MappingProxyType({**states, name: after}))
+        return before, after

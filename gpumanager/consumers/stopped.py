@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gpumanager.config import Config, ConsumerConfig
+from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.registry import Registry
 from gpumanager.host.processes import still_there, with_birth
 from gpumanager.model import ConsumerState, StoppedBy
@@ -18,19 +18,20 @@ UNLOADED = "http"
 class Stopped:
     """Safe from any thread. `find` gives the processes that listen for a consumer."""
 
-    def __init__(
-        self, config: Config, registry: Registry, find: Callable[[str], Sequence[int]]
-    ) -> None:
-        self._config = config
+    def __init__(self, registry: Registry, find: Callable[[str], Sequence[int]]) -> None:
         self._registry = registry
         self._find = find
 
     def now(self) -> Mapping[str, StoppedBy]:
         """The consumers that are stopped; and those, by `UNLOADED`, that were unloaded, have to be
         loaded before a job, and cannot tell."""
-        found = dict(self._registry.stopped_by())
-        for name, consumer in self._config.consumers.items():
-            if _has_to_be_loaded(consumer, self._registry.get(name)):
+        snapshot = self._registry.now
+        found: dict[str, StoppedBy] = {}
+        for name, consumer in snapshot.consumers.items():
+            state = snapshot.states[name]
+            if state.stopped_by is not None:
+                found[name] = state.stopped_by
+            elif _has_to_be_loaded(consumer, state):
                 found[name] = StoppedBy(UNLOADED, tuple(with_birth(self._find(name))))
         return found
 
@@ -38,7 +39,7 @@ class Stopped:
         """Take over what was so before the restart. One that was unloaded, and runs in another
         process by now, is as its start has left it."""
         for name, stopped_by in stopped.items():
-            if name not in self._config.consumers:
+            if name not in self._registry.now.consumers:
                 continue
             if stopped_by.method != UNLOADED:
                 self._registry.mark_stopped(name, stopped_by)
@@ -49,7 +50,7 @@ class Stopped:
         """Whether what happened may have changed what `now` says."""
         if not isinstance(event, Evicted | Loaded | Resumed):
             return False
-        consumer = self._config.consumers.get(event.consumer)
+        consumer = self._registry.now.consumers.get(event.consumer)
         if consumer is None:
             return False
         stopped = isinstance(event, Evicted) and event.method != UNLOADED

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
 from gpumanager.consumers.registry import Registry
-from gpumanager.gpu.accounting import balance, held, plausible
+from gpumanager.gpu.inventory import believable, holders, left
 
 EVERY_S = 1.0
 FINE_KEPT = 300
@@ -38,8 +37,7 @@ class MemorySample:
 class MemoryHistory:
     """`take` is the body of a periodic worker. Safe from any thread."""
 
-    def __init__(self, config: Config, registry: Registry, clock: Clock) -> None:
-        self._config = config
+    def __init__(self, registry: Registry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
         self._lock = threading.Lock()
@@ -49,20 +47,14 @@ class MemoryHistory:
 
     def take(self) -> float:
         """Take a sample of what is known now; returns the seconds until the next."""
-        config, gpu = self._config, self._registry.gpu
+        snapshot = believable(self._registry.now)
+        gpu, reading = snapshot.gpu, snapshot.gpu.reading
         if gpu.sampled_at is None and not gpu.err:
             return EVERY_S  # nobody has looked at the card yet: what is assumed is no history
-        reading = gpu.reading
-        declared = {name: each.vram_resident_mib for name, each in config.consumers.items()}
-        last = self._registry.gpu.last
-        total = config.gpu.total_mib or (last.total_mib if last else 0)
-        states = plausible(self._registry.snapshot(), declared, reading, total)
-        holds = {
-            name: held(name, states[name], mib, reading, last=last).mib
-            for name, mib in declared.items()
-        }
-        now = balance(reading, config.gpu.total_mib, holds.values(), last)
-        sample = MemorySample(self._clock.now(), now.total_mib, now.used_mib, holds)
+        holds = holders(snapshot)
+        now = left(snapshot, holds)
+        held = {name: each.mib for name, each in holds.items()}
+        sample = MemorySample(self._clock.now(), now.total_mib, now.used_mib, held)
         if reading is not None:
             sample = replace(
                 sample,

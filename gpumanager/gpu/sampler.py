@@ -38,7 +38,7 @@ class Sampler:
 
     def look(self) -> MemoryReading | None:
         """Take one sample now; None where the card cannot be measured."""
-        before, asked_at = self._registry.gpu, self._clock.monotonic()
+        before, asked_at = self._registry.now.gpu, self._clock.monotonic()
         try:
             reading = self._memory.read()
         except GpuUnavailable as error:
@@ -59,7 +59,7 @@ class Sampler:
     def sample(self) -> float:
         """Take one sample; returns the seconds until the next."""
         self.look()
-        if any(state.active for state in self._registry.snapshot().values()):
+        if any(state.active for state in self._registry.now.states.values()):
             return min(self._interval, BUSY_INTERVAL_S)
         return self._interval
 
@@ -67,7 +67,8 @@ class Sampler:
         """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
         an upper bound of what they keep; and one that did not release its memory in time, but
         most of it since, may be asked again."""
-        for name, state in self._registry.snapshot().items():
+        self._learned.forget_the_old()
+        for name, state in self._registry.now.states.items():
             mib = None if reading is None else reading.measured_mib(name)
             if state.on_cpu:
                 self._learned.spilled(name)

@@ -127,7 +127,7 @@ class Hold:
         self._means.breakers.succeeded(self._name)
         # A job that failed over there, out of memory perhaps, may have loaded nothing. Where the
         # card is measured, taking it for not loaded costs an eviction at worst.
-        measured = self._means.registry.gpu.reading is not None
+        measured = self._means.registry.now.gpu.reading is not None
         self._loaded_nothing = exchange.status >= 500 and measured and not self._before.loaded
         self._status = exchange.status
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from gpumanager.config import Config, ConsumerConfig, Kind
+from gpumanager.config import ConsumerConfig, Kind
 from gpumanager.consumers.registry import Registry
+from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Scheduler, Ticket
@@ -26,15 +27,16 @@ class Shares(Protocol):
 
 class Place:
     """One request's: its consumer, which no reload removes or moves meanwhile, its share of what
-    its key may have in the queue, and its ticket, once it was taken. `config` is the consumer's
-    as of when the place was opened, and stays the request's own to its end. Safe from any
-    thread."""
+    its key may have in the queue, and its ticket, once it was taken. `admission` is what was known
+    when the place was opened; the consumer's settings of then, `config`, stay the request's own to
+    its end. Safe from any thread."""
 
     def __init__(
-        self, name: str, config: ConsumerConfig, scheduler: Scheduler, shares: Shares
+        self, name: str, admission: Snapshot, scheduler: Scheduler, shares: Shares
     ) -> None:
         self.name = name
-        self.config = config
+        self.admission = admission
+        self.config: ConsumerConfig = admission.consumers[name]
         self._scheduler = scheduler
         self._shares = shares
         self._lock = threading.Lock()
@@ -66,30 +68,28 @@ class Place:
 class Places:
     """Opens them."""
 
-    def __init__(
-        self, config: Config, registry: Registry, scheduler: Scheduler, shares: Shares
-    ) -> None:
-        self._config = config
+    def __init__(self, registry: Registry, scheduler: Scheduler, shares: Shares) -> None:
         self._registry = registry
         self._scheduler = scheduler
         self._shares = shares
 
     def routed(self, kind: Kind) -> Place:
         """A place with the consumer that `kind` goes to now. Raises NoConsumer."""
+        name = None
         while True:
-            name = self._config.routing.get(kind)
+            routed_to, name = name, self._registry.now.config.routing.get(kind)
             if name is None:
                 raise NoConsumer(f"no consumer routes {kind}")
             try:
                 return self.open(name)
             except NoConsumer:
-                if self._config.routing.get(kind) == name:
+                if routed_to == name:
                     raise
                 # A reload came in between: what it routes the kind to is right.
 
     def open(self, name: str) -> Place:
         """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""
-        self._registry.enter(name)
-        place = Place(name, self._config.consumers[name], self._scheduler, self._shares)
+        admission = self._registry.enter(name)
+        place = Place(name, admission, self._scheduler, self._shares)
         place.when_given_up(partial(self._registry.leave, name))
         return place

@@ -201,7 +201,7 @@ class JobRunner:
     def _see_what_it_holds(self, name: str, hold: Hold) -> None:
         """Short jobs slip through between two samples of the card: where little is known of the
         consumer yet, or it was loaded just now, look while it surely holds its model."""
-        reading = self._means.registry.gpu.reading
+        reading = self._means.registry.now.gpu.reading
         if reading is None or reading.measured_mib(name) is None:
             return
         if not hold.was_loaded or not self._means.learned.knows_enough(name):

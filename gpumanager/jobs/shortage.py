@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gpumanager.config import Config, ConsumerConfig
+from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
-from gpumanager.gpu.accounting import balance, held
+from gpumanager.gpu.inventory import holders, left
 from gpumanager.jobs.echo import says_out_of_memory
 from gpumanager.model import CONTEXT_MIB, MemoryReading
 from gpumanager.telemetry.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
@@ -61,13 +61,11 @@ class Shortages:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         learned: Learned,
         look: Callable[[], MemoryReading | None],
         emit: Emit,
     ) -> None:
-        self._config = config
         self._registry = registry
         self._learned = learned
         self._look = look
@@ -149,16 +147,13 @@ class Shortages:
             self._learned.ran_out(shortage.consumer, needed)
 
     def _assess(self, name: str, consumer: ConsumerConfig) -> Shortage:
-        states, reading = self._registry.snapshot(), self._look()
-        last = self._registry.gpu.last
-        holds = {
-            each: held(each, states[each], settings.vram_resident_mib, reading, last=last)
-            for each, settings in self._config.consumers.items()
-        }
+        reading = self._look()
+        snapshot = self._registry.now.seeing(reading)
+        holds = holders(snapshot)
+        now = left(snapshot, holds, name)
         own = holds.pop(name)
         others = [each.mib for each in holds.values()]
-        now = balance(reading, self._config.gpu.total_mib, [*others, own.surely_mib], last)
-        needed = self._learned.needed(name, consumer.declared)
+        needed = snapshot.figures(name).needed(consumer.declared)
         room = own.surely_mib + now.free_mib
         known = max(needed.mib, own.mib)
         nothing = needed.source == "measured" and known == 0
@@ -167,7 +162,7 @@ class Shortages:
         alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.
         nobodys = 0 if reading is None else max(0, now.used_mib - own.mib - sum(others))
-        most = now.total_mib - self._config.gpu.reserved_mib - nobodys
+        most = now.total_mib - snapshot.config.gpu.reserved_mib - nobodys
         return Shortage(
             name,
             needed_mib=needed.mib,

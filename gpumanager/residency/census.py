@@ -1,17 +1,19 @@
 """Who holds what of the card, who could go, and what each one needs: drawn up as plain data for
-the decisions, from the config, the registry and what was learned. Makes no calls."""
+the decisions, from one snapshot. Makes no calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import mean, median
 
-from gpumanager.config import Config, ConsumerConfig, EvictionMethod
-from gpumanager.consumers.learning import Figures, Learned, Times
-from gpumanager.gpu.accounting import Balance, Held, balance, disproved, held, plausible
-from gpumanager.model import CONTEXT_MIB, ConsumerState, MemoryReading
+from gpumanager.config import ConsumerConfig, EvictionMethod
+from gpumanager.consumers.learning import Figures, Times
+from gpumanager.consumers.snapshot import Snapshot
+from gpumanager.gpu.accounting import Balance, Held
+from gpumanager.gpu.inventory import believable, holder, holders, impossible, keeps_mib, left
+from gpumanager.model import CONTEXT_MIB, ConsumerState
 from gpumanager.scheduling.estimate import RUN, UNLOAD, Doing, Outlook, Profile, guess
 from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
 
@@ -33,10 +35,11 @@ LATE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The card and the consumers as of one moment, and what follows from them for a target.
+    """What follows for a target from what the census has counted.
     `coming_mib` is what was unloaded lately and is still held; `late_mib` what is overdue of it, of
     those that are in quarantine for the first time because of that."""
 
+    census: Census
     target: str
     plan: Plan
     needed_mib: int
@@ -65,59 +68,42 @@ class Look:
 
 
 class Census:
-    """Counts the consumers at `now`, in monotonic seconds; each answer is as of the states and the
-    reading it is given. While there is no reading, `last` is the latest of before."""
+    """Counts the consumers of one snapshot at `now`, in monotonic seconds. While there is no
+    reading of the card, the latest of before helps."""
 
-    def __init__(
-        self, config: Config, learned: Learned, now: float, last: MemoryReading | None = None
-    ) -> None:
-        self._config = config
-        self._learned = learned
+    def __init__(self, snapshot: Snapshot, now: float) -> None:
+        self.snapshot = snapshot
         self._now = now
-        self._last = last
 
     def needed(self, name: str, now: Balance) -> int:
         """MiB that a consumer needs to be resident and work; what was only learned is no more
         than the card has."""
-        declared = self._config.consumers[name].declared
-        needed = self._learned.needed(name, declared).mib
+        declared = self.snapshot.consumers[name].declared
+        needed = self.snapshot.needed(name).mib
         if needed <= declared.mib or not now.total_mib:
             return needed
-        return max(declared.mib, min(needed, now.total_mib - self._config.gpu.reserved_mib))
+        return max(declared.mib, min(needed, now.total_mib - self.snapshot.config.gpu.reserved_mib))
 
-    def balance(
-        self,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        target: str | None = None,
-    ) -> Balance:
+    def held(self) -> dict[str, Held]:
+        """What each consumer holds."""
+        return holders(self.snapshot, self._now)
+
+    def balance(self, target: str | None = None) -> Balance:
         """How much of the card is free; for the next job of `target`, if that is given: what it
         may hold, but not surely, is not in its own way."""
-        mib = [
-            each.surely_mib if name == target else each.mib
-            for name, each in self.held(states, reading).items()
-        ]
-        return balance(reading, self._config.gpu.total_mib, mib, self._last)
+        return left(self.snapshot, self.held(), target)
 
-    def impossible(self, states: Mapping[str, ConsumerState], target: str) -> list[str]:
-        """By the ledger: the consumers that are assumed to be loaded and cannot be, since those
-        that surely are leave no room for them; and `target`, if all the assumptions cannot be
-        true at once. That one is about to be loaded anyway; what is assumed of others may make
-        room scarcer, never plentier."""
-        total = self._config.gpu.total_mib or (self._last.total_mib if self._last else 0)
-        found = disproved(states, self._declared(), total)
-        if plausible(states, self._declared(), None, total) is not states:
+    def impossible(self, target: str) -> list[str]:
+        """While the card cannot be read: the consumers that are assumed to be loaded and cannot be,
+        since those that surely are leave no room for them; and `target`, if all the assumptions
+        cannot be true at once. That one is about to be loaded anyway; what is assumed of others may
+        make room scarcer, never plentier."""
+        found = impossible(self.snapshot)
+        if believable(self.snapshot) is not self.snapshot:
             found.append(target)
         return found
 
-    def plan(
-        self,
-        target: str,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        tried: Set[str],
-        queue: Sequence[str] = (),
-    ) -> Look:
+    def plan(self, target: str, tried: Set[str], queue: Sequence[str] = ()) -> Look:
         """What making room for the next job of `target` takes. Those in `tried` may not go;
         `queue` is whose jobs wait behind it.
 
@@ -126,22 +112,22 @@ class Census:
         is declared is all that is needed, they all go, and the job is tried. So is one that will
         be alone on the card then.
         """
-        look = self._plan(target, states, reading, tried, queue)
+        look = self._plan(target, tried, queue)
         if not look.plan.in_vain:
             return look
         # What was seen to stay once may come back this time.
-        again = self._plan(target, states, reading, tried, queue, hopeful=True)
+        again = self._plan(target, tried, queue, hopeful=True)
         if not again.plan.in_vain:
             return again
-        luck = _hopeful(states, target)
-        best = self._plan(target, luck, reading, tried, queue, hopeful=True, declared=True)
-        if best.plan.in_vain and not self._ends_alone(look, states, reading, tried):
+        lucky = Census(_hopeful(self.snapshot, target), self._now)
+        best = lucky._plan(target, tried, queue, hopeful=True, declared=True)
+        if best.plan.in_vain and not self._ends_alone(look, tried):
             return look
-        spared = {target, *self._config.consumers[target].can_coexist_with}
+        spared = {target, *self.snapshot.consumers[target].can_coexist_with}
         may_go = tuple(
             each
             for each in sorted(
-                candidates(self.residents(states, reading, tried)),
+                candidates(self.residents(tried)),
                 key=lambda each: each.last_used or -inf,
             )
             if each.name not in spared
@@ -151,52 +137,46 @@ class Census:
     def _plan(
         self,
         target: str,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
         tried: Set[str],
         queue: Sequence[str],
         *,
         hopeful: bool = False,
         declared: bool = False,
     ) -> Look:
-        balance = self.balance(states, reading, target)
-        demand = self.demand(target, states[target], reading, balance)
+        config = self.snapshot.config
+        balance = self.balance(target)
+        demand = self.demand(target, balance)
         if declared:
-            most = self._config.consumers[target].vram_resident_mib
+            most = config.consumers[target].vram_resident_mib
             demand = replace(demand, needed_mib=min(demand.needed_mib, most))
         if balance.source == "unknown":
             plan = Plan(fits=True)
         else:
             waiting = {
-                name: self.demand(name, states[name], reading, balance)
+                name: self.demand(name, balance)
                 for name in dict.fromkeys(queue)
-                if name in self._config.consumers  # a reload may have taken it away
+                if name in config.consumers  # a reload may have taken it away
             }
             plan = plan_eviction(
                 demand,
-                self.residents(states, reading, tried, hopeful=hopeful),
-                balance.free_mib - self._config.gpu.reserved_mib,
-                order=self._config.eviction,
+                self.residents(tried, hopeful=hopeful),
+                balance.free_mib - config.gpu.reserved_mib,
+                order=config.eviction,
                 now=self._now,
                 upcoming=[waiting[name] for name in queue if name in waiting],
             )
-        coming = self._coming_mib(states, reading, self._is_coming)
-        late = self._coming_mib(states, reading, self._is_late)
-        return Look(target, plan, demand.needed_mib, demand.held_mib, balance, coming, late)
+        coming, late = self._coming_mib(self._is_coming), self._coming_mib(self._is_late)
+        return Look(self, target, plan, demand.needed_mib, demand.held_mib, balance, coming, late)
 
-    def _coming_mib(
-        self,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        counts: Callable[[ConsumerState], bool],
-    ) -> int:
+    def _coming_mib(self, counts: Callable[[ConsumerState], bool]) -> int:
         """What was unloaded lately, and is still held, as far as that is measured."""
+        reading = self.snapshot.gpu.reading
         if reading is None:
             return 0
         return sum(
-            max(0, (reading.measured_mib(name) or 0) - self._keeps(name))
-            for name in self._config.consumers
-            if counts(states[name])
+            max(0, (reading.measured_mib(name) or 0) - keeps_mib(self.snapshot, name))
+            for name in self.snapshot.consumers
+            if counts(self.snapshot.states[name])
         )
 
     def _is_coming(self, state: ConsumerState) -> bool:
@@ -207,76 +187,46 @@ class Census:
         late = since is not None and self._now - since < LATE_S
         return late and bool(state.quarantine) and state.leaks == 1
 
-    def _keeps(self, name: str) -> int:
-        """What a consumer keeps after an unload: as declared, else as was seen."""
-        declared = self._config.consumers[name].floor_mib
-        return (self._learned.figures(name).residue_mib or 0) if declared is None else declared
-
-    def _held(self, name: str, state: ConsumerState, reading: MemoryReading | None) -> Held:
-        return held(
-            name,
-            state,
-            self._config.consumers[name].vram_resident_mib,
-            reading,
-            last=self._last,
-            keeps_mib=self._keeps(name),
-            now=self._now,
-        )
-
-    def demand(
-        self, name: str, state: ConsumerState, reading: MemoryReading | None, now: Balance
-    ) -> Demand:
+    def demand(self, name: str, now: Balance) -> Demand:
         """What a job of a consumer needs."""
-        consumer = self._config.consumers[name]
-        own = self._held(name, state, reading)
-        spared = frozenset(consumer.can_coexist_with)
+        spared = frozenset(self.snapshot.consumers[name].can_coexist_with)
+        own = holder(self.snapshot, name, self._now)
         return Demand(name, self.needed(name, now), own.surely_mib, spared)
 
-    def _ends_alone(
-        self,
-        look: Look,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        tried: Set[str],
-    ) -> bool:
+    def _ends_alone(self, look: Look, tried: Set[str]) -> bool:
         """Whether nobody but the target and a desktop would be left on the card, once all that may
         go have gone."""
-        residents = self.residents(states, reading, tried, hopeful=True)
+        residents = self.residents(tried, hopeful=True)
         others = [each for each in residents if each.name != look.target]
         going = {each.name for each in candidates(others)}
         left = [each.floor_mib if each.name in going else each.held_mib for each in others]
-        known = sum(each.mib for each in self.held(states, reading).values())
+        known = sum(each.mib for each in self.held().values())
         desktop = max(DESKTOP_MIB, look.balance.total_mib // DESKTOP_SHARE)
         return all(mib <= CONTEXT_MIB for mib in left) and (
-            reading is None or look.balance.used_mib - known <= desktop
+            self.snapshot.gpu.reading is None or look.balance.used_mib - known <= desktop
         )
 
-    def outlook(
-        self,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        doing: Doing | None = None,
-    ) -> Outlook:
+    def outlook(self, doing: Doing | None = None) -> Outlook:
         """What estimates are made of; `doing` is what goes on for the holder of the GPU."""
-        balance = self.balance(states, reading)
-        figures = {name: self._learned.figures(name) for name in self._config.consumers}
+        balance, config = self.balance(), self.snapshot.config
+        figures = {name: self.snapshot.figures(name) for name in config.consumers}
         runs = [each.run_s.mean for each in figures.values() if each.run_s is not None]
         usual = guess(mean(runs)) if runs else RUN
         return Outlook(
             profiles={
                 resident.name: self._profile(
                     resident,
-                    self.demand(resident.name, states[resident.name], reading, balance),
-                    states[resident.name],
+                    self.demand(resident.name, balance),
+                    self.snapshot.states[resident.name],
                     figures[resident.name],
                     usual,
                 )
-                for resident in self.residents(states, reading)
+                for resident in self.residents()
             },
             available_mib=None
             if balance.source == "unknown"
-            else balance.free_mib - self._config.gpu.reserved_mib,
-            order=self._config.eviction,
+            else balance.free_mib - config.gpu.reserved_mib,
+            order=config.eviction,
             doing=doing,
         )
 
@@ -305,77 +255,51 @@ class Census:
             runs_cold=state.cold,
         )
 
-    def _declared(self) -> dict[str, int]:
-        return {name: each.vram_resident_mib for name, each in self._config.consumers.items()}
-
-    def held(
-        self, states: Mapping[str, ConsumerState], reading: MemoryReading | None
-    ) -> dict[str, Held]:
-        """What each consumer holds."""
-        return {name: self._held(name, states[name], reading) for name in self._config.consumers}
-
-    def residents(
-        self,
-        states: Mapping[str, ConsumerState],
-        reading: MemoryReading | None,
-        tried: Set[str] = frozenset(),
-        *,
-        hopeful: bool = False,
-    ) -> list[Resident]:
+    def residents(self, tried: Set[str] = frozenset(), *, hopeful: bool = False) -> list[Resident]:
         """All consumers as the choice of victims sees them. Those in `tried` may not go;
         `hopeful` takes none to keep anything but what is declared."""
         seen = {
             name: max(LEAST_RELOAD_S, times.p50)
-            for name in self._config.consumers
-            if (times := self._learned.figures(name).load_s) is not None
+            for name in self.snapshot.consumers
+            if (times := self.snapshot.figures(name).load_s) is not None
         }
         guess = median(seen.values()) if seen else RELOAD_S
         return [
-            self.resident(
-                name,
-                states[name],
-                reading,
-                tried,
-                hopeful=hopeful,
-                reload_s=seen.get(name, guess),
-            )
-            for name in self._config.consumers
+            self.resident(name, tried, hopeful=hopeful, reload_s=seen.get(name, guess))
+            for name in self.snapshot.consumers
         ]
 
     def resident(
         self,
         name: str,
-        state: ConsumerState,
-        reading: MemoryReading | None,
         tried: Set[str] = frozenset(),
         *,
         hopeful: bool = False,
         reload_s: float = 0.0,
     ) -> Resident:
         """One of them."""
-        consumer = self._config.consumers[name]
-        figures = self._learned.figures(name)
+        consumer, state = self.snapshot.consumers[name], self.snapshot.states[name]
         return Resident(
             name=name,
             loaded=state.loaded,
-            held_mib=self._held(name, state, reading).mib,
+            held_mib=holder(self.snapshot, name, self._now).mib,
             last_used=state.last_used,
             priority=consumer.priority,
             evictable=_evictable(consumer, state) and name not in tried,
-            floor_mib=_floor(consumer, state, figures, hopeful=hopeful),
+            floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
         )
 
 
-def _hopeful(states: Mapping[str, ConsumerState], target: str) -> Mapping[str, ConsumerState]:
+def _hopeful(snapshot: Snapshot, target: str) -> Snapshot:
     """As if all that is assumed were in favour of `target`."""
     lucky = {
         name: state
         if state.assumed is None
         else replace(state, loaded=name == target, assumed=None)
-        for name, state in states.items()
+        for name, state in snapshot.states.items()
     }
-    return {**lucky, target: replace(lucky[target], unloaded_at=None)}
+    return snapshot.supposing({**lucky, target: replace(lucky[target], unloaded_at=None)})
 
 
 def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[EvictionMethod, ...]:

@@ -192,7 +192,7 @@ class Evictor:
 
     def _last_seen(self) -> MemoryReading | None:
         """The card as it was before it went out of view, if that was just now and may pass."""
-        gpu = self._registry.gpu
+        gpu = self._registry.now.gpu
         seen_at = -math.inf if gpu.sampled_at is None else gpu.sampled_at
         return gpu.last if self._clock.monotonic() - seen_at <= GAP_S else None
 

@@ -95,7 +95,7 @@ class Housekeeper:
         return victims.isdisjoint(self._config.default_resident)
 
     def _quiet_since(self) -> float:
-        used = [state.last_used for state in self._registry.snapshot().values()]
+        used = [state.last_used for state in self._registry.now.states.values()]
         return max((each for each in used if each is not None), default=self._started)
 
     def _unload(self, name: str, consumer: ConsumerConfig) -> None:

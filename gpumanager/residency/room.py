@@ -16,7 +16,6 @@ from typing import Literal
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config
-from gpumanager.config.live import in_force
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import (
@@ -26,7 +25,7 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     NoConsumer,
 )
-from gpumanager.gpu.accounting import held
+from gpumanager.gpu.inventory import holder
 from gpumanager.model import MemoryReading
 from gpumanager.residency.census import Census, Look
 from gpumanager.residency.evictor import Controls, Evictor, Stops
@@ -91,12 +90,14 @@ class RoomMaker:
     def evictions(self) -> int:
         return self._evictions
 
-    @property
     def _census(self) -> Census:
-        """By the config as of now, whatever a reload changes meanwhile. Asked for before the states
-        are read, which cover at least the consumers of a config that was in force before."""
-        now, last = self._clock.monotonic(), self._registry.gpu.last
-        return Census(in_force(self._config), self._learned, now, last)
+        """Of this moment, with the card as it was sampled last."""
+        return Census(self._registry.now, self._clock.monotonic())
+
+    def _measured_census(self) -> Census:
+        """Of this moment, with the card as it is measured now."""
+        snapshot = self._registry.now
+        return Census(snapshot.seeing(self._measure()), self._clock.monotonic())
 
     # -- for the holder of the GPU ---------------------------------------------------------
 
@@ -121,11 +122,12 @@ class RoomMaker:
 
     def ready(self, consumer: str) -> bool:
         """Whether `make_room` would find nothing to do, by what is known already."""
-        state = self._registry.get(consumer)
+        snapshot = self._registry.now
+        state = snapshot.states[consumer]
         return (
             self._clock.monotonic() >= self._probes_due
             and state.stopped_by is None
-            and (state.loaded or self._config.consumers[consumer].load is None)
+            and (state.loaded or snapshot.consumers[consumer].load is None)
             and state.healthy is not False
             and self._holds_enough(consumer)
         )
@@ -134,10 +136,8 @@ class RoomMaker:
         """Unload all others that may go, for a job that ran out of memory; True if that gave
         anything back. Raises the error the ticket was cancelled with."""
         target = ticket.job.consumer
-        census = self._census
-        states, reading = self._registry.snapshot(), self._measure()
         released = 0
-        for other in candidates(census.residents(states, reading)):
+        for other in candidates(self._measured_census().residents()):
             if other.name != target:
                 release = self._evict(other, ticket)
                 if release is not None and release.outcome == "unverified":
@@ -157,7 +157,7 @@ class RoomMaker:
         if self._registry.get(name).active:  # only where nobody holds the GPU alone
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
         self._registry.release(name)
-        resident = self._census.resident(name, self._registry.get(name), self._measure())
+        resident = self._measured_census().resident(name)
         release = self._evict(resident, ticket, elsewhere=None if patient else lambda: True)
         if release is None:
             raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
@@ -175,9 +175,9 @@ class RoomMaker:
 
     def preview(self, target: str) -> Preview:
         """What making room for `target` would do now. Acts on nothing."""
-        now, state, queue = self._look(target), self._registry.get(target), self._upcoming()
-        outlook = self.outlook()
-        lazy = self._config.consumers[target].load is None
+        now, queue = self._look(target), self._upcoming()
+        snapshot, outlook = now.census.snapshot, now.census.outlook(self._doing)
+        state, lazy = snapshot.states[target], snapshot.consumers[target].load is None
         return Preview(
             consumer=target,
             fits=now.plan.fits or (now.plan.attempt and not now.plan.victims),
@@ -201,8 +201,7 @@ class RoomMaker:
 
     def outlook(self) -> Outlook:
         """What estimates are made of, by what is known already: makes no call."""
-        census = self._census
-        return census.outlook(self._registry.snapshot(), self._registry.gpu.reading, self._doing)
+        return self._census().outlook(self._doing)
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -234,7 +233,8 @@ class RoomMaker:
         """Whether the consumer surely has all it needs already, as one that has just run does,
         without a question to the card: by a sample that is fresh, and younger than the last
         eviction; or, where the card cannot be measured, by the ledger."""
-        state, gpu = self._registry.get(target), self._registry.gpu
+        snapshot = self._registry.now
+        state, gpu = snapshot.states[target], snapshot.gpu
         if gpu.reading is None:
             known = bool(gpu.err)
         else:
@@ -242,15 +242,12 @@ class RoomMaker:
             known = gpu.sampled_at is not None and gpu.sampled_at > since
         if not known or not state.loaded:
             return False
-        declared = self._config.consumers[target].declared
-        needed = self._learned.needed(target, declared).mib
-        own = held(target, state, declared.mib, gpu.reading, last=gpu.last)
-        return needed <= own.surely_mib
+        return snapshot.needed(target).mib <= holder(snapshot, target).surely_mib
 
     def _drop_the_impossible(self, target: str) -> None:
-        gpu = self._registry.gpu
-        if gpu.reading is None and gpu.err:  # the ledger decides
-            for name in self._census.impossible(self._registry.snapshot(), target):
+        gpu = self._registry.now.gpu
+        if gpu.reading is None and gpu.err:  # the accounting decides
+            for name in self._census().impossible(target):
                 self._registry.drop_assumption(name)
 
     def _unload_others(self, target: str, ticket: Ticket) -> None:
@@ -283,14 +280,7 @@ class RoomMaker:
                 if now.plan.attempt:
                     self._note_attempt(now)
                     break
-                raise refusal(
-                    self._config,
-                    now,
-                    self._census,
-                    self._registry.snapshot(),
-                    self._measure(),
-                    leaking,
-                )
+                raise refusal(now, leaking)
             victim = now.plan.victims[0]
             tried.add(victim.name)
             last = len(now.plan.victims) == 1
@@ -311,13 +301,7 @@ class RoomMaker:
 
     def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
         self._registry.end_quarantines()
-        return self._census.plan(
-            target,
-            self._registry.snapshot(),
-            self._measure(),
-            tried,
-            self._upcoming(),
-        )
+        return self._measured_census().plan(target, tried, self._upcoming())
 
     def _others_may_go(self, target: str, tried: Set[str]) -> bool:
         """Whether there would surely be room without those that were tried, too."""
@@ -406,6 +390,6 @@ class RoomMaker:
             TriedAnyway(
                 consumer=now.target,
                 needed_mib=now.needed_mib,
-                short_mib=short_mib(now, self._config.gpu.reserved_mib),
+                short_mib=short_mib(now),
             )
         )

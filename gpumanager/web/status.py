@@ -8,15 +8,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gpumanager.clock import Clock, rfc3339, wall_time
-from gpumanager.config import Config, ConsumerConfig
+from gpumanager.config import Config
 from gpumanager.consumers.breaker import Breakers
 from gpumanager.consumers.footprint import Figure
-from gpumanager.consumers.learning import Figures, Learned
+from gpumanager.consumers.learning import Figures
 from gpumanager.consumers.registry import Registry
-from gpumanager.gpu.accounting import Held, balance, held, plausible
+from gpumanager.consumers.snapshot import Snapshot
+from gpumanager.gpu.accounting import Balance, Held
 from gpumanager.gpu.history import MemorySample
+from gpumanager.gpu.inventory import believable, holders, left
 from gpumanager.jobs.shortage import MemoryFailures
-from gpumanager.model import ConsumerState, MemoryReading, QueueEntry
+from gpumanager.model import MemoryReading, QueueEntry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
 
@@ -26,9 +28,7 @@ class StatusView:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
-        learned: Learned,
         scheduler: Scheduler,
         breakers: Breakers,
         memory_failures: Callable[[], MemoryFailures],
@@ -36,9 +36,7 @@ class StatusView:
         version: str,
         config_file: str | None = None,
     ) -> None:
-        self._config = config
         self._registry = registry
-        self._learned = learned
         self._scheduler = scheduler
         self._memory_failures = memory_failures
         self._breakers = breakers
@@ -48,29 +46,20 @@ class StatusView:
 
     def snapshot(self, whose: str | None = None) -> dict[str, Any]:
         """The whole answer, ready for JSON. `whose`: as for `line`."""
-        consumers = self._config.consumers
-        reading = self._registry.gpu.reading
-        declared = {name: consumer.vram_resident_mib for name, consumer in consumers.items()}
-        last = self._registry.gpu.last
-        total = self._config.gpu.total_mib or (last.total_mib if last else 0)
-        states = plausible(self._registry.snapshot(), declared, reading, total)
-        holds = {
-            name: held(name, states[name], mib, reading, last=last)
-            for name, mib in declared.items()
-        }
+        snapshot = believable(self._registry.now)
+        config, holds = snapshot.config, holders(snapshot)
         return {
-            "listen": self._config.listen,
+            "listen": config.listen,
             "time": rfc3339(self._clock.now()),
             "role": "admin" if whose is None else "client",
             "version": self._version,
             "config_file": self._config_file,
-            "gpu": self._gpu([each.mib for each in holds.values()]),
-            "routing": dict(self._config.routing),
+            "gpu": self._gpu(snapshot, left(snapshot, holds)),
+            "routing": dict(config.routing),
             "consumers": [
-                self._consumer(name, consumers[name], states[name], holds[name])
-                for name in sorted(consumers)
+                self._consumer(snapshot, name, holds[name]) for name in sorted(config.consumers)
             ],
-            "scheduler": self._stats(),
+            "scheduler": self._stats(config),
             "queue": self.queue(whose),
         }
 
@@ -86,16 +75,15 @@ class StatusView:
         """The key of the job with that ticket. Raises KeyError if there is none in the line."""
         return {entry.ticket: entry.job.key for entry in self._scheduler.queue()}[ticket]
 
-    def _gpu(self, held_mib: list[int]) -> dict[str, Any]:
-        gpu = self._registry.gpu
-        figures = balance(gpu.reading, self._config.gpu.total_mib, held_mib, gpu.last)
+    def _gpu(self, snapshot: Snapshot, figures: Balance) -> dict[str, Any]:
+        gpu, config = snapshot.gpu, snapshot.config.gpu
         view: dict[str, Any] = {
             "total_mib": figures.total_mib,
             "used_mib": figures.used_mib,
             "free_mib": figures.free_mib,
-            "reserved_mib": self._config.gpu.reserved_mib,
+            "reserved_mib": config.reserved_mib,
             "source": figures.source,
-            "device": self._config.gpu.device,
+            "device": config.device,
         }
         if gpu.sampled_at is not None:
             view["last_sample"] = self._time(gpu.sampled_at)
@@ -114,9 +102,8 @@ class StatusView:
             view["err"] = gpu.err + _CONSEQUENCE.get(figures.source, "")
         return view
 
-    def _consumer(
-        self, name: str, consumer: ConsumerConfig, state: ConsumerState, holds: Held
-    ) -> dict[str, Any]:
+    def _consumer(self, snapshot: Snapshot, name: str, holds: Held) -> dict[str, Any]:
+        consumer, state = snapshot.consumers[name], snapshot.states[name]
         view: dict[str, Any] = {
             "name": name,
             "url": consumer.url,
@@ -126,17 +113,14 @@ class StatusView:
             "loaded": state.loaded,
             "gpu_resident_mib": holds.mib,
             "resident_source": holds.source,
-            **self._attribution(name),
+            **_attribution(snapshot.gpu.reading, name),
             "vram_budget_mib": consumer.vram_resident_mib,
             "active": state.active,
             "total_requests": state.total_requests,
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
             "pinned": state.is_pinned(consumer.pinned),
-            "learned": _learned(
-                self._learned.figures(name),
-                self._learned.needed(name, consumer.declared),
-            ),
+            "learned": _learned(snapshot.figures(name), snapshot.needed(name)),
         }
         if state.assumed is not None:
             view["assumed"] = True
@@ -159,20 +143,11 @@ class StatusView:
             view["breaker_since"] = self._time(opened_at)
         return view
 
-    def _attribution(self, name: str) -> dict[str, str]:
-        """Whether the memory of this consumer's processes is known (`processes`), or the card's
-        totals have to do; nothing where the card is not measured at all."""
-        reading = self._registry.gpu.reading
-        if reading is None or reading.holdings is None:
-            return {}
-        known = reading.measured_mib(name) is not None
-        return {"attribution": "processes" if known else "totals"}
-
-    def _stats(self) -> dict[str, Any]:
+    def _stats(self, config: Config) -> dict[str, Any]:
         stats, failures = self._scheduler.stats(), self._memory_failures()
         oldest = stats.oldest_queued
         return {
-            "kind": self._config.scheduler.kind,
+            "kind": config.scheduler.kind,
             "queue_depth": stats.queue_depth,
             "in_flight": stats.in_flight,
             "total_jobs": stats.total_jobs,
@@ -221,6 +196,15 @@ _CONSEQUENCE = {
     "ledger": "; the ledger of declared figures decides",
     "unknown": "; without gpu.total_mib nothing is decided by memory",
 }
+
+
+def _attribution(reading: MemoryReading | None, name: str) -> dict[str, str]:
+    """Whether the memory of this consumer's processes is known (`processes`), or the card's totals
+    have to do; nothing where the card is not measured at all."""
+    if reading is None or reading.holdings is None:
+        return {}
+    known = reading.measured_mib(name) is not None
+    return {"attribution": "processes" if known else "totals"}
 
 
 def _figure(figure: Figure) -> dict[str, Any]:

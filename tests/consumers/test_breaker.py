@@ -6,10 +6,10 @@ import pytest
 
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breakers
-from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ConsumerUnhealthy
 from gpumanager.telemetry.events import BreakerClosed, BreakerOpen, Event
 from tests.support.clock import FakeClock
+from tests.support.known import registry_of
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_opening_and_closing_are_events(breakers: Breakers, told: list[Event]) -
 
 
 def test_admission_looks_at_probe_and_breaker(breakers: Breakers, clock: FakeClock) -> None:
-    registry = Registry({"mvoice": True}, clock)
+    registry = registry_of({"mvoice": True}, clock)
     admission = Admission(registry, breakers, retry_s=5)
     admission.check("mvoice")
     trip(breakers)

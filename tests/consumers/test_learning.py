@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from gpumanager.consumers.footprint import Figure
-from gpumanager.consumers.learning import Learned, StateFile, Times, state_path
+from gpumanager.consumers.learning import Learned, Times
+from gpumanager.consumers.statefile import StateFile, state_path
 from gpumanager.model import Declared, StoppedBy
 
 

@@ -15,6 +15,7 @@ from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
 from gpumanager.telemetry.events import CameBack, Event
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
+from tests.support.known import registry_of
 
 TIMEOUT = ConsumerTimeout("mvoice: no answer within 3 s")
 REFUSED = ConsumerUnreachable("mvoice refused the connection", nothing_listens=True)
@@ -45,7 +46,7 @@ def probes() -> ScriptedProbes:
 
 @pytest.fixture
 def registry() -> Registry:
-    return Registry({"mvoice": True}, FakeClock())
+    return registry_of({"mvoice": True}, FakeClock())
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
     probes: ScriptedProbes, how: Any, loaded: bool, told: list[Event]
 ) -> None:
     """Only its CUDA calls are stopped: /health goes on answering."""
-    registry = Registry({"mvoice": False}, FakeClock())
+    registry = registry_of({"mvoice": False}, FakeClock())
     registry.mark_stopped("mvoice", SUSPENDED)
     prober = Prober(
         "mvoice", probes, registry, lambda name, stopped_by: how, told.append, interval=5.0
@@ -194,7 +195,7 @@ def test_a_stopped_process_that_ends_is_one_that_is_gone(
 
 
 def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) -> None:
-    registry = Registry({"mvoice": False}, FakeClock())
+    registry = registry_of({"mvoice": False}, FakeClock())
     registry.mark_stopped("mvoice", SUSPENDED)
 
     def returned(name: str, stopped_by: StoppedBy) -> Any:

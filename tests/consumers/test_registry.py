@@ -19,6 +19,7 @@ from gpumanager.model import (
     StoppedBy,
 )
 from tests.support.clock import FakeClock
+from tests.support.known import config_of, registry_of
 from tests.support.threads import Outcome
 
 
@@ -28,7 +29,7 @@ def held_mib(state: ConsumerState, declared: int) -> int:
 
 def make(*, loaded: bool = True) -> tuple[Registry, FakeClock]:
     clock = FakeClock()
-    return Registry({"mvoice": loaded, "comfyui": False}, clock), clock
+    return registry_of({"mvoice": loaded, "comfyui": False}, clock), clock
 
 
 def probe(registry: Registry, loaded: bool | None = None, mib: int | None = None) -> bool:
@@ -126,10 +127,10 @@ def test_a_load_forgets_what_was_reported_before() -> None:
 
 def test_a_snapshot_never_changes() -> None:
     registry, _ = make()
-    before = registry.snapshot()
+    before = registry.now.states
     registry.job_started("mvoice")
     assert before["mvoice"].active == 0
-    assert registry.snapshot()["mvoice"].active == 1
+    assert registry.now.states["mvoice"].active == 1
 
 
 def test_counts_survive_many_threads() -> None:
@@ -149,7 +150,7 @@ def test_counts_survive_many_threads() -> None:
 def test_the_gpu_sample_is_published_whole() -> None:
     registry, _ = make()
     registry.set_gpu(GpuState(err="no driver"))
-    assert registry.gpu.err == "no driver"
+    assert registry.now.gpu.err == "no driver"
 
 
 def test_a_job_that_was_never_sent_leaves_the_residency_as_it_was() -> None:
@@ -210,7 +211,6 @@ def test_who_was_stopped_is_not_unhealthy_for_not_answering() -> None:
         False,
         "",
     )
-    assert registry.stopped_by() == {"mvoice": PARKED}
     registry.mark_started("mvoice", resumed=False)
     state = registry.get("mvoice")
     assert (state.healthy, state.stopped_by, state.loaded) == (True, None, True)  # as assumed
@@ -387,20 +387,21 @@ def test_only_an_assumption_can_be_dropped() -> None:
 
 def test_who_is_in_use_is_neither_removed_nor_moved() -> None:
     registry, _ = make()
-    swapped: list[str] = []
+    first = registry.now.config
     with registry.using("mvoice"):
         registry.job_started("mvoice")
         with pytest.raises(InUse, match="consumer mvoice is in use"):
-            registry.reshape({}, ["mvoice"], lambda: swapped.append("removed"))
+            registry.reshape(config_of({"comfyui": False}))
         with pytest.raises(InUse):
-            registry.reshape({"mvoice": False}, [], lambda: swapped.append("moved"))
-        assert swapped == []
-        registry.reshape({"new": True}, ["comfyui"], lambda: swapped.append("others"))
+            registry.reshape(config_of({"mvoice": False, "comfyui": False}), ["mvoice"])
+        assert registry.now.config is first
+        others = config_of({"mvoice": True, "new": True})
+        registry.reshape(others)
         registry.job_finished("mvoice")
-    assert swapped == ["others"]
+    assert registry.now.config is others
     assert registry.get("new").loaded
     assert registry.get("mvoice").active == 0
-    registry.reshape({"mvoice": False}, [], lambda: swapped.append("moved"))
+    registry.reshape(config_of({"mvoice": False, "new": True}), ["mvoice"])
     assert registry.get("mvoice") == ConsumerState(loaded=False, residency_version=3)
 
 
@@ -408,16 +409,16 @@ def test_one_that_the_broker_has_stopped_is_not_removed() -> None:
     registry, _ = make()
     registry.mark_stopped("comfyui", StoppedBy("unit"))
     with pytest.raises(InUse):
-        registry.reshape({}, ["comfyui"], list)
+        registry.reshape(config_of({"mvoice": True}))
 
 
 def test_nobody_begins_to_work_with_one_that_was_removed() -> None:
     registry, _ = make()
-    registry.reshape({}, ["mvoice"], list)
+    registry.reshape(config_of({"comfyui": False}))
     with pytest.raises(NoConsumer, match="mvoice is not in the config"):
         registry.enter("mvoice")
     assert not registry.get("mvoice").active  # for who still reads by the config before
-    registry.reshape({"mvoice": False}, [], list)
+    registry.reshape(config_of({"mvoice": False, "comfyui": False}), ["mvoice"])
     with registry.using("mvoice"):
         pass
 
@@ -425,7 +426,7 @@ def test_nobody_begins_to_work_with_one_that_was_removed() -> None:
 def test_what_was_asked_of_the_one_before_is_no_answer_of_the_one_that_took_its_name() -> None:
     registry, _ = make()
     seen = registry.get("mvoice").residency_version
-    registry.reshape({"mvoice": False}, [], list)
+    registry.reshape(config_of({"mvoice": False, "comfyui": False}), ["mvoice"])
     registry.probe_succeeded("mvoice", ProbeReport(True, 2000), seen_version=seen)
     assert not registry.get("mvoice").loaded
 

@@ -25,8 +25,8 @@ SLEEPER = {"load": "/wake", "unload": "/sleep"}
 def make(**consumers: dict[str, Any]) -> tuple[Stopped, Registry]:
     named = {name: {"url": "http://127.0.0.1:1", **each} for name, each in consumers.items()}
     config = parse_config(yaml.safe_dump({"consumers": named}))
-    registry = Registry(dict.fromkeys(consumers, True), FakeClock())
-    return Stopped(config, registry, lambda name: [ME]), registry
+    registry = Registry(config, FakeClock(), lambda consumer: True)
+    return Stopped(registry, lambda name: [ME]), registry
 
 
 def test_who_was_unloaded_and_cannot_tell_is_remembered_with_its_process() -> None:

@@ -16,15 +16,15 @@ CONFIG = "consumers: {voice: {url: 'http://127.0.0.1:1', vram_resident_mib: 2800
 
 def make() -> tuple[MemoryHistory, Registry, FakeClock]:
     clock = FakeClock()
-    registry = Registry({"voice": False}, clock)
+    registry = Registry(parse_config(CONFIG), clock, lambda consumer: False)
     registry.set_gpu(GpuState(MemoryReading(8000, 1000, 7000), clock.monotonic()))
-    return MemoryHistory(parse_config(CONFIG), registry, clock), registry, clock
+    return MemoryHistory(registry, clock), registry, clock
 
 
 def test_what_is_assumed_before_anybody_looked_at_the_card_is_no_history() -> None:
     clock = FakeClock()
-    registry = Registry({"voice": False}, clock)
-    history = MemoryHistory(parse_config(CONFIG), registry, clock)
+    registry = Registry(parse_config(CONFIG), clock, lambda consumer: False)
+    history = MemoryHistory(registry, clock)
     history.take()
     assert history.samples() == ()
     registry.set_gpu(GpuState(err="NVML: no driver"))

@@ -15,6 +15,7 @@ from gpumanager.model import Declared, GpuProcess, GpuState, Holdings, MemoryRea
 from gpumanager.telemetry import events
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
+from tests.support.known import registry_of
 
 READING = MemoryReading(8000, 1000, 7000)
 
@@ -37,7 +38,7 @@ def make(
     *answers: MemoryReading | str, emit: events.Emit = ignore
 ) -> tuple[Sampler, Registry, FakeClock]:
     clock = FakeClock()
-    registry = Registry({}, clock)
+    registry = registry_of({}, clock)
     memory = GpuMemory(ScriptedCard(*answers), clock)
     return Sampler(memory, registry, Learned(()), clock, emit, interval=2.0), registry, clock
 
@@ -45,9 +46,9 @@ def make(
 def test_a_sample_is_published_with_its_time() -> None:
     sampler, registry, clock = make(READING)
     assert sampler.sample() == 2.0
-    assert registry.gpu.reading == READING
-    assert registry.gpu.sampled_at == clock.monotonic()
-    assert registry.gpu.err == ""
+    assert registry.now.gpu.reading == READING
+    assert registry.now.gpu.sampled_at == clock.monotonic()
+    assert registry.now.gpu.err == ""
 
 
 def test_its_time_is_when_the_card_was_asked_not_when_it_had_answered() -> None:
@@ -63,39 +64,39 @@ def test_its_time_is_when_the_card_was_asked_not_when_it_had_answered() -> None:
 
     sampler._memory.read = slow  # type: ignore[method-assign]
     sampler.sample()
-    assert registry.gpu.sampled_at == asked
+    assert registry.now.gpu.sampled_at == asked
 
 
 def test_an_older_sample_does_not_replace_a_younger() -> None:
     _, registry, _ = make()
     registry.set_gpu(GpuState(READING, 5.0))
     registry.set_gpu(GpuState(MemoryReading(8000, 9, 7991), 4.0))
-    assert registry.gpu.reading == READING
+    assert registry.now.gpu.reading == READING
 
 
 def test_a_failing_field_shows_as_err_beside_the_figures() -> None:
     sampler, registry, _ = make(MemoryReading(8000, 1000, 7000, fault="name: Unknown Error"))
     sampler.sample()
-    assert registry.gpu.reading is not None
-    assert registry.gpu.err == "name: Unknown Error"
+    assert registry.now.gpu.reading is not None
+    assert registry.now.gpu.err == "name: Unknown Error"
 
 
 def test_a_lost_card_shows_as_err_keeps_no_stale_figures_and_recovers() -> None:
     told: list[events.Event] = []
     sampler, registry, clock = make(READING, "GPU is lost", READING, emit=told.append)
     sampler.sample()
-    before = registry.gpu.sampled_at
+    before = registry.now.gpu.sampled_at
     clock.advance(2)
     sampler.sample()
-    assert registry.gpu.reading is None
-    assert registry.gpu.err == "GPU is lost"
-    assert registry.gpu.sampled_at == before
-    assert registry.gpu.last == READING  # as what was so before, no more
+    assert registry.now.gpu.reading is None
+    assert registry.now.gpu.err == "GPU is lost"
+    assert registry.now.gpu.sampled_at == before
+    assert registry.now.gpu.last == READING  # as what was so before, no more
     sampler.sample()  # put off
-    assert registry.gpu.last == READING
+    assert registry.now.gpu.last == READING
     clock.advance(2)
     sampler.sample()
-    assert registry.gpu == GpuState(READING, clock.monotonic())
+    assert registry.now.gpu == GpuState(READING, clock.monotonic())
     assert told == [
         events.GpuUnavailable(reason="GPU is lost"),
         events.GpuAvailable(),
@@ -109,7 +110,7 @@ def attributed(**held: int) -> MemoryReading:
 
 def test_what_loaded_consumers_hold_is_learned() -> None:
     clock = FakeClock()
-    registry = Registry({"tts": True, "llm": False}, clock)
+    registry = registry_of({"tts": True, "llm": False}, clock)
     learned = Learned(["tts", "llm"])
     memory = GpuMemory(ScriptedCard(attributed(tts=3000, llm=500)), clock, Told())
     Sampler(memory, registry, learned, clock, ignore, interval=2.0).look()
@@ -120,7 +121,7 @@ def test_what_loaded_consumers_hold_is_learned() -> None:
 @pytest.mark.parametrize(("mib", "lifted"), [(1700, False), (1600, True), (0, True)])
 def test_who_has_released_most_in_the_end_may_be_asked_again(mib: int, lifted: bool) -> None:
     clock = FakeClock()
-    registry = Registry({"tts": False}, clock)
+    registry = registry_of({"tts": False}, clock)
     registry.quarantine("tts", "gave nothing back", 1600)
     memory = GpuMemory(ScriptedCard(attributed(tts=mib)), clock, Told())
     Sampler(memory, registry, Learned(["tts"]), clock, ignore, interval=2.0).look()
@@ -130,7 +131,7 @@ def test_who_has_released_most_in_the_end_may_be_asked_again(mib: int, lifted: b
 @pytest.mark.parametrize("at_rest", [True, False])
 def test_what_an_unloaded_one_holds_is_the_most_that_it_keeps(at_rest: bool) -> None:
     clock, learned = FakeClock(), Learned(["tts"])
-    registry = Registry({"tts": False}, clock)
+    registry = registry_of({"tts": False}, clock)
     learned.unloaded("tts", 1.0, 900)
     memory = GpuMemory(ScriptedCard(attributed(tts=300)), clock, Told())
     sampler = Sampler(memory, registry, learned, clock, ignore, interval=2.0)
@@ -144,7 +145,7 @@ def test_what_an_unloaded_one_holds_is_the_most_that_it_keeps(at_rest: bool) -> 
 
 def test_while_a_job_runs_samples_come_more_often() -> None:
     clock = FakeClock()
-    registry = Registry({"tts": False}, clock)
+    registry = registry_of({"tts": False}, clock)
     memory = GpuMemory(ScriptedCard(READING, READING), clock)
     sampler = Sampler(memory, registry, Learned(["tts"]), clock, ignore, interval=2.0)
     registry.job_started("tts")
@@ -158,7 +159,7 @@ def learn(
 ) -> Learned:
     """What is learned from these looks at the card, of a loaded consumer."""
     clock, learned = FakeClock(), Learned(["tts"])
-    registry = Registry({"tts": True}, clock)
+    registry = registry_of({"tts": True}, clock)
     if report is not None:
         registry.probe_succeeded("tts", report, seen_version=0)
     if active:

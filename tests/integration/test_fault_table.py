@@ -62,7 +62,7 @@ class Stage:
         assert (reply.status_code, reply.content) == (200, b"innocent")
         stats = self.broker.stats
         assert (stats.queue_depth, stats.in_flight) == (0, 0)
-        assert {s.active for s in self.broker.broker.registry.snapshot().values()} == {0}
+        assert {s.active for s in self.broker.broker.registry.now.states.values()} == {0}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gpumanager.config import Config, load_config
 from gpumanager.config.live import LiveConfig, changes
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.registry import Registry
+from gpumanager.consumers.snapshot import Snapshot
 from tests.integration.test_serving import free_port, serving
 from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker
@@ -185,10 +186,10 @@ def test_a_job_goes_where_its_kind_is_routed_after_a_reload_that_came_in_between
         consumers["voice"] = {**consumers.pop("mvoice"), "paths": {"tts": "/renamed"}}
         data.update(routing={"tts": "voice"}, audio_proxy=None)
 
-    def reload_meanwhile(registry: Registry, name: str) -> None:
+    def reload_meanwhile(registry: Registry, name: str) -> Snapshot:
         if name == "mvoice":
             assert setting.change(rename).status_code == 200
-        enter(registry, name)
+        return enter(registry, name)
 
     monkeypatch.setattr(Registry, "enter", reload_meanwhile)
     assert setting.broker.post("/v1/tts", data=b"{}").text == "/renamed\n"
@@ -292,11 +293,11 @@ def test_sighup_reloads(tmp_path: Path) -> None:
 
 def test_a_live_config_reads_like_the_one_it_holds() -> None:
     first, second = Config(listen="127.0.0.1:1"), Config(listen="127.0.0.1:2")
-    live = LiveConfig(first)
+    current = first
+    live = LiveConfig(lambda: current)
     assert live.seen.port == 1
-    live.replace(second)
+    current = second
     assert (live.seen.listen, live.seen.port) == ("127.0.0.1:2", 2)
-    assert live.current is second
     with pytest.raises(AttributeError):
         live.seen.nothing  # type: ignore[attr-defined]  # noqa: B018
     assert changes(first, second).fixed == ("listen",)

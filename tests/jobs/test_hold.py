@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import gpumanager
-from gpumanager.config import parse_config
+from gpumanager.config import Config, parse_config
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
 from gpumanager.consumers.learning import Learned
@@ -37,7 +37,8 @@ class Held:
     def __init__(self, **consumer: Any) -> None:
         document = {"consumers": {"m": {"url": "http://127.0.0.1:1", **consumer}}}
         self.clock = FakeClock()
-        self.registry = Registry({"m": True}, self.clock)
+        config = parse_config(yaml.safe_dump(document))
+        self.registry = Registry(config, self.clock)
         self.events: list[Event] = []
         self.breakers = Breakers(self.clock, ignore)
         self.scheduler = locked(max_queue=9, max_wait=60, clock=self.clock)
@@ -52,8 +53,7 @@ class Held:
             emit=self.events.append,
             after_job=self.after.append,
         )
-        config = parse_config(yaml.safe_dump(document))
-        places = Places(config, self.registry, self.scheduler, Keyring([]))
+        places = Places(self.registry, self.scheduler, Keyring([]))
         self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0, ignore)
         self.exchange: Any = FakeExchange()
         self.hold = Hold(means, places.open("m"), self.record)
@@ -77,7 +77,7 @@ class Held:
         """The event of its end, once it has given everything back."""
         assert self.on_the_gpu == 0
         assert self.registry.get("m").active == 0
-        self.registry.reshape({}, ["m"], list)  # nobody works with the consumer
+        self.registry.reshape(Config())  # nobody works with the consumer
         assert self.after == ["m"]
         (event,) = self.events
         return event.fields
@@ -89,7 +89,7 @@ def test_a_job_that_never_began_gives_up_its_place() -> None:
     job.hold.end()
     assert job.on_the_gpu == 0
     assert job.events == []
-    job.registry.reshape({}, ["m"], list)
+    job.registry.reshape(Config())
 
 
 def test_one_that_the_breaker_refuses_has_not_begun() -> None:

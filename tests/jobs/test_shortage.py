@@ -43,14 +43,14 @@ class Bench:
             )
         )
         self.clock = FakeClock()
-        self.registry = Registry({"voice": False, "other": False}, self.clock)
+        self.registry = Registry(self.config, self.clock, lambda consumer: False)
         self.learned = Learned(consumers, lambda: 17.0)
+        self.learned.publish(self.registry.learn)
         self.holds = {"voice": 0, "other": 0}
         self.desktop = 0
         self.measured = measured
         self.told: list[str] = []
         self.shortages = Shortages(
-            self.config,
             self.registry,
             self.learned,
             self.look,

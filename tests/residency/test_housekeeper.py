@@ -36,7 +36,7 @@ class House:
             for name, settings in consumers.items()
         }
         config = parse_config(yaml.safe_dump({"consumers": filled, **top}))
-        self.registry = Registry(dict.fromkeys(consumers, False), self.clock)
+        self.registry = Registry(config, self.clock, lambda consumer: False)
         self.line = locked(max_queue=9, max_wait=60, clock=self.clock)
         scheduler = Evicting(self.line, self, self.clock)
         self.keeper = Housekeeper(

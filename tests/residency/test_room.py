@@ -96,13 +96,14 @@ class Bench:
                 for name, settings in consumers.items()
             },
         }
-        self.live = LiveConfig(parse_config(yaml.safe_dump(config)))
-        self.config = self.live.seen
+        self.config = LiveConfig(lambda: self.registry.now.config).seen
         self.queue: list[str] = []
         self.told: list[Event] = []
-        self.registry = Registry(dict.fromkeys(consumers, assumed), self.clock)
+        self.registry = Registry(
+            parse_config(yaml.safe_dump(config)), self.clock, lambda consumer: assumed
+        )
         self.learned = Learned(consumers)
-        self.census = Census(self.config, self.learned, self.clock.monotonic())
+        self.learned.publish(self.registry.learn)
         admission = Admission(self.registry, Breakers(self.clock, self.told.append), retry_s=5)
         self.room = RoomMaker(
             self.config,
@@ -222,16 +223,14 @@ class Bench:
 
     def reload(self, *, added: str | None = None, removed: str | None = None) -> None:
         """Put a config in force that has one consumer more, or less."""
-        consumers = dict(self.live.current.consumers)
+        consumers = dict(self.registry.now.consumers)
         if added is not None:
             consumers[added] = consumers["tts"]
             self.learned.add(added)
         if removed is not None:
             del consumers[removed]
-        new = self.live.current.model_copy(update={"consumers": consumers})
-        fresh = {} if added is None else {added: False}
-        gone = [] if removed is None else [removed]
-        self.registry.reshape(fresh, gone, lambda: self.live.replace(new))
+        new = self.registry.now.config.model_copy(update={"consumers": consumers})
+        self.registry.reshape(new)
 
     def ticket(self, name: str) -> Ticket:
         """A ticket that was granted, and whose pauses pass at once."""
@@ -474,7 +473,7 @@ def test_one_that_was_never_seen_to_load_is_taken_to_load_as_the_others_do() -> 
     bench = Bench(THREE, total=24000)
 
     def reload_s() -> dict[str, float]:
-        residents = bench.census.residents(bench.registry.snapshot(), None)
+        residents = Census(bench.registry.now, bench.clock.monotonic()).residents()
         return {each.name: each.reload_s for each in residents}
 
     assert reload_s() == {"tts": 5, "stt": 5, "llm": 5}

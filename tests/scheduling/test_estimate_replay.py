@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumanager.consumers.learning import Learned, StateFile
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.statefile import StateFile
 from tests.support.replay import SERVERS, Replay, median_error
 
 LONGEST_MEDIAN = 0.25

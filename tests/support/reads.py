@@ -80,7 +80,7 @@ class _Search:
         self.called: set[tuple[Model, str]] = set()
         self.returns: dict[str, Models] = defaultdict(frozenset)
         self.fields: dict[str, Models] = defaultdict(frozenset)
-        """Of the package's own classes, by their names alone."""
+        """Of the package's own classes, properties included, by their names alone."""
         self._trees: list[ast.Module] = []
         self._methods = _methods_of_schema()
 
@@ -89,6 +89,8 @@ class _Search:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 self.returns[node.name] |= _models_named(node.returns)
+                if any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list):
+                    self.fields[node.name] |= _models_named(node.returns)
             elif isinstance(node, ast.ClassDef):
                 for each in node.body:
                     if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):

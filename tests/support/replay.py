@@ -106,8 +106,9 @@ class Replay:
             },
         }
         self.config = parse_config(yaml.safe_dump(config))
-        self.registry = Registry(dict.fromkeys(servers, False), self.clock)
+        self.registry = Registry(self.config, self.clock, lambda consumer: False)
         self.learned = Learned(servers) if learned is None else learned
+        self.learned.publish(self.registry.learn)
         self.holds: dict[str, int] = {}
         self.queue = locked(max_queue=2000, max_wait=1e6, clock=self.clock, outlook=self.outlook)
         self.room = RoomMaker(

@@ -1,0 +1,59 @@
+"""What the broker goes by, as of one moment: plain data that is never changed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.consumers.footprint import Figure
+from gpumanager.consumers.learning import NOTHING, Figures
+from gpumanager.model import ConsumerState, GpuState, MemoryReading
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The config in force; the state of each of its consumers, by name; the latest sample of the
+    card; and what was learned of each consumer, by name, as far as anything was.
+
+    `states` also has the last state of the consumers that a reload has removed, for those who
+    still work with a snapshot from before.
+    """
+
+    config: Config
+    states: Mapping[str, ConsumerState] = field(default_factory=lambda: MappingProxyType({}))
+    gpu: GpuState = field(default_factory=GpuState)
+    learned: Mapping[str, Figures] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def consumers(self) -> Mapping[str, ConsumerConfig]:
+        """The consumers' settings, by name."""
+        return self.config.consumers
+
+    def figures(self, name: str) -> Figures:
+        """What was learned of one consumer."""
+        return self.learned.get(name, NOTHING)
+
+    def needed(self, name: str) -> Figure:
+        """What a consumer of the config needs to be resident and work. It is a guess, unless it is
+        declared: it may cost others an eviction, but refuses nothing."""
+        return self.figures(name).needed(self.config.consumers[name].declared)
+
+    def seeing(self, reading: MemoryReading | None) -> Snapshot:
+        """The same, with this reading of the card."""
+        return replace(self, gpu=replace(self.gpu, reading=reading))
+
+    def supposing(self, states: Mapping[str, ConsumerState]) -> Snapshot:
+        """The same, with these states of the consumers."""
+        return replace(self, states=states)
+
+    def as_admitted(self, name: str, admission: Snapshot) -> Snapshot:
+        """The same, with the settings that one consumer had when a job of it was admitted: what a
+        reload has changed of them since is for the jobs after it."""
+        settings = admission.config.consumers[name]
+        consumers = self.config.consumers
+        if consumers.get(name) is settings:
+            return self
+        config = self.config.model_copy(update={"consumers": {**consumers, name: settings}})
+        return replace(self, config=config)

@@ -1,0 +1,204 @@
+"""What happens to a consumer, as functions from its state to the one after it. Pure; times are
+monotonic seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpumanager.model import CONTEXT_MIB, ConsumerState, ProbeReport, StoppedBy
+
+FIRST_QUARANTINE_S = 60.0
+LONGEST_QUARANTINE_S = 600.0
+"""For how long one that gave nothing back is not asked again, the first time and at most; twice as
+long each time."""
+
+
+def fresh(loaded: bool, now: float, *, residency_version: int = 0) -> ConsumerState:
+    """A consumer of which nothing is known yet; whether it is loaded is assumed."""
+    return ConsumerState(
+        loaded=loaded, assumed=now if loaded else None, residency_version=residency_version
+    )
+
+
+def as_assumed(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
+    """A fresh process, of which nothing is known."""
+    return replace(
+        state,
+        loaded=loaded,
+        assumed=now if loaded else None,
+        unloaded_at=None,
+        resident_mib=None,
+    )
+
+
+def job_started(state: ConsumerState, now: float) -> ConsumerState:
+    """See `Registry.job_started`."""
+    return replace(
+        state,
+        active=state.active + 1,
+        cold=not state.loaded,
+        total_requests=state.total_requests + 1,
+        last_used=now,
+        loaded=True,
+        assumed=state.assumed if state.loaded else now,
+        unloaded_at=None,
+        resident_mib=state.resident_mib if state.loaded else None,
+        residency_version=state.residency_version + 1,
+    )
+
+
+def job_finished(
+    state: ConsumerState,
+    now: float,
+    *,
+    worked: bool,
+    unloaded: ConsumerState | None,
+    process_gone: bool,
+) -> ConsumerState:
+    """See `Registry.job_finished`. What it reported before the job is a lower bound of what it
+    holds now."""
+    state = replace(
+        state,
+        active=state.active - 1,
+        last_used=now,
+        assumed=None if worked else state.assumed,
+        report_outdated=True,
+        residency_version=state.residency_version + 1,
+    )
+    if process_gone:
+        return replace(
+            state,
+            loaded=False,
+            assumed=None,
+            resident_mib=0,
+            report_outdated=False,
+            quarantine="",
+            leaks=0,
+        )
+    if unloaded is not None:
+        return replace(
+            state,
+            loaded=unloaded.loaded,
+            assumed=unloaded.assumed,
+            unloaded_at=unloaded.unloaded_at,
+            resident_mib=unloaded.resident_mib,
+            report_outdated=unloaded.report_outdated,
+        )
+    return state
+
+
+def set_loaded(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
+    """The broker itself loaded or unloaded it."""
+    return replace(
+        state,
+        loaded=loaded,
+        assumed=None,
+        unloaded_at=None if loaded else now,
+        resident_mib=None if loaded else 0,
+        report_outdated=False,
+        on_cpu=(),
+        residency_version=state.residency_version + 1,
+    )
+
+
+def drop_assumption(state: ConsumerState) -> ConsumerState:
+    """It cannot be loaded, as was assumed; unless it was confirmed meanwhile, or works on a job."""
+    if state.assumed is None or state.active:
+        return state
+    version = state.residency_version + 1
+    return replace(state, loaded=False, assumed=None, residency_version=version)
+
+
+def stopped(state: ConsumerState, stopped_by: StoppedBy, now: float) -> ConsumerState:
+    """The broker stopped it."""
+    return replace(
+        set_loaded(state, False, now),
+        healthy=None,
+        last_error="",
+        stopped_by=stopped_by,
+        quarantine="",
+        leaks=0,
+    )
+
+
+def started(
+    state: ConsumerState, now: float, *, resumed: bool, assumed_loaded: bool
+) -> ConsumerState:
+    """It was started again; `resumed`: it goes on where it was, with its model."""
+    loaded = resumed or assumed_loaded
+    return replace(
+        as_assumed(state, loaded, now),
+        healthy=True,
+        assumed=None if resumed or not loaded else now,
+        stopped_by=None,
+        residency_version=state.residency_version + 1,
+    )
+
+
+def quarantined(state: ConsumerState, reason: str, ends_mib: int, now: float) -> ConsumerState:
+    """It did not release memory that it was asked to."""
+    seconds = min(LONGEST_QUARANTINE_S, FIRST_QUARANTINE_S * 2**state.leaks)
+    return replace(
+        state,
+        quarantine=reason,
+        quarantine_until=now + seconds,
+        quarantine_mib=ends_mib,
+        leaks=state.leaks + 1,
+    )
+
+
+def probe_succeeded(
+    state: ConsumerState,
+    report: ProbeReport,
+    now: float,
+    *,
+    seen_version: int,
+    assumed_loaded: bool,
+) -> ConsumerState:
+    """See `Registry.probe_succeeded`."""
+    current = seen_version == state.residency_version
+    if state.stopped_by is not None and (not current or state.stopped_by.method == "checkpoint"):
+        # From just before it was stopped; or only its CUDA calls were.
+        return replace(state, last_probe=now)
+    if state.stopped_by is not None:  # somebody else has started it
+        state = as_assumed(state, assumed_loaded, now)
+    state = replace(state, healthy=True, last_error="", last_probe=now, stopped_by=None)
+    state = replace(state, tells=report.loaded is not None)
+    if not current or state.active:
+        return state
+    state = replace(state, on_cpu=report.on_cpu)
+    loaded = state.loaded if report.loaded is None else report.loaded
+    if report.loaded is not None:
+        state = replace(state, assumed=None)
+    if report.resident_mib is None:
+        resident = state.resident_mib if loaded == state.loaded else None
+        return replace(state, loaded=loaded, resident_mib=resident)
+    much = report.resident_mib > CONTEXT_MIB and not state.is_releasing(now)
+    if report.loaded is None and much:
+        loaded = True  # it cannot say so, but its memory does
+        state = replace(state, assumed=None)
+    return replace(state, loaded=loaded, resident_mib=report.resident_mib, report_outdated=False)
+
+
+def probe_failed(
+    state: ConsumerState, error: str, now: float, *, process_gone: bool
+) -> ConsumerState:
+    """See `Registry.probe_failed`."""
+    if state.stopped_by is not None and not (
+        process_gone and state.stopped_by.method == "checkpoint"  # that one had to go on
+    ):
+        return replace(state, last_probe=now)
+    state = replace(state, healthy=False, last_error=error, last_probe=now, stopped_by=None)
+    if not process_gone or state.active:
+        return state
+    return replace(
+        state,
+        loaded=False,
+        assumed=None,
+        unloaded_at=None,
+        resident_mib=0,
+        on_cpu=(),
+        quarantine="",
+        leaks=0,
+        residency_version=state.residency_version + 1,
+    )

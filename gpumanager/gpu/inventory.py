@@ -1,0 +1,64 @@
+"""Who holds what of the card, by one snapshot: the one place where that is worked out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gpumanager.consumers.snapshot import Snapshot
+from gpumanager.gpu.accounting import Balance, Held, balance, disproved, held, plausible
+
+
+def holder(snapshot: Snapshot, name: str, now: float | None = None) -> Held:
+    """What one consumer holds. With `now`, monotonic seconds, one that the broker has unloaded just
+    before is credited with no more than it keeps."""
+    return held(
+        name,
+        snapshot.states[name],
+        snapshot.config.consumers[name].vram_resident_mib,
+        snapshot.gpu.reading,
+        last=snapshot.gpu.last,
+        keeps_mib=keeps_mib(snapshot, name),
+        now=now,
+    )
+
+
+def holders(snapshot: Snapshot, now: float | None = None) -> dict[str, Held]:
+    """What each consumer holds, by name."""
+    return {name: holder(snapshot, name, now) for name in snapshot.config.consumers}
+
+
+def left(snapshot: Snapshot, holds: Mapping[str, Held], target: str | None = None) -> Balance:
+    """How much of the card is free, if the consumers hold that; for the next job of `target`, if
+    one is given: what it may hold, but not surely, is not in its own way."""
+    mib = [each.surely_mib if name == target else each.mib for name, each in holds.items()]
+    gpu = snapshot.gpu
+    return balance(gpu.reading, snapshot.config.gpu.total_mib, mib, gpu.last)
+
+
+def keeps_mib(snapshot: Snapshot, name: str) -> int:
+    """What a consumer keeps after an unload: as declared, else as was seen."""
+    declared = snapshot.config.consumers[name].floor_mib
+    return (snapshot.figures(name).residue_mib or 0) if declared is None else declared
+
+
+def believable(snapshot: Snapshot) -> Snapshot:
+    """The snapshot without the assumptions that cannot all be true."""
+    states = plausible(
+        snapshot.states, _declared(snapshot), snapshot.gpu.reading, _total_mib(snapshot)
+    )
+    return snapshot if states is snapshot.states else snapshot.supposing(states)
+
+
+def impossible(snapshot: Snapshot) -> list[str]:
+    """While the card cannot be read: the consumers that are assumed to be loaded and cannot be,
+    since those that surely are leave no room for them."""
+    return disproved(snapshot.states, _declared(snapshot), _total_mib(snapshot))
+
+
+def _declared(snapshot: Snapshot) -> dict[str, int]:
+    return {name: each.vram_resident_mib for name, each in snapshot.config.consumers.items()}
+
+
+def _total_mib(snapshot: Snapshot) -> int:
+    last = snapshot.gpu.last
+    return snapshot.config.gpu.total_mib or (last.total_mib if last else 0)
