@@ -192,7 +192,7 @@ class Exchange:
                 request, stream=True, timeout=_timeout(timeouts.connect), proxies={}
             )
         except Exception as error:
-            self._stop()
+            self.close(for_good=False)
             raise self._explain(error) from error
         self._bound = whole
         if self._wire is not None:
@@ -281,7 +281,7 @@ class Exchange:
         try:
             data: bytes = self._raw.read1(READ_BYTES, decode_content=False)
         except Exception as error:
-            self._stop()
+            self.close(for_good=False)
             raise self._explain(error) from error
         if self.aborted or self._discarded is not None:
             self._raise_unwanted()
@@ -301,19 +301,16 @@ class Exchange:
             while self._raw is not None and self.read():
                 pass
 
-    def close(self) -> None:
-        """Close the connection, for good. Idempotent, never raises."""
-        self._stop()
-        if self._rest is not None:
-            self._rest.close()
-
-    def _stop(self) -> None:
-        """Read no more. A connection that was kept stays open."""
+    def close(self, *, for_good: bool = True) -> None:
+        """Read no more. Idempotent, never raises. If it is not `for_good`, a connection that was
+        kept stays open."""
         if not self.consumer_done:
             self._end()
         answer = self.begun if self._raw is None else self._raw
         if answer is not None:
             answer.close()
+        if for_good and self._rest is not None:
+            self._rest.close()
 
     def _end(self) -> None:
         """Nothing more comes. The connection is closed later: that takes a while, in which the
@@ -330,11 +327,11 @@ class Exchange:
         with self._guard:
             failure, discarded, self._discarded = self._failure, self._discarded, None
         if failure is not None:
-            self._stop()
+            self.close(for_good=False)
             raise failure
         if discarded is not None:
             self.drain()
-            self._stop()
+            self.close(for_good=False)
             raise discarded
 
     # -- on behalf of `requests` -----------------------------------------------------------
@@ -348,33 +345,29 @@ class Exchange:
 
     def _begin(self, timeout: float) -> Answer:
         """Connect and send. Whatever this raises, `begun` is what there is to go on with."""
-        try:
-            wire = self._connect(timeout)
-        except TimeoutError as error:
-            raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
-        self.begun = answer = Answer(wire, self._outbound.method)
-        wire.send(self._head, self._outbound.body, answer.hear)
-        return answer
-
-    def _connect(self, timeout: float) -> Wire:
         host, port, tls, _ = self._address
         trusted = trust(self._outbound.ca_file) if tls else None
-        wire = connect(host, port, timeout=timeout, tls=trusted)
         try:
-            with self._guard:
-                if self.aborted:
-                    raise OSError("aborted")
-                self._wire = wire
-                if self._kept:
-                    self._rest = wire.twin()
-            if tls:
-                wire.shake_hands()
-        except BaseException:
-            wire.close()
-            raise
-        wire.timeout = self._timeouts.first_byte
+            wire = connect(host, port, timeout=timeout, tls=trusted)
+            try:
+                with self._guard:
+                    if self.aborted:
+                        raise OSError("aborted")
+                    self._wire = wire
+                    if self._kept:
+                        self._rest = wire.twin()
+                if tls:
+                    wire.shake_hands()
+            except BaseException:
+                wire.close()
+                raise
+        except TimeoutError as error:
+            raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
         self.reached = True
-        return wire
+        self.begun = answer = Answer(wire, self._outbound.method)
+        wire.timeout = self._timeouts.first_byte
+        wire.send(self._head, self._outbound.body, answer.hear)
+        return answer
 
     # -- inside ----------------------------------------------------------------------------
 

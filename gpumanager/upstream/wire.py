@@ -110,28 +110,25 @@ class Wire:
         and whatever `answered` raises."""
         source = io.BytesIO(body or b"") if body is None or isinstance(body, bytes) else body
         piece = head + source.read(max(0, PIECE_BYTES - len(head)))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while piece and self._send(piece, answered):
-                piece = source.read(PIECE_BYTES)
-
-    def _send(self, piece: bytes, answered: Callable[[bytes], bool]) -> bool:
-        """True once all of it is sent; False if there is no need to."""
         rest = memoryview(piece)
-        while rest:
-            wanted = select.POLLIN | select.POLLOUT
-            try:
-                rest = rest[self._sock.send(rest) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                pass
-            except ssl.SSLWantReadError:
-                wanted = select.POLLIN
-            if not rest and len(piece) < PIECE_BYTES:
-                return True  # the last one, or the only one
-            came = self._await(wanted, time.monotonic() + self.timeout)
-            while came & ~select.POLLOUT and (data := self.receive_now(READ_BYTES)) is not None:
-                if answered(data):
-                    return False
-        return True
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while rest:
+                wanted = select.POLLIN | select.POLLOUT
+                try:
+                    rest = rest[self._sock.send(rest) :]
+                except (BlockingIOError, ssl.SSLWantWriteError):
+                    pass
+                except ssl.SSLWantReadError:
+                    wanted = select.POLLIN
+                if not rest and len(piece) < PIECE_BYTES:
+                    return  # that was the last one, or the only one
+                came = self._await(wanted, time.monotonic() + self.timeout)
+                while came & ~select.POLLOUT and (data := self.receive_now(READ_BYTES)) is not None:
+                    if answered(data):
+                        return
+                if not rest:
+                    piece = source.read(PIECE_BYTES)
+                    rest = memoryview(piece)
 
     def _await(self, events: int, until: float) -> int:
         """The events that came. Raises TimeoutError."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
 from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of, request_id
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +69,18 @@ class OneSendTask(WSGITask):
         if request.is_last:
             self.set_close_on_finish()
         channel: Any = self.channel
+        environ = self.get_environment()  # what waitress goes on with
+        environ[LOCAL_ADDRESS] = channel.local_address
+        if request.admitted is not None:
+            environ[ADMITTED] = request.admitted
         try:
             super().execute()
+            if request.command == "HEAD":  # none of the chunks that its head speaks of is sent
+                self.write(b"")
+                self.chunked_response = False
         except OSError as error:
             # What is to be sent is kept in files, too.
-            record = record_of(self.get_environment())
+            record = record_of(environ)
             record.truncated(f"it cannot be kept for its client: {error.strerror}")
             channel.abandon()
             raise
@@ -86,16 +90,6 @@ class OneSendTask(WSGITask):
             if self.wrote_header and self.version == "1.0":
                 channel.end_with_reset()
             raise
-
-    def get_environment(self) -> WSGIEnvironment:
-        """As waitress's, with what a WSGI server need not tell."""
-        request: Any = self.request
-        environ = super().get_environment()
-        channel: Any = self.channel
-        environ[LOCAL_ADDRESS] = channel.local_address
-        if request.admitted is not None:
-            environ[ADMITTED] = request.admitted
-        return environ
 
     def write(self, data: bytes | Remainder) -> None:
         """As WSGI's `write`."""
@@ -111,16 +105,6 @@ class OneSendTask(WSGITask):
         self.wrote_header = True
         self.content_bytes_written += len(data)
         self.channel.write_soon(head + data)
-
-    def finish(self) -> None:
-        """The end of the answer: to HEAD none of the chunks that its head speaks of, not even the
-        last one."""
-        request: Any = self.request
-        if request.command == "HEAD":
-            if not self.wrote_header:
-                self.write(b"")
-            self.chunked_response = False
-        super().finish()
 
     def _hand_over(self, rest: Remainder) -> None:
         try:

@@ -63,8 +63,8 @@ class Connection(HTTPChannel):
     error_task_class = JsonErrorTask
     task_class = OneSendTask
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, server: Any, sock: socket.socket, *args: Any, **more: Any) -> None:
+        super().__init__(server, sock, *args, **more)
         self._flushing = False
         self._sent = self._received = 0
         self._giving, self._taking = _Pace(), _Pace()
@@ -76,7 +76,11 @@ class Connection(HTTPChannel):
         self._abandoned = False
         self._deaf = False
         self._linger_until: float | None = None
-        self.local_address = _address(self.socket)
+        self.local_address = ""
+        with suppress(OSError):  # it may be gone already
+            name = sock.getsockname()
+            if isinstance(name, tuple):  # a Unix socket has none
+                self.local_address = str(name[0])
         if len(self._map) >= self.adj.connection_limit:  # type: ignore[attr-defined]  # not in its stubs
             self._make_way()
 
@@ -84,7 +88,8 @@ class Connection(HTTPChannel):
         """Waitress makes its parsers with this."""
         # Behind a middleware it is asked once the body is there.
         asks = ADMIT in getattr(self.server.application, "extensions", {})
-        self._parser = StrictRequestParser(adj, self._admit if asks else None)
+        self._parser = StrictRequestParser(adj)
+        self._parser.admit = self._admit if asks else None
         return self._parser
 
     # -- the main loop's thread ------------------------------------------------------------
@@ -273,14 +278,6 @@ class Connection(HTTPChannel):
             self._sent += before - self.total_outbufs_len
             if not self.total_outbufs_len:
                 self._taking.since = None
-
-
-def _address(sock: Any) -> str:
-    try:
-        name = sock.getsockname()
-    except OSError:
-        return ""  # it is gone already
-    return str(name[0]) if isinstance(name, tuple) else ""  # a Unix socket has none
 
 
 class _Pace:

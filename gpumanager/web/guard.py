@@ -11,7 +11,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
@@ -21,9 +20,9 @@ from gpumanager.telemetry.events import Emit, Refused
 from gpumanager.web.record import (
     LONGEST_SHOWN,
     RECORD_KEY,
+    TRACEPARENT,
     request_id,
     shown,
-    traceparent,
 )
 from gpumanager.web.server import CLIENT_LEFT, close_after_answer, unsent_bytes
 
@@ -62,6 +61,7 @@ class Guard:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        trace = TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
         record = RequestRecord(
             request_id=request_id(environ),
             method=environ["REQUEST_METHOD"][:LONGEST_SHOWN],
@@ -69,7 +69,7 @@ class Guard:
             client=environ.get("REMOTE_ADDR", "-"),
             started=self._clock.monotonic(),
             emit=self._emit,
-            traceparent=traceparent(environ),
+            traceparent=trace and trace[0],
             gone=environ.get("waitress.client_disconnected"),
         )
         environ[RECORD_KEY] = record
@@ -77,24 +77,12 @@ class Guard:
             self._open += 1
             if self._unsent is None:
                 self._unsent = unsent_bytes(environ)
-
-        def start(
-            status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
-        ) -> Callable[[bytes], object]:
-            record.status = int(status[:3])
-            if record.goes_on:
-                close_after_answer(environ)
-            ours = [("X-Request-Id", record.request_id)]
-            if timing := record.server_timing():
-                ours.append(("Server-Timing", timing))
-            kept = [header for header in headers if header[0].lower() != "x-request-id"]
-            return start_response(status, kept + ours, exc_info)
-
+        guarded = _Guarded(record, environ, start_response, self._over)
         try:
-            body = self._app(environ, start)
+            guarded.body = self._app(environ, guarded.start)
         except CLIENT_LEFT:  # before the head of the answer could be sent
             record.status, record.failure = ClientGone.status, ClientGone.code
-            self._finish(record)
+            guarded.close()
             raise
         except Exception:
             log.exception("request failed", extra={"request_id": record.request_id})
@@ -104,15 +92,16 @@ class Guard:
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(payload))),
             ]
-            self._finish(record)
-            start(f"{error.status} Internal Server Error", headers, sys.exc_info())
+            guarded.close()
+            guarded.start(f"{error.status} Internal Server Error", headers, sys.exc_info())
             return [payload]
         except BaseException:
-            self._finish(record)
+            guarded.close()
             raise
-        return _GuardedBody(body, partial(self._finish, record))
+        return guarded
 
-    def _finish(self, record: RequestRecord) -> None:
+    def _over(self, record: RequestRecord) -> None:
+        """Its application is through with the request: give back what it holds, and tell of it."""
         with self._lock:
             self._open -= 1
         try:
@@ -157,25 +146,50 @@ class Guard:
             )
 
 
-class _GuardedBody:
-    """The application's body, whose `close` also finishes the request, once."""
+class _Guarded:
+    """One request on its way through the application, and the body of its answer, whose `close`
+    also ends the request, once."""
 
-    __slots__ = ("_body", "_finish")
+    __slots__ = ("_environ", "_over", "_record", "_start_response", "body")
 
-    def __init__(self, body: Iterable[bytes], finish: Callable[[], None]) -> None:
-        self._body = body
-        self._finish: Callable[[], None] | None = finish
+    def __init__(
+        self,
+        record: RequestRecord,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        over: Callable[[RequestRecord], object],
+    ) -> None:
+        self._record = record
+        self._environ = environ
+        self._start_response = start_response
+        self._over: Callable[[RequestRecord], object] | None = over
+        self.body: Iterable[bytes] = ()
+
+    def start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        """The application's `start_response`."""
+        record = self._record
+        record.status = int(status[:3])
+        if record.goes_on:
+            close_after_answer(self._environ)
+        ours = [("X-Request-Id", record.request_id)]
+        if timing := record.server_timing():
+            ours.append(("Server-Timing", timing))
+        kept = [header for header in headers if header[0].lower() != "x-request-id"]
+        return self._start_response(status, kept + ours, exc_info)
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
+        return iter(self.body)
 
     def close(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is None:
+        """End the request."""
+        over, self._over = self._over, None
+        if over is None:
             return
         try:
-            close = getattr(self._body, "close", None)
+            close = getattr(self.body, "close", None)
             if close is not None:
                 close()
         finally:
-            finish()
+            over(self._record)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
-from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import ChunkedReceiver
@@ -21,15 +20,18 @@ from gpumanager.keys import Role
 _FOLDED = re.compile(rb"\n[ \t]")
 _CODINGS = re.compile(rb"\ntransfer-encoding:([^\n]*)", re.IGNORECASE)
 _HOST_LINE = re.compile(rb"\nhost:", re.IGNORECASE)
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?")
+LONGEST_HOST = 256
+"""In characters; a name in the DNS has at most 253."""
+
+_AUTHORITY = re.compile(
+    rf"(?!.{{{LONGEST_HOST + 1}}})"
+    r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?"
+)
 """A host, maybe with a port (RFC 3986 without its comma, which is what joins two headers)."""
 
 _EXTENSIONS: Any = CHUNK_EXT_RE  # of bytes; the stubs say str
 _FIELD: Any = HEADER_FIELD_RE
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
-
-LONGEST_HOST = 256
-"""In characters; a name in the DNS has at most 253."""
 
 LONGEST_CHUNK_LINE = 1024
 """Bytes of a chunk's size with its extensions, or of one trailer."""
@@ -70,18 +72,16 @@ class StrictRequestParser(HTTPRequestParser):
     path = request_uri = query = fragment = ""
     command: Any = ""
 
-    def __init__(self, adj: Adjustments, admit: Admit | None = None) -> None:
-        super().__init__(adj)
-        self._admit = admit
-        self.admitted: Admitted | BrokerError | None = None
-        self.is_last = False
+    admit: Admit | None = None
+    admitted: Admitted | BrokerError | None = None
+    is_last = False
 
     def received(self, data: bytes) -> int:
         """Take what belongs to this request; returns how many bytes that were. Of what comes
         behind one that is wrong or refused nothing can be made, so that all is taken."""
         consumed = super().received(data)
-        if self.headers_finished and not self.completed and self._admit is not None:
-            self.admitted, self._admit = self._admit(self), None
+        if self.headers_finished and not self.completed and self.admit is not None:
+            self.admitted, self.admit = self.admit(self), None
             if isinstance(self.admitted, BrokerError):
                 self.completed = self.is_last = True
                 self.body_rcv = None
@@ -127,13 +127,16 @@ class StrictRequestParser(HTTPRequestParser):
             raise ParsingError("there must be one Host, not several")
         if not given and self.version not in ("", "1.0"):
             raise ParsingError("a Host is required in HTTP/1.1")
-        _check_authority(parsed.headers.get("HOST", ""))
+        host: str = parsed.headers.get("HOST", "")
+        if not _AUTHORITY.fullmatch(host):
+            raise _no_authority(host)
         target: str = parsed.request_uri
         if target.startswith("/") or (target == "*" and parsed.command == "OPTIONS"):
             return
         if parsed.proxy_scheme not in ("http", "https") or not parsed.proxy_netloc:
             raise ParsingError("the target must be a path or an http URL")
-        _check_authority(parsed.proxy_netloc)
+        if not _AUTHORITY.fullmatch(parsed.proxy_netloc):
+            raise _no_authority(parsed.proxy_netloc)
         parsed.headers["HOST"] = parsed.proxy_netloc
         parsed.path = parsed.path or "/"
 
@@ -208,8 +211,7 @@ class ChunkedBody(ChunkedReceiver):
         return None
 
 
-def _check_authority(host: str) -> None:
+def _no_authority(host: str) -> ParsingError:
     if len(host) > LONGEST_HOST:
-        raise ParsingError(f"the Host is longer than {LONGEST_HOST} characters")
-    if not _AUTHORITY.fullmatch(host):
-        raise ParsingError("the Host is not a name or an address, with a port or without")
+        return ParsingError(f"the Host is longer than {LONGEST_HOST} characters")
+    return ParsingError("the Host is not a name or an address, with a port or without")

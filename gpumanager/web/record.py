@@ -24,7 +24,8 @@ LONGEST_SHOWN = 256
 """Characters of a path that are kept: thousands of them stay in memory."""
 
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""A `traceparent` that is well-formed (W3C Trace Context)."""
 
 
 def request_id(environ: Mapping[str, Any]) -> str:
@@ -43,9 +44,3 @@ def shown(text: str) -> str:
 
 record_of: Callable[[Mapping[str, Any]], RequestRecord] = itemgetter(RECORD_KEY)
 """The record of the request that an environ belongs to."""
-
-
-def traceparent(environ: Mapping[str, Any]) -> str | None:
-    """The client's `traceparent` (W3C Trace Context), if it is well-formed."""
-    found = environ.get("HTTP_TRACEPARENT")
-    return found if found is not None and _TRACEPARENT.fullmatch(found) else None

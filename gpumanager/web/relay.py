@@ -50,7 +50,8 @@ class RelayedResponse(Response):
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         answer, exchange = self._answer, self._answer.exchange
         try:
-            exchange.take_in()
+            if not exchange.consumer_done:
+                exchange.take_in()
         except BrokerError as error:
             # It broke off before its first byte, and nothing was handed on: an envelope can be.
             answer.on_break(error)
