@@ -44,42 +44,20 @@ class BrokerClient:
 
     def job(self, kind: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
         """Run a job; the status of its answer and the answer itself."""
-        with requests.Session() as session:
-            session.trust_env = False
-            try:
-                answer = session.post(
-                    f"{self.url}/v1/{kind}",
-                    json=body,
-                    headers=self._headers,
-                    timeout=LONG_TIMEOUT_S,
-                )
-            except (requests.RequestException, ValueError) as error:
-                reason = _reason(error, LONG_TIMEOUT_S)
-                raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
-            return answer.status_code, answer.content
+        answer = self._answer("POST", f"/v1/{kind}", LONG_TIMEOUT_S, json=body)
+        return answer.status_code, answer.content
 
     def delete(self, path: str) -> Any:
         """Have something taken away."""
         return self._call("DELETE", path, {}, TIMEOUT_S)
 
     def _call(self, method: str, path: str, query: Mapping[str, int | str], timeout: float) -> Any:
-        with requests.Session() as session:
-            session.trust_env = False  # the broker is on this machine, or where the URL says
-            try:
-                answer = session.request(
-                    method,
-                    self.url + path,
-                    params=dict(query),
-                    headers=self._headers,
-                    timeout=timeout,
-                )
-                body = answer.json()
-            except requests.exceptions.InvalidJSONError:
-                message = f"{self.url} is no gpumanager: it answered no JSON"
-                raise BrokerUnavailable(message) from None
-            except (requests.RequestException, ValueError) as error:
-                reason = _reason(error, timeout)
-                raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
+        answer = self._answer(method, path, timeout, params=dict(query))
+        try:
+            body = answer.json()
+        except ValueError:
+            message = f"{self.url} is no gpumanager: it answered no JSON"
+            raise BrokerUnavailable(message) from None
         if answer.status_code >= 300:
             said = body.get("message") if isinstance(body, dict) else None
             said = said or f"{self.url} answered {answer.status_code}"
@@ -87,6 +65,17 @@ class BrokerClient:
                 said += f"; here: --key, or {KEY_ENV}"
             raise BrokerUnavailable(said, answer.status_code)
         return body
+
+    def _answer(self, method: str, path: str, timeout: float, **more: Any) -> requests.Response:
+        with requests.Session() as session:
+            session.trust_env = False  # the broker is on this machine, or where the URL says
+            try:
+                return session.request(
+                    method, self.url + path, headers=self._headers, timeout=timeout, **more
+                )
+            except (requests.RequestException, ValueError) as error:
+                reason = _reason(error, timeout)
+                raise BrokerUnavailable(f"{self.url} cannot be asked: {reason}") from None
 
 
 def _reason(error: Exception, timeout: float) -> str:
