@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpumanager.cli.group import CONFIG_HELP, config_file, key_option, main
+from gpumanager.cli.group import config_file, config_option, key_option, main
 from gpumanager.config import CONFIG_ENV, Config, ConfigError, load_config
 from gpumanager.keys import KeysError, load_keys
 
@@ -20,12 +20,7 @@ _SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "
 
 
 @main.command()
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(dir_okay=False),
-    help=CONFIG_HELP,
-)
+@config_option
 @key_option
 def doctor(path: str | None, key: str | None) -> None:
     """Say what is wrong with this machine: the driver, other brokers, open ports, consumers that do

@@ -19,10 +19,14 @@ from gpumanager.config import CONFIG_ENV, Config, config_path_from_env, users_co
 
 DEFAULT_URL = "http://127.0.0.1:8770"
 
-CONFIG_HELP = (
-    "The config file; by default the one that GPUMANAGER_CONFIG names, else config/consumers.yaml, "
-    "else the one that setup wrote."
+config_option = click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False),
+    help="The config file; by default the one that GPUMANAGER_CONFIG names, else "
+    "config/consumers.yaml, else the one that setup wrote.",
 )
+"""For a command about a config; its value is for `config_file`."""
 
 _VISIBLE = re.compile(r"[!-~]+")
 

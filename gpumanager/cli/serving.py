@@ -9,18 +9,13 @@ from functools import partial
 
 import click
 
-from gpumanager.cli.group import CONFIG_HELP, config_file, listen_address, main
+from gpumanager.cli.group import config_file, config_option, listen_address, main
 from gpumanager.config import Config, ConfigError, load_config
 from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
 
 
 @main.command()
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(dir_okay=False),
-    help=CONFIG_HELP,
-)
+@config_option
 def serve(path: str | None) -> None:
     """Run the broker on the config's `listen` address."""
     path = config_file(path)
