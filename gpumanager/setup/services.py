@@ -12,11 +12,9 @@ from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
-import jmespath
 import yaml
-from jmespath.exceptions import JMESPathError
 
-from gpumanager.config import Kind
+from gpumanager.config import Kind, expressions
 from gpumanager.setup import DEMO_ROOT
 from gpumanager.setup.asking import Asker, NoAnswer
 from gpumanager.setup.brokers import RunningBroker, identified
@@ -50,29 +48,25 @@ class Service:
 
     def agrees(self, answer: bytes) -> bool:
         """Whether what was answered to `also` is one's of this kind."""
-        expression = (self.also or {}).get("expr", "")
-        return bool(_search(expression, answer.decode(errors="replace")))
+        return bool(_search((self.also or {}).get("expr"), answer))
 
     def is_it(self, answer: bytes) -> bool:
         """Whether what was answered to `ask` is one's of this kind."""
-        text = answer.decode(errors="replace")
         if self.text is not None:
-            return re.search(self.text, text) is not None
-        return bool(_search(self.expr or "", text))
+            return re.search(self.text, answer.decode(errors="replace")) is not None
+        return bool(_search(self.expr, answer))
 
     def reported_mib(self, answer: bytes) -> int | None:
         """What it says in its answer that it holds, where `resident_mib` tells how to see it."""
-        if self.resident_mib is None:
-            return None
-        found = _search(self.resident_mib, answer.decode(errors="replace"))
+        found = _search(self.resident_mib, answer)
         return int(found) if isinstance(found, int | float) else None
 
 
-def _search(expression: str, text: str) -> Any:
-    """A JMESPath expression's value for JSON; None if it has none, or the text is no JSON."""
+def _search(expression: str | None, answer: bytes) -> Any:
+    """A JMESPath expression's value for an answer; None without either, or if that is no JSON."""
     try:
-        return jmespath.search(expression, json.loads(text))
-    except (JMESPathError, ValueError, RecursionError):
+        return expressions.search(expression, json.loads(answer.decode(errors="replace")))
+    except (ValueError, RecursionError):
         return None
 
 
