@@ -13,13 +13,14 @@ from gpumanager.telemetry.events import PRIVATE
 NAMELESS = {"client": "-", "request_id": "-"}
 """What another key's job shows of itself in the queue."""
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Those that change nothing."""
 
 
 def check_role(record: RequestRecord, endpoint: str | None, for_clients: Collection[str]) -> None:
     """Refuse to a client key whatever changes something and is not one of the endpoints
     `for_clients`: a route that nobody thought of is an admin's. Raises Forbidden."""
-    if record.role == "admin" or record.method in _SAFE_METHODS:
+    if record.role == "admin" or record.method in SAFE_METHODS:
         return
     if endpoint is not None and endpoint not in for_clients:
         raise Forbidden(

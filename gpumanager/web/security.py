@@ -27,12 +27,11 @@ from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
 from gpumanager.web.parsing import Admitted
 from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of
-from gpumanager.web.roles import check_role
+from gpumanager.web.roles import SAFE_METHODS, check_role
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 CREDENTIAL_HEADERS = frozenset({"HTTP_AUTHORIZATION", "HTTP_X_API_KEY"})
 
 
@@ -168,7 +167,7 @@ def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:
 
 def check_origin(environ: WSGIEnvironment) -> None:
     """Refuse what a page of another site has a browser send. Raises Forbidden."""
-    if environ["REQUEST_METHOD"] in _SAFE_METHODS:
+    if environ["REQUEST_METHOD"] in SAFE_METHODS:
         return
     site = environ.get("HTTP_SEC_FETCH_SITE", "none")
     origin = environ.get("HTTP_ORIGIN")
