@@ -15,6 +15,7 @@ import click
 
 from gpumanager.cli.group import fail
 from gpumanager.config import Config, users_config_path
+from gpumanager.folders import state_folder
 
 if TYPE_CHECKING:
     from gpumanager.client import BrokerClient
@@ -120,7 +121,7 @@ def _with_unit(user: Any, path: Path, config: Config) -> Start:
 def _in_background(path: Path, config: Config) -> Start:
     from gpumanager.setup.userservice import start_in_background
 
-    log = _state_folder() / "broker.log"
+    log = state_folder(os.environ) / "broker.log"
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
@@ -187,9 +188,3 @@ def _command(word: str, config: Config) -> str:
 
 def _option(path: Path) -> str:
     return "" if path == users_config_path(os.environ) else f" --config {path}"
-
-
-def _state_folder() -> Path:
-    home = Path(os.environ.get("HOME") or "/")
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else home / ".local" / "state") / "gpumanager"

@@ -14,6 +14,7 @@ from gpumanager.config import presets
 from gpumanager.config.faults import ConfigError, Fault, Path, dotted, in_words, nearest, shown
 from gpumanager.config.schema import Config, GpuConfig
 from gpumanager.config.source import Lines, SourceError, read
+from gpumanager.folders import config_folder
 
 CONFIG_ENV = "GPUMANAGER_CONFIG"
 DEFAULT_CONFIG_PATH = "config/consumers.yaml"
@@ -36,9 +37,7 @@ def config_path_from_env(environ: Mapping[str, str]) -> str:
 
 def users_config_path(environ: Mapping[str, str]) -> FilePath:
     """Where the user's own config lies, which `gpumanager setup` writes."""
-    base = environ.get("XDG_CONFIG_HOME")
-    folder = FilePath(base) if base else FilePath(environ.get("HOME") or "/") / ".config"
-    return folder / "gpumanager" / "consumers.yaml"
+    return config_folder(environ) / "gpumanager" / "consumers.yaml"
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

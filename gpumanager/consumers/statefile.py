@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumanager.consumers.learning import Learned
+from gpumanager.folders import state_folder
 from gpumanager.model import StoppedBy
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,4 @@ def state_path(configured: str | None, listen: str, environ: Mapping[str, str]) 
     name = "state-" + "".join(c if c.isalnum() else "-" for c in listen) + ".json"
     if systemd := environ.get("STATE_DIRECTORY"):
         return Path(systemd.partition(":")[0]) / name
-    home = environ.get("XDG_STATE_HOME")
-    base = Path(home) if home else Path(environ.get("HOME", "/tmp")) / ".local" / "state"  # noqa: S108
-    return base / "gpumanager" / name
+    return state_folder(environ) / name

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpumanager.folders import config_folder
+
 UNIT = "gpumanager.service"
 MARK = "# made by `gpumanager setup`"
 SYSTEMCTL_TIMEOUT_S = 30
@@ -64,9 +66,7 @@ class UserService:
     @property
     def file(self) -> Path:
         """Where the unit lies."""
-        home = Path(self.environ.get("HOME", "/"))
-        base = Path(self.environ.get("XDG_CONFIG_HOME") or home / ".config")
-        return base / "systemd" / "user" / UNIT
+        return config_folder(self.environ) / "systemd" / "user" / UNIT
 
     def text(self, config: Path, drain_s: float) -> str:
         """The unit for a config."""
