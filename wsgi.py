@@ -11,9 +11,9 @@ import os
 import sys
 from functools import partial
 
-from gpumanager.app import prepare
 from gpumanager.config import ConfigError, config_path_from_env, load_config
 from gpumanager.keys import KeysError
+from gpumanager.serving import prepare
 
 _path = config_path_from_env(os.environ)
 _read = partial(load_config, _path)

@@ -87,7 +87,7 @@ def full(it: Scene) -> None:
 def leave(it: Scene) -> None:
     """Cancel everything, the last one first."""
     it.card.free("somebody else's")
-    for entry in reversed(it.broker.broker.scheduler.queue()):
+    for entry in reversed(it.broker.broker.card.scheduler.queue()):
         it.broker.delete(f"/v1/queue/{entry.ticket}")
 
 

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from gpumanager import __version__
-from gpumanager.app import prepare
 from gpumanager.cli import main
 from gpumanager.config import Config, load_config
+from gpumanager.serving import prepare
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "consumers.yaml"
 

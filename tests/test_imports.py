@@ -67,7 +67,7 @@ def test_a_library_is_known_in_few_places(library: str, files: set[str]) -> None
 
 def test_importing_the_package_starts_nothing() -> None:
     code = (
-        "import sys, threading, gpumanager.app, gpumanager.cli;"
+        "import sys, threading, gpumanager.serving, gpumanager.cli;"
         "assert threading.active_count() == 1, threading.enumerate();"
         "assert 'pynvml' not in sys.modules"
     )

@@ -20,7 +20,7 @@ def serve(path: str | None) -> None:
     """Run the broker on the config's `listen` address."""
     path = config_file(path)
     config = _load(path)
-    from gpumanager.app import serve as serve_config  # `check` needs no server
+    from gpumanager.serving import serve as serve_config  # `check` needs no server
 
     sys.exit(serve_config(config, partial(load_config, path), path))
 

@@ -51,8 +51,8 @@ def run_demo(
 
     To be called from the main thread. `speech_command` starts the speech service, for tests.
     """
-    from gpumanager.app import serve  # not needed to say what is missing
     from gpumanager.config import ConfigError, parse_config
+    from gpumanager.serving import serve  # not needed to say what is missing
 
     if speech_command is SPEECH_COMMAND and (missing := studio.missing_packages()):
         _say(f"The demo speaks with piper; not installed: {', '.join(missing)}")

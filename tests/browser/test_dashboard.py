@@ -73,7 +73,7 @@ def test_a_running_job_is_cancelled_after_asking_only(opened: Open) -> None:
         page.page.get_by_role("button", name="Cancel ticket 1").press("Enter")
         page.page.keyboard.press("Escape")
         page.page.locator("#sure").wait_for(state="hidden")
-        assert len(it.broker.broker.scheduler.queue()) == 1
+        assert len(it.broker.broker.card.scheduler.queue()) == 1
         page.press("Cancel ticket 1")
         page.press("Stop it")
         assert running.result(20).json()["error"] == "cancelled"

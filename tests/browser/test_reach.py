@@ -94,7 +94,7 @@ def busy() -> Iterator[Scene]:
             for kind in ("image", "tts", "stt"):
                 it.jobs(kind, 1)
         yield it
-        for entry in reversed(it.broker.broker.scheduler.queue()):
+        for entry in reversed(it.broker.broker.card.scheduler.queue()):
             it.broker.delete(f"/v1/queue/{entry.ticket}")
 
 

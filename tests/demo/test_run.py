@@ -38,7 +38,7 @@ server.serve_forever()
 
 
 class FakeBroker:
-    """Stands for `gpumanager.app`; `act` runs while it serves."""
+    """Stands for `gpumanager.serving`; `act` runs while it serves."""
 
     def __init__(self) -> None:
         self.config: Config | None = None
@@ -63,9 +63,9 @@ class FakeBroker:
 @pytest.fixture
 def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBroker:
     fake = FakeBroker()
-    module = ModuleType("gpumanager.app")
+    module = ModuleType("gpumanager.serving")
     module.__dict__["serve"] = fake.serve
-    monkeypatch.setitem(sys.modules, "gpumanager.app", module)
+    monkeypatch.setitem(sys.modules, "gpumanager.serving", module)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return fake

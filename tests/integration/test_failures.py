@@ -171,7 +171,7 @@ def test_a_broken_scheduler_is_a_500_of_its_own(
     def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(broker.broker.scheduler, "enqueue", broken)
+    monkeypatch.setattr(broker.broker.card.scheduler, "enqueue", broken)
     envelope(500, broker.post("/v1/tts"), "scheduler_error", retryable=True)
 
 

@@ -61,7 +61,7 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
     with ScriptedConsumer(script) as consumer:
         file.write_text(config_for(consumer.url, audio_proxy=None))
         with live_broker(file.read_text()) as broker:
-            broker.broker._read_config = lambda: load_config(str(file))
+            broker.broker.reloading.read = lambda: load_config(str(file))
             try:
                 yield Setting(file, broker, consumer, go_on)
             finally:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import requests
 
-from gpumanager.app import prepare
 from gpumanager.config import parse_config
 from gpumanager.keys import ApiKey
+from gpumanager.serving import prepare
 from gpumanager.web import server
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import ScriptedConsumer
@@ -53,7 +53,7 @@ def call(broker: LiveBroker, name: str, method: str, path: str) -> requests.Resp
 
 
 def tickets(broker: LiveBroker) -> list[int]:
-    return [entry.ticket for entry in broker.broker.scheduler.queue()]
+    return [entry.ticket for entry in broker.broker.card.scheduler.queue()]
 
 
 OPERATIONS = [

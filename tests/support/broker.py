@@ -49,7 +49,7 @@ class LiveBroker:
 
     @property
     def stats(self) -> Any:
-        return self.broker.scheduler.stats()
+        return self.broker.card.scheduler.stats()
 
     def await_waiting(self, count: int) -> None:
         """Return once `count` requests are in line."""
@@ -57,7 +57,7 @@ class LiveBroker:
 
     def await_line(self, count: int) -> None:
         """Return once `count` requests run or wait."""
-        eventually(lambda: len(self.broker.scheduler.queue()) == count)
+        eventually(lambda: len(self.broker.card.scheduler.queue()) == count)
 
     def await_idle(self, timeout: float = PATIENCE_S) -> None:
         """Return once nobody waits and nothing runs."""

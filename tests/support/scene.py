@@ -93,7 +93,7 @@ class Scene:
         """Send so many, one after the other into the queue."""
         sent = []
         for _ in range(count):
-            before = len(self.broker.broker.scheduler.queue())
+            before = len(self.broker.broker.card.scheduler.queue())
             sent.append(self.job(kind))
             self.broker.await_line(before + 1)
         return sent

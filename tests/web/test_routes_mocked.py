@@ -93,7 +93,7 @@ def test_the_status_has_every_field_of_the_contract(
 
 def test_the_card_that_cannot_be_read_shows_as_err() -> None:
     broker = make(gpu={"total_mib": 8000})
-    sampler = next(w for w in broker._workers if w.name == "gpu-sampler")
+    sampler = next(w for w in broker.threads.all() if w.name == "gpu-sampler")
     sampler._body()
     status = broker.flask.test_client().get("/v1/status").json
     assert status is not None
@@ -104,7 +104,7 @@ def test_the_card_that_cannot_be_read_shows_as_err() -> None:
 
 def test_without_a_card_and_a_total_status_says_that_nothing_is_decided() -> None:
     broker = make()
-    next(w for w in broker._workers if w.name == "gpu-sampler")._body()
+    next(w for w in broker.threads.all() if w.name == "gpu-sampler")._body()
     gpu = broker.flask.test_client().get("/v1/status").json["gpu"]  # type: ignore[index]
     assert gpu["source"] == "unknown"
     assert "nothing is decided by memory" in gpu["err"]
@@ -249,7 +249,7 @@ def test_what_is_mocked_never_reaches_the_consumer_a_waiting_job_neither() -> No
             mock.add_callback("POST", f"{consumer.url}/api/tts", hold)
             jobs = [Outcome(lambda: spoken(broker)) for _ in range(3)]
             assert running.wait(PATIENCE_S)
-            eventually(lambda: broker.scheduler.stats().queue_depth == 2)
+            eventually(lambda: broker.card.scheduler.stats().queue_depth == 2)
             release.set()
             assert [each.result() for each in jobs] == [b"mocked"] * 3
             assert len(mock.calls) == 3
@@ -279,7 +279,7 @@ def test_a_hook_around_the_adapter_sees_every_request(monkeypatch: pytest.Monkey
     with ScriptedConsumer(script) as consumer:
         broker = Broker(parse_config(config_for(consumer.url)), card=NoCard())
         jobs = [Outcome(lambda: spoken(broker)) for _ in range(3)]
-        eventually(lambda: broker.scheduler.stats().queue_depth == 2)
+        eventually(lambda: broker.card.scheduler.stats().queue_depth == 2)
         eventually(lambda: "arrived" in order)
         release.set()
         assert [each.result() for each in jobs] == [b"real"] * 3
