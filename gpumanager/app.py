@@ -17,6 +17,7 @@ from gpumanager.config import Config
 from gpumanager.config.live import LiveConfig
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.catalogue import ModelCatalogue
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.prober import Prober
 from gpumanager.consumers.registry import Registry
@@ -28,6 +29,7 @@ from gpumanager.jobs.hold import Means
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.polling import Completions
+from gpumanager.jobs.routing import Router
 from gpumanager.jobs.runner import JobRunner
 from gpumanager.jobs.shortage import Shortages
 from gpumanager.keys import ApiKey
@@ -42,10 +44,14 @@ from gpumanager.threads import Threads
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
 from gpumanager.upstream.watcher import Watcher
+from gpumanager.web import server
+from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.guard import Guard
+from gpumanager.web.models import ModelLists
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
+from gpumanager.web.ways import Ways
 from gpumanager.worker import PeriodicWorker
 
 log = logging.getLogger(__name__)
@@ -111,6 +117,7 @@ class Broker:
             card,
         )
         self._completions = Completions(self._calls, self._clock, self._emit)
+        self._catalogue = ModelCatalogue(self._calls.models, self._clock)
         self._draining = threading.Event()
         self.flask = create_app(self._services())
         self.guard = Guard(self.flask.wsgi_app, self._clock, self._emit)
@@ -135,6 +142,7 @@ class Broker:
             self.registry,
             self.learned,
             self.breakers,
+            self._catalogue,
             self.threads,
             self._lock,
             self._emit,
@@ -162,14 +170,21 @@ class Broker:
             by_client=bool(self._keyring),
         )
         self.events.listen(metrics.take_note)
+        proxy = Proxy(self._live, self.watcher, self._clock)
+        router = Router(self._live, self._catalogue)
+        self.ways = Ways(
+            self._live, router, self._admission, proxy, self._runner(places, shortages)
+        )
         return Services(
             config=self._live,
-            admission=self._admission,
-            proxy=Proxy(self._live, self.watcher, self._clock),
-            jobs=self._runner(places, shortages),
+            ways=self.ways,
+            router=router,
+            models=ModelLists(self.registry, self._catalogue),
+            forward=Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS),
             operations=Operations(
                 self._live,
                 places,
+                router,
                 self.registry,
                 self.learned,
                 card.scheduler,
@@ -179,7 +194,6 @@ class Broker:
                 self._emit,
             ),
             status=status,
-            watcher=self.watcher,
             keyring=self._keyring,
             version=__version__,
             events=self.events,

@@ -93,6 +93,12 @@ class NotFound(BrokerError):
     status, code, retryable = 404, "not_found", False
 
 
+class ModelNotFound(BrokerError):
+    """No consumer of the request's kind has the model that it names; names the nearest."""
+
+    status, code, retryable = 404, "model_not_found", False
+
+
 class NoAudioProxy(BrokerError):
     """Rendered audio was asked for, but the config names no `audio_proxy`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 RELEASE_S = 60.0
 """The longest that memory may take to come back after an unload, for what is decided by it."""
@@ -182,7 +182,8 @@ class ConsumerState:
     `unloaded_at` is when the broker unloaded it, or stopped it, None if it was loaded since.
     `tells` is True if its probe says whether it is loaded.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
-    reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card.
+    reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card; `items`
+    the models that it says are loaded.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
     `stopped_by` is set while the broker has stopped it to take its memory back; `quarantine` says
@@ -209,6 +210,7 @@ class ConsumerState:
     last_error: str = ""
     residency_version: int = 0
     on_cpu: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
     stopped_by: StoppedBy | None = None
     quarantine: str = ""
     quarantine_until: float = 0.0
@@ -229,8 +231,18 @@ class ConsumerState:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """What a consumer said of itself. None where it did not say; `on_cpu` is empty then."""
+    """What a consumer said of itself. None where it did not say; `on_cpu` and `items` are empty
+    then."""
 
     loaded: bool | None = None
     resident_mib: int | None = None
     on_cpu: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelListing:
+    """The models that a consumer offers, by name, and what it says of each of them."""
+
+    names: tuple[str, ...]
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

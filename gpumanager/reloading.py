@@ -9,6 +9,7 @@ from typing import Any
 from gpumanager.config import Config, ConfigError
 from gpumanager.config.live import Changes, changes
 from gpumanager.consumers.breaker import Breakers
+from gpumanager.consumers.catalogue import ModelCatalogue
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import InUse, Registry
 from gpumanager.errors import BadRequest
@@ -26,6 +27,7 @@ class Reloading:
         registry: Registry,
         learned: Learned,
         breakers: Breakers,
+        catalogue: ModelCatalogue,
         threads: Threads,
         lock: Lock,
         emit: Emit,
@@ -34,6 +36,7 @@ class Reloading:
         self._registry = registry
         self._learned = learned
         self._breakers = breakers
+        self._catalogue = catalogue
         self._threads = threads
         self._lock = lock
         self._emit = emit
@@ -82,5 +85,6 @@ class Reloading:
         else:
             for name in (*found.added, *moved):
                 self._breakers.forget(name)
+            self._catalogue.forget()
         finally:
             self._threads.start()

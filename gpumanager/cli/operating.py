@@ -12,11 +12,10 @@ import click
 
 from gpumanager.cli.group import asks_broker, main
 from gpumanager.client import BrokerClient
-from gpumanager.config import KINDS
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind")
 @click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
 @asks_broker
 def plan(broker: BrokerClient, kind: str, as_json: bool) -> None:

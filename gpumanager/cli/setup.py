@@ -311,7 +311,7 @@ def _probed(config: Config) -> int:
 def _try_job(config: Config, kind: str) -> None:
     from gpumanager.setup.services import known_services
 
-    name = {str(each): name for each, name in config.routing.items()}.get(kind)
+    name = next(iter(config.candidates(kind)), None)
     if name is None:
         fail(f"no consumer is routed for {kind}")
     job = next(

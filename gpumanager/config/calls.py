@@ -46,6 +46,9 @@ Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=LONGES
 Duration = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=LONGEST_S)]
 Mib = Annotated[StrictInt, Field(ge=0)]
 Status = Annotated[StrictInt, Field(ge=100, le=599)]
+Kind = Annotated[StrictStr, AfterValidator(values.kind), _named("kind")]
+DropIn = Annotated[StrictStr, AfterValidator(values.drop_in), _named("route")]
+ModelName = Annotated[StrictStr, AfterValidator(values.model_name)]
 Url = Annotated[StrictStr, AfterValidator(values.url), _named("uri")]
 Path = Annotated[StrictStr, AfterValidator(values.path), _named("path")]
 Method = Annotated[StrictStr, AfterValidator(values.method), _named("http-method")]
@@ -289,6 +292,24 @@ class Route(Model):
     """The consumer's path for it."""
     method: Method | None = None
     """The method; none: the client's own."""
+
+
+class ModelEntry(Model):
+    """A model that the consumer serves. A bare name stands for `name`."""
+
+    name: ModelName
+    """The name that clients use; with `*`, `?` or `[…]`, every name that matches."""
+    served_as: ModelName | None = None
+    """The name that the consumer is given instead; none: the client's."""
+    vram_mib: Mib | None = None
+    """The memory that it needs; it is shown with the model. None: not known."""
+
+
+class ModelList(Call):
+    """The call whose answer lists the models that a consumer offers."""
+
+    items: Expression
+    """Gives the list of their names."""
 
 
 def _filled(value: Any, sign: str, with_: str) -> Any:

@@ -124,7 +124,7 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
     if not isinstance(data.get("consumers", {}), dict):
         return  # that is the fault; that no reference then leads anywhere tells nothing more
     for kind, name in _mapping(data.get("routing")).items():
-        yield from _reference(("routing", kind), name, consumers)
+        yield from _routed(("routing", kind), name, consumers)
     if (name := data.get("audio_proxy")) is not None:
         yield from _reference(("audio_proxy",), name, consumers)
     resident = data.get("default_resident")
@@ -181,6 +181,16 @@ def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found
             yield (*here, "idle_unload"), "needs an 'unload' call, or another way to 'evict'", ""
         if consumer.get("pinned") is True:
             yield (*here, "idle_unload"), "contradicts 'pinned'", ""
+
+
+def _routed(path: Path, names: object, consumers: Mapping[str, Any]) -> Iterator[_Found]:
+    if not isinstance(names, list):
+        yield from _reference(path, names, consumers)
+        return
+    for index, name in enumerate(names):
+        yield from _reference((*path, index), name, consumers)
+        if name in names[:index]:
+            yield (*path, index), f"names '{name}' twice", ""
 
 
 def _reference(path: Path, name: object, consumers: Mapping[str, Any]) -> Iterator[_Found]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 from gpumanager.config import values
 from gpumanager.config.calls import (
     HTTP,
+    LONGEST_S,
     AnyFile,
     AudioPrefix,
     CaFile,
@@ -28,15 +29,19 @@ from gpumanager.config.calls import (
     ConsumerName,
     ContainerName,
     Done,
+    DropIn,
     Duration,
     EvictionMethod,
     File,
     Health,
     Host,
+    Kind,
     Listen,
     LoadCall,
     Mib,
     Model,
+    ModelEntry,
+    ModelList,
     OfConsumer,
     OutOfMemory,
     Probe,
@@ -49,8 +54,8 @@ from gpumanager.config.calls import (
 )
 from gpumanager.model import Declared
 
-Kind = Literal["tts", "stt", "llm", "image"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("tts", "stt", "llm", "image")
+"""The kinds of job that always have a route; `routing` may name others."""
 
 
 # -- consumers -----------------------------------------------------------------------------------
@@ -68,6 +73,10 @@ class Timeouts(Model):
     total: Seconds = 600.0
     """For the whole job."""
 
+    def without_end(self) -> Self:
+        """The same for what is no job."""
+        return self.model_copy(update={"total": float(LONGEST_S)})
+
 
 _Health = Annotated[Health | None, BeforeValidator(values.bare_path_or_none)]
 _Load = Annotated[LoadCall | None, BeforeValidator(values.bare_path_or_none)]
@@ -83,6 +92,13 @@ _OnDisconnect = Annotated[
     Discriminator(lambda value: "<call>" if isinstance(value, Mapping | Call) else "<word>"),
 ]
 _Route = Annotated[Route, BeforeValidator(values.bare_path)]
+_Routed = Annotated[
+    Annotated[OfConsumer, Tag("<name>")]
+    | Annotated[tuple[OfConsumer, ...], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list | tuple) else "<name>"),
+]
+_Model = Annotated[ModelEntry, BeforeValidator(values.bare_model)]
+_Routes = Annotated[dict[DropIn, _Route], BeforeValidator(values.same_paths)]
 
 
 class ConsumerConfig(Model):
@@ -105,6 +121,15 @@ class ConsumerConfig(Model):
     """Opens a session, for servers whose calls need one."""
     paths: dict[Kind, _Route] = Field(default_factory=dict)
     """The path of each kind of job that it serves."""
+    routes: _Routes | None = None
+    """The routes of OpenAI's, Anthropic's and Ollama's protocols that it serves, each with its own
+    path for it; a list stands for the same paths. None: all of them, at the same paths."""
+    models: tuple[_Model, ...] | None = None
+    """The models that it serves; none: those that it lists itself."""
+    list_models: ModelList | None = None
+    """The call that lists its models; none: a GET of `/v1/models`, as OpenAI has it."""
+    any_model: StrictBool = False
+    """It answers with the model that it has, whatever name a client asks for."""
     vram_resident_mib: Mib = 0
     """The memory that it needs while it is loaded and works."""
     max_mib: Mib | None = None
@@ -170,6 +195,14 @@ class ConsumerConfig(Model):
             if method.container is not None and self.container in (None, method.container):
                 return method.container, method.socket
         return self.container, None
+
+    def serves(self, route: str) -> bool:
+        """Whether it serves a drop-in route."""
+        return self.routes is None or route in self.routes
+
+    def route_for(self, route: str) -> Route | None:
+        """Where a job of a drop-in route goes; None if it does not serve it."""
+        return Route(path=route) if self.routes is None else self.routes.get(route)
 
     @cached_property
     def base_url(self) -> str:
@@ -271,8 +304,10 @@ class Config(Model):
     """A larger request body is refused with 413."""
     max_header_kib: Annotated[StrictInt, Field(ge=1, le=1024)] = 64
     """Larger request headers are refused with 431."""
-    routing: dict[Kind, OfConsumer] = Field(default_factory=dict)
-    """The consumer of each kind of job."""
+    routing: dict[Kind, _Routed] = Field(default_factory=dict)
+    """The consumer of each kind of job; of several, the one that has the model that a job names,
+    else the first. Beside `tts`, `stt`, `llm` and `image` a kind may have any lower-case name:
+    `embed`, `rerank`, `video`."""
     consumers: dict[ConsumerName, ConsumerConfig] = Field(default_factory=dict)
     """The consumers, by name."""
     auth: AuthConfig = AuthConfig()
@@ -295,6 +330,11 @@ class Config(Model):
     """Events."""
     setup: SetupConfig = SetupConfig()
     """Settings of `gpumanager setup`."""
+
+    def candidates(self, kind: str) -> tuple[str, ...]:
+        """The consumers that jobs of this kind may go to; the first is the default."""
+        routed = self.routing.get(kind, ())
+        return (routed,) if isinstance(routed, str) else routed
 
     @property
     def host(self) -> str:

@@ -33,6 +33,85 @@ def number(value: object) -> object:
     return float(value)
 
 
+OWN_ROUTES = frozenset(
+    [
+        "audio",
+        "chat",
+        "completions",
+        "consumers",
+        "drain",
+        "embeddings",
+        "events",
+        "history",
+        "images",
+        "jobs",
+        "messages",
+        "models",
+        "plan",
+        "queue",
+        "reload",
+        "responses",
+        "status",
+        "trace",
+    ]
+)
+"""What stands behind `/v1/` for something else than a kind of job."""
+
+
+def kind(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", value):
+        raise ValueError(
+            "a kind must be 1 to 32 lower-case letters, digits, '_' or '-', such as embed"
+        )
+    if value in OWN_ROUTES:
+        raise ValueError(f"is no kind: /v1/{value} is another route of the broker")
+    return value
+
+
+DROP_IN_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/audio/speech",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/images/variations",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+)
+"""The routes of OpenAI's, Anthropic's and Ollama's protocols that run jobs."""
+
+
+def drop_in(value: str) -> str:
+    if value not in DROP_IN_ROUTES:
+        raise ValueError(f"must be one of {', '.join(DROP_IN_ROUTES)}")
+    return value
+
+
+def same_paths(value: object) -> object:
+    """A list of routes stands for routes to the same paths."""
+    return {each: each for each in value} if isinstance(value, list | tuple) else value
+
+
+def bare_model(value: object) -> object:
+    """A bare string stands for a model's name."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def model_name(value: str) -> str:
+    if not value or len(value) > 512 or not value.isprintable() or value != value.strip():
+        raise ValueError("must be the name of a model: 1 to 512 printable characters")
+    return value
+
+
 def path(value: str) -> str:
     if not re.fullmatch(r"/[!-~]*", value):
         raise ValueError(

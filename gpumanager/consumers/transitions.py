@@ -97,6 +97,7 @@ def set_loaded(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
         resident_mib=None if loaded else 0,
         report_outdated=False,
         on_cpu=(),
+        items=(),
         residency_version=state.residency_version + 1,
     )
 
@@ -166,7 +167,7 @@ def probe_succeeded(
     state = replace(state, tells=report.loaded is not None)
     if not current or state.active:
         return state
-    state = replace(state, on_cpu=report.on_cpu)
+    state = replace(state, on_cpu=report.on_cpu, items=report.items)
     loaded = state.loaded if report.loaded is None else report.loaded
     if report.loaded is not None:
         state = replace(state, assumed=None)
@@ -198,6 +199,7 @@ def probe_failed(
         unloaded_at=None,
         resident_mib=0,
         on_cpu=(),
+        items=(),
         quarantine="",
         leaks=0,
         residency_version=state.residency_version + 1,

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, Kind
+from gpumanager.config import Config
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ClientGone, NoConsumer, NotFound
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.routing import Router
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
 from gpumanager.telemetry.events import Emit, Forgotten, Pinned, Unpinned
@@ -28,6 +29,7 @@ class Operations:
         self,
         config: Config,
         places: Places,
+        router: Router,
         registry: Registry,
         learned: Learned,
         scheduler: Scheduler,
@@ -38,6 +40,7 @@ class Operations:
     ) -> None:
         self._config = config
         self._places = places
+        self._router = router
         self._registry = registry
         self._learned = learned
         self._scheduler = scheduler
@@ -89,15 +92,15 @@ class Operations:
         self._emit(Forgotten(consumer=name))
         return {"consumer": name, "needed": {"mib": needed.mib, "source": needed.source}}
 
-    def plan(self, kind: Kind) -> dict[str, Any]:
+    def plan(self, kind: str) -> dict[str, Any]:
         """What would happen to a job of `kind` that came now. Acts on nothing."""
-        place = self._places.routed(kind)
+        _, place = self._places.chosen(lambda: self._router.choose((kind,), lambda: None))
         try:
             return self._plan(kind, place.name)
         finally:
             place.give_up()
 
-    def _plan(self, kind: Kind, name: str) -> dict[str, Any]:
+    def _plan(self, kind: str, name: str) -> dict[str, Any]:
         now = self._moves.preview(name)
         fits = now.fits or bool(now.victims)
         turn = self._scheduler.estimate(Job(name, kind))

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from gpumanager.config import ConsumerConfig, Kind
+from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.registry import Registry
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
+from gpumanager.jobs.routing import Choice
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
@@ -73,19 +74,17 @@ class Places:
         self._scheduler = scheduler
         self._shares = shares
 
-    def routed(self, kind: Kind) -> Place:
-        """A place with the consumer that `kind` goes to now. Raises NoConsumer."""
-        name = None
+    def chosen(self, choose: Callable[[], Choice]) -> tuple[Choice, Place]:
+        """What `choose` chooses now, and a place with that consumer. Raises what it raises."""
+        choice = choose()
         while True:
-            routed_to, name = name, self._registry.now.config.routing.get(kind)
-            if name is None:
-                raise NoConsumer(f"no consumer routes {kind}")
             try:
-                return self.open(name)
+                return choice, self.open(choice.consumer)
             except NoConsumer:
-                if routed_to == name:
+                before, choice = choice, choose()
+                if choice == before:
                     raise
-                # A reload came in between: what it routes the kind to is right.
+                # A reload came in between: what it routes the job to is right.
 
     def open(self, name: str) -> Place:
         """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpumanager.config import ConsumerConfig, Kind
+from gpumanager.config import ConsumerConfig
 from gpumanager.errors import BrokerError, ClientGone, SchedulerError
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
 from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.shortage import LARGEST_REQUEST_BYTES, Shortages
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Ticket
@@ -58,28 +59,28 @@ class JobRunner:
     def run(
         self,
         record: RequestRecord,
-        kind: Kind,
-        prepare: Callable[[str, ConsumerConfig], Exchange],
+        choose: Callable[[], Choice],
+        prepare: Callable[[Choice, ConsumerConfig], Exchange],
         max_wait: float | None = None,
     ) -> Answer:
         """Wait for the GPU, send, and return as soon as the answer's head is there.
 
-        `prepare` makes the exchange with the consumer that it is given; `max_wait` is the longest
-        the client itself will wait in the queue, in seconds. Raises a BrokerError if it does not
-        come to that. The hold sees to it that the GPU is given back, at the latest when the
-        request is over.
+        `choose` says which consumer gets it; `prepare` makes the exchange with that one;
+        `max_wait` is the longest the client itself will wait in the queue, in seconds. Raises a
+        BrokerError if it does not come to that. The hold sees to it that the GPU is given back, at
+        the latest when the request is over.
         """
-        place = self._places.routed(kind)
+        choice, place = self._places.chosen(choose)
         hold = Hold(self._means, place, record)
         record.stack.callback(hold.close)
         record.stack.callback(hold.end)
         record.consumer = name = place.name
         consumer = place.config
         try:
-            exchange = prepare(name, consumer)
+            exchange = prepare(choice, consumer)
             client = ClientWatch(record, self._watcher)
             record.stack.callback(client.stop)
-            job = Job(name, kind, record.who, record.request_id, max_wait, key=record.key)
+            job = Job(name, choice.kind, record.who, record.request_id, max_wait, key=record.key)
             ticket = self._wait(hold, job, exchange, client, record)
         except BaseException:
             hold.end()

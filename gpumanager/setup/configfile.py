@@ -76,11 +76,13 @@ class Proposal:
         told = {}
         for name, each in self.new.items():
             kind = each.service.kind
-            own = [str(kind) for kind, to in self.config.routing.items() if to == name]
+            own = [
+                str(kind) for kind in self.config.routing if name in self.config.candidates(kind)
+            ]
             if own:
                 told[name] = "gets " + " and ".join(f"POST /v1/{kind}" for kind in own)
             else:
-                other = self.config.routing.get(kind)
+                other = " or ".join(self.config.candidates(kind))
                 told[name] = f"not routed: POST /v1/{kind} goes to {other} (see `routing`)"
         return told
 

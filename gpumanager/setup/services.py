@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from gpumanager.config import Kind, expressions
+from gpumanager.config import expressions
 from gpumanager.setup import DEMO_ROOT
 from gpumanager.setup.asking import Asker, NoAnswer
 from gpumanager.setup.brokers import RunningBroker, identified
@@ -34,7 +34,7 @@ class Service:
     """A kind of server that setup knows; see services.yaml."""
 
     service: str
-    kind: Kind
+    kind: str
     port: int
     ask: str
     text: str | None = None

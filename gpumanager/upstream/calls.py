@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from gpumanager.clock import Clock
@@ -16,6 +17,7 @@ from gpumanager.config import (
     Done,
     Health,
     Lost,
+    ModelList,
     Probe,
     Session,
     Timeouts,
@@ -23,7 +25,7 @@ from gpumanager.config import (
     expressions,
 )
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ProbeReport
+from gpumanager.model import ModelListing, ProbeReport
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.watcher import Watcher
 
@@ -36,6 +38,9 @@ CANCEL_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.5
 LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
 LARGEST_FIGURE = 2**63
+OPENAI_LIST = ModelList(path="/v1/models", items="data[].id")
+"""How a consumer is asked for its models that has no call of its own for that."""
+
 _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
 
@@ -139,6 +144,13 @@ class ControlCalls:
             call = Call(path=probe.busy.path, timeout=probe.timeout, headers=probe.headers)
         busy = expressions.search(probe.busy.expr, self._json(name, call, PROBE_TIMEOUT_S))
         return busy if isinstance(busy, bool) else None
+
+    def models(self, name: str) -> ModelListing | None:
+        """The models that the consumer lists, None where it gives no list."""
+        call = self._config.consumers[name].list_models or OPENAI_LIST
+        answer = self._json(name, call, PROBE_TIMEOUT_S)
+        names = _list(expressions.search(call.items, answer))
+        return None if names is None else ModelListing(names, _details(answer, names))
 
     # -- asynchronous jobs -----------------------------------------------------------------
 
@@ -300,6 +312,7 @@ def _probe_report(probe: Probe, answer: Any, otherwise: ProbeReport) -> ProbeRep
         loaded=loaded if isinstance(loaded, bool) else otherwise.loaded,
         resident_mib=otherwise.resident_mib if resident is None else resident,
         on_cpu=_names(probe.find_on_cpu(answer)),
+        items=_names(probe.find_items(answer)),
     )
 
 
@@ -311,7 +324,28 @@ def _parsed(body: bytes) -> Any:
 
 
 def _names(found: Any) -> tuple[str, ...]:
-    return tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
+    return _list(found) or ()
+
+
+def _list(found: Any) -> tuple[str, ...] | None:
+    """The texts of a list; None if it is none."""
+    return (
+        tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else None
+    )
+
+
+def _details(answer: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+    """What a list of models says of each, by the name that it has there."""
+    lists = answer.values() if isinstance(answer, dict) else [answer]
+    entries = [each for found in lists if isinstance(found, list) for each in found]
+    wanted = set(names)
+    return {
+        name: entry
+        for entry in entries
+        if isinstance(entry, dict)
+        for name in (entry.get("id"), entry.get("name"))
+        if isinstance(name, str) and name in wanted
+    }
 
 
 def _mib(figure: Any, unit: str) -> int | None:

@@ -40,12 +40,18 @@ class Proxy:
         self._clock = clock
 
     def prepare(
-        self, consumer: str, inbound: Inbound, path: str, method: str | None = None
+        self,
+        consumer: str,
+        inbound: Inbound,
+        path: str,
+        method: str | None = None,
+        *,
+        endless: bool = False,
     ) -> Exchange:
         """An exchange that forwards `inbound` to `path` of the consumer, not yet sent.
 
         `path` is sent to the letter behind the consumer's base path, then the client's query;
-        `method` None keeps the client's.
+        `method` None keeps the client's; `endless`: no limit on the whole, but on each part.
         """
         settings = self._config.consumers[consumer]
         target = settings.base_path + path
@@ -70,7 +76,8 @@ class Proxy:
             length=length,
             ca_file=settings.ca_file,
         )
-        return Exchange(consumer, outbound, settings.timeouts, self._watcher, self._clock)
+        timeouts = settings.timeouts.without_end() if endless else settings.timeouts
+        return Exchange(consumer, outbound, timeouts, self._watcher, self._clock)
 
 
 def inbound_headers(environ: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import ErrorTask, WSGITask
 
 from gpumanager import errors
+from gpumanager.web.protocols import protocol_of
 from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of, request_id
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,12 @@ class JsonErrorTask(ErrorTask):
         error = _as_broker_error(refused)
         given = request.headers.get("X_REQUEST_ID", "")
         named = request_id({"HTTP_X_REQUEST_ID": given})
-        body = error.payload()
+        protocol = protocol_of(getattr(request, "path", ""))
+        body = errors.json_line(protocol.body(error))
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers = [
             ("Content-Type", "application/json"),
+            *protocol.headers(error),
             ("X-Request-Id", named),
         ]
         self.set_close_on_finish()

@@ -9,6 +9,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from gpumanager import errors
+from gpumanager.web.protocols import protocol_of
 from gpumanager.web.record import record_of
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ def error_response(error: errors.BrokerError, environ: WSGIEnvironment) -> Respo
     record = record_of(environ)
     record.failure = error.code
     record.consumer = error.consumer or record.consumer
-    response = json_response(error.envelope(), error.status)
+    protocol = protocol_of(environ["PATH_INFO"])
+    response = json_response(protocol.body(error), error.status)
     if error.status in _REASONS:
         response.status = f"{error.status} {_REASONS[error.status]}"
-    for name, value in error.headers():
+    for name, value in protocol.headers(error):
         response.headers[name] = value
     return response
 

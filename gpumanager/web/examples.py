@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from gpumanager import errors
+from gpumanager.web.protocols import protocol_of
 
 _JSON = "application/json"
 
@@ -44,17 +45,19 @@ def add_to(paths: dict[str, Any]) -> None:
                 content = answer.get("content", {}).get(_JSON)
                 if content is None or status == "default":
                     continue
-                if found := _of(f"{method.upper()} {path} {status}", answer["description"], status):
+                key = f"{method.upper()} {path} {status}"
+                if key in answers():
+                    content["examples"] = {"answer": {"value": answers()[key]}}
+                elif found := _refused(path, answer["description"], int(status)):
                     content["examples"] = found
 
 
-def _of(key: str, description: str, status: str) -> dict[str, Any]:
-    if key in answers():
-        return {"answer": {"value": answers()[key]}}
+def _refused(path: str, description: str, status: int) -> dict[str, Any]:
+    shape = protocol_of(path).shape
     return {
-        code: {"value": body}
+        code: {"value": shape(body, status)}
         for (of, code), body in refusals().items()
-        if str(of) == status and f"`{code}`" in description
+        if of == status and f"`{code}`" in description
     }
 
 

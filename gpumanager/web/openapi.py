@@ -16,13 +16,14 @@ from gpumanager.config import KINDS, Config
 from gpumanager.model import Outcome
 from gpumanager.telemetry.events import EVENTS, FIELDS, PRIVATE, Event, Level, fields_of
 from gpumanager.web import examples
+from gpumanager.web.protocols import protocol_of
 
 LISTS: dict[str, Iterable[Any]] = {
-    "$kinds": KINDS,
-    "$queued": (*KINDS, "load", "unload", "restore", "idle-unload"),
     "$outcomes": get_args(Outcome),
     "$levels": get_args(Level),
 }
+BROKERS_OWN = ("load", "unload", "restore", "idle-unload")
+"""What waits in the queue beside jobs."""
 _FOR_ADMINS = "Where keys are in use, it needs one with the role `admin`."
 _SECURITY: dict[str, list[Any]] = {
     "admin": [{"bearer": ["admin"]}, {"header": ["admin"]}],
@@ -34,14 +35,19 @@ _SECURITY: dict[str, list[Any]] = {
 def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
     """The description. `keys`: whether clients have to show one."""
     written = _written()
+    kinds = tuple(dict.fromkeys((*KINDS, *config.routing)))
     lists = {
         **LISTS,
+        "$kinds": kinds,
+        "$queued": (*kinds, *BROKERS_OWN),
         "$events": [_event(each) for each in EVENTS.values()],
-        "$codes": sorted({each.code for each in _errors(["everywhere", "job", "NotFound"])}),
+        "$codes": sorted(
+            {each.code for each in _errors(["everywhere", "job", "named", "NotFound"])}
+        ),
     }
     paths = {
         path.replace("{audio_path_prefix}", config.audio_path_prefix): {
-            method: _operation(each, lists, keys=keys) for method, each in methods.items()
+            method: _operation(path, each, lists, keys=keys) for method, each in methods.items()
         }
         for path, methods in written["paths"].items()
     }
@@ -65,7 +71,7 @@ def _written() -> Any:
 
 
 def _operation(
-    written: Mapping[str, Any], lists: Mapping[str, Iterable[Any]], *, keys: bool
+    path: str, written: Mapping[str, Any], lists: Mapping[str, Iterable[Any]], *, keys: bool
 ) -> dict[str, Any]:
     operation = {**written}
     role, names = operation.pop("role", "client"), operation.pop("errors", [])
@@ -76,7 +82,7 @@ def _operation(
     if "parameters" in operation:
         operation["parameters"] = [_full(each, lists) for each in operation["parameters"]]
     operation["responses"] = {
-        **_refusals(names, forwarding="default" in written["responses"]),
+        **_refusals(names, protocol_of(path).schema, forwarding="default" in written["responses"]),
         **{
             str(status): _answer(each, written["summary"], lists)
             for status, each in written["responses"].items()
@@ -126,7 +132,7 @@ def _errors(names: Iterable[str]) -> Iterator[type[errors.BrokerError]]:
             yield getattr(errors, name)
 
 
-def _refusals(names: Iterable[str], *, forwarding: bool) -> dict[str, Any]:
+def _refusals(names: Iterable[str], schema: str, *, forwarding: bool) -> dict[str, Any]:
     """The broker's own answers by status. Where a consumer's answer is handed on (`forwarding`),
     it may use any of them for its own ends."""
     codes: dict[int, list[str]] = {}
@@ -135,7 +141,7 @@ def _refusals(names: Iterable[str], *, forwarding: bool) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     for status in sorted(codes):
         words = ", ".join(f"`{code}`" for code in dict.fromkeys(codes[status]))
-        body = {"$ref": "#/components/schemas/Error"}
+        body = {"$ref": f"#/components/schemas/{schema}"}
         if forwarding:
             either = {"anyOf": [body, {"description": "The consumer's own"}]}
             answer = _json(f"The broker's {words}, or the consumer's own", either)

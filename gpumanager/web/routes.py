@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
 
 from flask import Flask, Response, request
 
 from gpumanager import errors
 from gpumanager.clock import rfc3339
-from gpumanager.config import KINDS, Config, ConsumerConfig, Kind
-from gpumanager.consumers.admission import Admission
+from gpumanager.config import KINDS, Config
 from gpumanager.gpu.history import MemorySample
-from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.jobs.runner import Answer, JobRunner
+from gpumanager.jobs.routing import Router
 from gpumanager.telemetry.eventlog import EventLog
 from gpumanager.telemetry.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.telemetry.metrics import Metrics
-from gpumanager.upstream.exchange import Exchange
-from gpumanager.upstream.proxy import Inbound, Proxy, inbound_headers
-from gpumanager.upstream.watcher import Watcher
-from gpumanager.web import boundary, dashboard, roles, security
+from gpumanager.web import boundary, dashboard, models, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.connection import ADMIT
-from gpumanager.web.dispatch import Entrance, JobView
+from gpumanager.web.dispatch import Dispatch
+from gpumanager.web.forwarding import Forwarder
+from gpumanager.web.inbound import raw_path
 from gpumanager.web.openapi import describe
 from gpumanager.web.record import record_of
-from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import Keyring
-from gpumanager.web.server import AUDIO_THREADS
 from gpumanager.web.status import StatusView, sensed
 from gpumanager.web.timeline import chrome_trace
+from gpumanager.web.ways import Ways
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+    pass
 
 ROOT_TEXT = (
     "gpumanager: GET /v1/status shows the live state, POST /v1/{tts,stt,llm,image} runs a job\n"
@@ -52,24 +46,18 @@ MOST_EVENTS = 1000
 HISTORY_S = 3600
 """How far back the history goes."""
 
-_SENDABLE = re.compile(r"[!-~]*")
-"""What may stand in a request line."""
-
-_DECODINGS = 3
-"""How often a path may be percent-encoded over before it is refused unread."""
-
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """What the routes need."""
 
     config: Config
-    admission: Admission
-    proxy: Proxy
-    jobs: JobRunner
+    ways: Ways
+    router: Router
+    models: models.ModelLists
+    forward: Forwarder
     operations: Operations
     status: StatusView
-    watcher: Watcher
     keyring: Keyring
     version: str
     events: EventLog
@@ -82,7 +70,7 @@ class Services:
 
 
 def create_app(services: Services) -> Flask:
-    """The Flask application with its entrance, without the guard around it."""
+    """The Flask application and the dispatch before it, without the guard around it."""
     app = Flask("gpumanager", static_folder=None)
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = True
@@ -90,33 +78,14 @@ def create_app(services: Services) -> Flask:
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
     app.extensions[ADMIT] = checks.admit
-    jobs = {f"/v1/{kind}": _job_view(services, kind) for kind in KINDS}
-    security.install(app, checks, for_clients={"cancel"})
-    for path in jobs:
-        # Its POST never comes here; any other method gets Flask's 405.
-        app.add_url_rule(path, endpoint=path, methods=["POST"])
+    security.install(app, checks, for_clients={"cancel", models.SHOW})
     _control_routes(app, services)
     _operator_routes(app, services)
     _record_routes(app, services)
     _audio_routes(app, services)
-    app.wsgi_app = Entrance(app.wsgi_app, jobs, checks)  # type: ignore[method-assign]
+    models.install(app, services.models, services.router, services.forward)
+    app.wsgi_app = Dispatch(app.wsgi_app, services.ways.find, checks)  # type: ignore[method-assign]
     return app
-
-
-def _job_view(services: Services, kind: Kind) -> JobView:
-    def job(environ: WSGIEnvironment) -> Response:
-        def prepare(name: str, consumer: ConsumerConfig) -> Exchange:
-            route = consumer.paths.get(kind)
-            if route is None:
-                raise errors.NoConsumer(f"consumer {name} lacks paths.{kind}", consumer=name)
-            services.admission.check(name)
-            return services.proxy.prepare(name, _inbound(environ), route.path, route.method)
-
-        max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
-        answer = services.jobs.run(record_of(environ), kind, prepare, max_wait)
-        return RelayedResponse(answer)
-
-    return job
 
 
 def _control_routes(app: Flask, services: Services) -> None:
@@ -234,8 +203,11 @@ def _query_number(name: str, default: int, *, most: int = 2**53) -> int:
 def _operator_routes(app: Flask, services: Services) -> None:
     operations = services.operations
 
-    @app.get(f"/v1/plan/<any({', '.join(KINDS)}):kind>")
-    def plan(kind: Kind) -> Response:
+    @app.get("/v1/plan/<kind>")
+    def plan(kind: str) -> Response:
+        if kind not in (*KINDS, *services.config.routing):
+            kinds = ", ".join(dict.fromkeys((*KINDS, *services.config.routing)))
+            raise errors.NotFound(f"there is no kind '{kind[:32]}'; there are {kinds}")
         return json_response(operations.plan(kind))
 
     @app.post("/v1/consumers/<name>/unload")
@@ -273,79 +245,10 @@ def _operator_routes(app: Flask, services: Services) -> None:
 
 def _audio_routes(app: Flask, services: Services) -> None:
     prefix, name = services.config.audio_path_prefix, services.config.audio_proxy
-    places = threading.BoundedSemaphore(AUDIO_THREADS)
 
     @app.get(f"{prefix}<path:name_of_file>")
     def audio(name_of_file: str) -> Response:  # noqa: ARG001  # the raw path is what counts
         if name is None:
             raise errors.NoAudioProxy("audio_proxy is not configured")
-        record = record_of(request.environ)
-        record.consumer = name
-        path = _raw_path(prefix)
-        if not places.acquire(blocking=False):
-            raise errors.QueueFull(
-                f"{AUDIO_THREADS} fetches of audio are under way", consumer=name, retry_after=1
-            )
-        record.stack.callback(places.release)
-        exchange = services.proxy.prepare(name, _inbound(request.environ), path)
-        record.stack.callback(exchange.close)
-        client = ClientWatch(record, services.watcher)
-        record.stack.callback(client.stop)
-        client.when_gone(lambda: exchange.abort(errors.ClientGone("the client left")))
-        exchange.send()
-        return RelayedResponse(Answer(exchange, on_end=lambda: None))
-
-
-def preferred_wait(header: str) -> float | None:
-    """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
-    there is none, or it is malformed, which that RFC says to ignore."""
-    for preference in header.split(","):
-        name, _, value = preference.partition(";")[0].partition("=")
-        seconds = value.strip().strip('"')
-        if name.strip().lower() == "wait":
-            return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else None
-    return None
-
-
-def _inbound(environ: WSGIEnvironment) -> Inbound:
-    length = environ.get("CONTENT_LENGTH")
-    query = environ.get("QUERY_STRING", "")
-    if not _SENDABLE.fullmatch(query):
-        raise errors.BadRequest("the query holds characters that must be percent-encoded")
-    return Inbound(
-        method=environ["REQUEST_METHOD"],
-        query=query,
-        headers=inbound_headers(environ),
-        body=environ["wsgi.input"] if length else None,
-        length=int(length) if length else None,
-        request_id=record_of(environ).request_id,
-    )
-
-
-def _raw_path(prefix: str) -> str:
-    """The request's path as the client wrote it, if it names something below `prefix`.
-
-    Raises BadRequest for a path that could lead out of it in any encoding.
-    """
-    environ = request.environ
-    target = environ.get("REQUEST_URI") or quote(environ["PATH_INFO"].encode("latin-1"))
-    if "://" in target.partition("?")[0]:
-        target = urlsplit(target).path
-    path = target.partition("?")[0].partition("#")[0]
-    decoded = path
-    try:
-        for _ in range(_DECODINGS):
-            decoded, before = unquote(decoded, errors="strict"), decoded
-            if decoded == before:
-                break
-        else:
-            raise errors.BadRequest("the path is percent-encoded too often")
-    except UnicodeDecodeError:
-        raise errors.BadRequest("the path is not UTF-8") from None
-    # Some servers cut parameters off a segment first, as in `..;x`.
-    segments = {part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")}
-    if not path.startswith(prefix) or not {".", ".."}.isdisjoint(segments):
-        raise errors.BadRequest("the path leads out of the audio directory")
-    if not decoded.isprintable():
-        raise errors.BadRequest("the path holds characters that cannot be printed")
-    return path
+        record_of(request.environ).consumer = name
+        return services.forward(request.environ, name, raw_path(request.environ, prefix))

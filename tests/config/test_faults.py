@@ -30,7 +30,7 @@ rooting: {}
 gpu:
   reserved_mib: 10
   sample_interval: 0
-routing: {tts: mvoce, video: ollama}
+routing: {tts: mvoce, Video: ollama}
 audio_proxy: nobody
 consumers:
   mvoice:
@@ -50,8 +50,8 @@ consumers:
         (1, "listen"),
         (2, "rooting"),
         (5, "gpu.sample_interval"),
+        (6, "routing.Video"),
         (6, "routing.tts"),
-        (6, "routing.video"),
         (7, "audio_proxy"),
         (11, "consumers.mvoice.vram_residnet_mib"),
         (12, "consumers.mvoice.can_coexist_with[1]"),
@@ -65,7 +65,7 @@ consumers:
     words = {path: message for _, path, message in found}
     assert "did you mean 'routing'?" in words["rooting"]
     assert "did you mean 'mvoice'?" in words["routing.tts"]
-    assert "known: image, llm, stt, tts" in words["routing.video"]
+    assert "lower-case" in words["routing.Video"]
     assert "did you mean 'vram_resident_mib'?" in words["consumers.mvoice.vram_residnet_mib"]
     assert "did you mean 'ollama'?" in words["consumers.mvoice.can_coexist_with[2]"]
     preset = words["consumers.ollama.preset"]

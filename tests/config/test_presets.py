@@ -138,7 +138,9 @@ def test_the_probe(server: responses.RequestsMock, preset: str, example: dict[st
     status = example.get("status", 200)
     answer(server, filled.probe.method, filled.probe.path, example["answer"], status)
     on_cpu = tuple(example.get("on_cpu", ()))
-    expected = ProbeReport(example["loaded"], example["resident_mib"], on_cpu)
+    expected = ProbeReport(
+        example["loaded"], example["resident_mib"], on_cpu, tuple(example.get("items", ()))
+    )
     assert calls(preset).probe("it") == expected
     if "items" in example:
         assert filled.probe.find_items(example["answer"]) == example["items"]

@@ -36,7 +36,7 @@ def test_the_example_loads_and_has_the_ports_people_know() -> None:
     ports = {name: c.base_url.rpartition(":")[2] for name, c in config.consumers.items()}
     assert ports == {"mvoice": "8766", "whisper": "8178", "ollama": "11434", "comfyui": "8188"}
     for kind in KINDS:
-        assert kind in config.consumers[config.routing[kind]].paths
+        assert kind in config.consumers[config.candidates(kind)[0]].paths
 
 
 def test_the_examples_comments_show_the_defaults() -> None:

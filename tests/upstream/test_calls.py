@@ -163,7 +163,9 @@ TWO_MODELS = {
 def test_a_probes_expressions_say_what_is_resident(mocked: responses.RequestsMock) -> None:
     mocked.get(f"{URL}/api/version", json={"version": "0.33.0"})
     mocked.get(f"{URL}/api/ps", json=TWO_MODELS)
-    assert calls(**OLLAMA).probe("mvoice") == ProbeReport(True, 5632)
+    assert calls(**OLLAMA).probe("mvoice") == ProbeReport(
+        True, 5632, items=("llama3:8b", "qwen:0.5b")
+    )
 
 
 def test_a_probe_that_fails_leaves_a_healthy_consumer_healthy(

@@ -14,6 +14,7 @@ const CODES = {
   shutting_down: ["the broker was shutting down", ""],
   cancelled: ["it was cancelled", ""],
   no_consumer: ["no consumer is routed for it, or it lacks the path", "See routing and paths in the config."],
+  model_not_found: ["no consumer has the model that it named", "Pull the model, or add its name to a consumer's models."],
   client_gone: ["its client disconnected", ""],
   internal_error: ["the broker failed", "Its log has the details under the request id; please report it."],
   scheduler_error: ["the broker failed", "Its log has the details under the request id; please report it."],

@@ -1,0 +1,135 @@
+"""Which consumer gets a job: by its kind, and, where several could, by the model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from gpumanager.config import Config, ConsumerConfig, ModelEntry
+from gpumanager.errors import ModelNotFound, NoConsumer
+from gpumanager.model import ModelListing
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a consumer serves: the models that its config names, or else those that it lists. Where
+    both are None, it is not known, and it may serve any; with `any_model` it does."""
+
+    consumer: str
+    declared: tuple[ModelEntry, ...] | None = None
+    listed: tuple[str, ...] | None = None
+    any_model: bool = False
+
+    @property
+    def may_serve_any(self) -> bool:
+        return self.any_model or (self.declared is None and self.listed is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The consumer that gets a job of a kind, and the name that it is given for the model, None if
+    that is the client's own."""
+
+    kind: str
+    consumer: str
+    served_as: str | None = None
+
+
+class Catalogue(Protocol):
+    """What consumers list."""
+
+    def listed(self, name: str, *, wanted: str | None = None) -> ModelListing | None:
+        """The models that the consumer lists, None if that is not known. `wanted`: the one that
+        is asked for; where it is missing in a list that is not quite new, look again."""
+
+
+def choose(kind: str, offers: Sequence[Offer], model: str | None) -> Choice:
+    """The first offer that has the model by name, else by pattern, else in its list, else one that
+    may serve any; without a model the first. Raises ModelNotFound with the nearest names."""
+    if model is None:
+        return Choice(kind, offers[0].consumer)
+    for fits in (_named, _matched):
+        for offer in offers:
+            for entry in offer.declared or ():
+                if fits(entry.name, model):
+                    return Choice(kind, offer.consumer, entry.served_as)
+    for offer in offers:
+        if offer.declared is None and _is_listed(model, offer.listed or ()):
+            return Choice(kind, offer.consumer)
+    for offer in offers:
+        if offer.may_serve_any:
+            return Choice(kind, offer.consumer)
+    raise _not_found(model, offers)
+
+
+def _named(name: str, model: str) -> bool:
+    return name == model
+
+
+def _matched(pattern: str, model: str) -> bool:
+    return fnmatchcase(model, pattern)
+
+
+def _is_listed(model: str, listed: Iterable[str]) -> bool:
+    """Ollama lists `name:latest` where clients say `name`."""
+    return any(each == model or each == f"{model}:latest" for each in listed)
+
+
+def _not_found(model: str, offers: Iterable[Offer]) -> ModelNotFound:
+    names = [name for offer in offers for name in _names(offer)]
+    near = get_close_matches(model[:64], names, 3, 0.5) or sorted(names)[:3]
+    shown = model if len(model) <= 64 else f"{model[:63]}…"
+    hint = f"; there are {', '.join(near)}" if near else ""
+    return ModelNotFound(f"no consumer has the model '{shown}'{hint}")
+
+
+def _names(offer: Offer) -> Iterable[str]:
+    return (entry.name for entry in offer.declared) if offer.declared else offer.listed or ()
+
+
+class Router:
+    """Chooses by the config of the moment. Safe from any thread."""
+
+    def __init__(self, config: Config, catalogue: Catalogue) -> None:
+        self._config = config
+        self._catalogue = catalogue
+
+    def choose(
+        self,
+        kinds: Sequence[str],
+        model: Callable[[], str | None],
+        serves: Callable[[str, ConsumerConfig], bool] = lambda kind, consumer: True,  # noqa: ARG005
+    ) -> Choice:
+        """The consumer for a job of the first of `kinds` that is routed, among those that `serves`
+        says could take it, or the default if none could. `model` tells which one the job names;
+        it is asked only if that matters. Raises NoConsumer, ModelNotFound, and what `model`
+        raises."""
+        kind = next((each for each in kinds if self._config.candidates(each)), kinds[-1])
+        names = self._config.candidates(kind)
+        if not names:
+            raise NoConsumer(f"no consumer routes {' or '.join(kinds)}")
+        able = [each for each in names if serves(kind, self._config.consumers[each])]
+        if not able or (len(able) == 1 and self._takes_any(able[0])):
+            return Choice(kind, (able or names)[0])
+        wanted = model()
+        return choose(kind, [self._offer(each, wanted) for each in able], wanted)
+
+    def consumer(self, name: str) -> ConsumerConfig:
+        """The config of one that was chosen."""
+        return self._config.consumers[name]
+
+    def _takes_any(self, name: str) -> bool:
+        """Whether the model need not be known: the only consumer takes them all, or tells by
+        itself which it has."""
+        consumer = self._config.consumers[name]
+        return consumer.any_model or (consumer.models is None and consumer.list_models is None)
+
+    def _offer(self, name: str, wanted: str | None) -> Offer:
+        consumer = self._config.consumers[name]
+        asks = wanted is not None and consumer.models is None and not consumer.any_model
+        listed = self._catalogue.listed(name, wanted=wanted) if asks else None
+        names = None if listed is None else listed.names
+        return Offer(name, consumer.models, names, consumer.any_model)

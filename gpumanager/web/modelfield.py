@@ -1,0 +1,165 @@
+"""Which model a request names, and the same request with another name.
+
+A body may be a form with an hour of sound in it. So what is large is searched where it lies,
+through a memory map, and a name is replaced in its place; every other byte stays as it came. That
+is why no parser of a library does this: none tells where in the body a value stands.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from dataclasses import dataclass, replace
+from io import UnsupportedOperation
+from typing import IO, cast
+
+from gpumanager.errors import BadRequest
+from gpumanager.upstream.proxy import Inbound
+from gpumanager.upstream.splice import Spliced
+
+WHOLE_BYTES = 1024 * 1024
+"""A body up to this size is read whole. A larger one of JSON is only searched for its model: that
+it is JSON to its end is left to the consumer."""
+
+LONGEST_NAME = 512
+"""Characters of a model's name."""
+
+_HEAD_BYTES = 16 * 1024
+"""Of one part of a form; real ones have two hundred."""
+
+_BOUNDARY = re.compile(r'\bboundary=(?:"([^"\r\n]{1,70})"|([^\s;",]{1,70}))', re.IGNORECASE)
+_NAME = re.compile(
+    rb'(?i:content-disposition)[ \t]*:[^\r\n]*;[ \t]*name="?model"?[ \t]*(?:;|\r\n|$)'
+)
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelField:
+    """The model that a body names, None if it names none, and where the value stands in it: bytes
+    from `start` to `end`, the quotes of JSON included."""
+
+    model: str | None
+    start: int = 0
+    end: int = 0
+    json: bool = True
+
+
+def find_model(inbound: Inbound) -> ModelField:
+    """The model that a request names. Raises BadRequest if that cannot be told: the body is neither
+    a JSON object nor a form, or its `model` is no text."""
+    content_type = next(
+        (value for name, value in inbound.headers if name.lower() == "content-type"), ""
+    )
+    form = content_type.lower().lstrip().startswith("multipart/")
+    if inbound.body is None or not inbound.length:
+        raise BadRequest("the request has no body, so it names no model")
+    body, at = inbound.body, inbound.body.tell()
+    try:
+        if inbound.length <= WHOLE_BYTES:
+            data = body.read(inbound.length)
+            return _in_form(data, content_type) if form else _in_small_json(data)
+        with _mapped(body) as mapped:
+            return _in_form(mapped, content_type) if form else _in_json(mapped)
+    finally:
+        body.seek(at)
+
+
+def with_model(inbound: Inbound, field: ModelField, name: str) -> Inbound:
+    """The request with another model's name in it, its length mended. It has to name one."""
+    if inbound.body is None or inbound.length is None:
+        return inbound
+    piece = json.dumps(name).encode() if field.json else name.encode()
+    body = Spliced(inbound.body, inbound.length, start=field.start, end=field.end, piece=piece)
+    return replace(inbound, body=cast("IO[bytes]", body), length=body.size)
+
+
+def _mapped(body: IO[bytes]) -> mmap.mmap:
+    try:
+        return mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ)
+    except (AttributeError, UnsupportedOperation):  # some other server's input: no file
+        data = body.read()
+        mapped = mmap.mmap(-1, len(data))
+        mapped.write(data)
+        return mapped
+
+
+def _in_small_json(data: bytes) -> ModelField:
+    try:
+        said = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "malformed"
+        raise BadRequest(f"the body is no JSON: {reason}") from None
+    if not isinstance(said, dict):
+        raise BadRequest("the body must be a JSON object")
+    if said.get("model") is None:
+        return ModelField(None)
+    if not isinstance(said["model"], str):
+        raise BadRequest("'model' must be a text")
+    return replace(_in_json(data), model=_fits(said["model"]))
+
+
+def _in_json(data: bytes | mmap.mmap) -> ModelField:
+    """The last `model` of the outermost object: with two of them that is the one that counts for
+    the usual parsers."""
+    if not re.match(rb"\s*\{", data):
+        raise BadRequest("the body must be a JSON object")
+    depth, key, awaits_value, found = 0, b"", False, ModelField(None)
+    for token in _TOKEN.finditer(data):
+        text = token[0]
+        if text in b"{[":
+            if depth == 1 and awaits_value and key == b'"model"':
+                raise BadRequest("'model' must be a text")
+            depth, awaits_value = depth + 1, False
+        elif text in b"}]":
+            depth -= 1
+        elif depth == 1 and text == b":":
+            awaits_value = True
+        elif depth == 1 and text == b",":
+            awaits_value, key = False, b""
+        elif depth == 1 and not awaits_value:
+            key = text
+        elif depth == 1 and key == b'"model"':
+            try:
+                name = json.loads(text)
+            except ValueError:
+                raise BadRequest("'model' must be a text") from None
+            found = ModelField(_fits(name), token.start(), token.end())
+    if depth:
+        raise BadRequest("the body is no JSON: it ends within an object")
+    return found
+
+
+def _in_form(data: bytes | mmap.mmap, content_type: str) -> ModelField:
+    """The part `model` of a form, wherever it stands."""
+    given = _BOUNDARY.search(content_type)
+    if given is None:
+        raise BadRequest("the form's Content-Type has no boundary")
+    line = b"--" + (given[1] or given[2]).encode("latin-1")
+    at = 0 if data[: len(line)] == line else data.find(b"\r\n" + line) + 2
+    if at == 1:
+        raise BadRequest("the body is no form: its boundary is not in it")
+    while data[at + len(line) : at + len(line) + 2] != b"--":
+        begin = at + len(line)
+        head_end = data.find(b"\r\n\r\n", begin, begin + _HEAD_BYTES)
+        value_end = data.find(b"\r\n" + line, max(head_end + 2, begin))
+        if head_end < 0 or value_end < 0:
+            raise BadRequest("the form is cut off, or a part of it has no head")
+        if _NAME.search(data[begin : head_end + 2]):
+            start = head_end + 4
+            if value_end - start > 4 * LONGEST_NAME:
+                raise BadRequest(f"a model's name has at most {LONGEST_NAME} characters")
+            try:
+                name = data[start:value_end].decode()
+            except UnicodeDecodeError:
+                raise BadRequest("'model' must be a text in UTF-8") from None
+            return ModelField(_fits(name) or None, start, value_end, json=False)
+        at = value_end + 2
+    return ModelField(None)
+
+
+def _fits(name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise BadRequest(f"a model's name has at most {LONGEST_NAME} characters")
+    return name

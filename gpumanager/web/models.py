@@ -1,0 +1,197 @@
+"""The lists of models, merged from all consumers, as OpenAI's, Anthropic's and Ollama's clients
+want them; and Ollama's other calls, which are no GPU work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask, Response, request
+
+from gpumanager.config import ConsumerConfig, ModelEntry
+from gpumanager.consumers.registry import Registry
+from gpumanager.errors import ModelNotFound, NoConsumer
+from gpumanager.jobs.routing import Catalogue, Router
+from gpumanager.web.boundary import json_response
+from gpumanager.web.forwarding import Forwarder
+from gpumanager.web.inbound import inbound_of, raw_path
+from gpumanager.web.modelfield import find_model
+from gpumanager.web.ways import OLLAMA_CHAT
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+OLLAMAS_OWN = (
+    ("GET", "/api/version"),
+    ("GET", "/api/ps"),
+    ("POST", "/api/show"),
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+    ("HEAD", "/api/blobs/<digest>"),
+    ("POST", "/api/blobs/<digest>"),
+)
+"""Calls of Ollama's that no model has to be on the card for."""
+
+_NAMES_MODEL = frozenset({"/api/show", "/api/push", "/api/delete"})
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A model, who serves it, for which kinds of job, and whether it is loaded."""
+
+    name: str
+    consumer: str
+    kinds: tuple[str, ...]
+    loaded: bool
+    vram_mib: int | None = None
+
+
+class ModelLists:
+    """What all routed consumers offer."""
+
+    def __init__(self, registry: Registry, catalogue: Catalogue) -> None:
+        self._registry = registry
+        self._catalogue = catalogue
+
+    def offered(self) -> list[Offered]:
+        """Every model once, that of the first consumer that has it."""
+        found: dict[str, Offered] = {}
+        for each in self._all():
+            found.setdefault(each.name, each)
+        return list(found.values())
+
+    def of(self, name: str) -> Offered:
+        """One model. Raises ModelNotFound."""
+        offered = self.offered()
+        for each in offered:
+            if name in (each.name, each.name.removesuffix(":latest")):
+                return each
+        near = get_close_matches(name[:64], [each.name for each in offered], 3, 0.5)
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise ModelNotFound(f"no consumer has the model '{name[:64]}'{hint}")
+
+    def _all(self) -> Iterator[Offered]:
+        snapshot = self._registry.now
+        config = snapshot.config
+        kinds: dict[str, list[str]] = {}
+        for kind in config.routing:
+            for name in config.candidates(kind):
+                kinds.setdefault(name, []).append(kind)
+        for name, its in kinds.items():
+            consumer, state = config.consumers[name], snapshot.states[name]
+            for entry in self._entries(name, consumer):
+                loaded = state.loaded and state.stopped_by is None
+                if loaded and consumer.probe is not None and consumer.probe.items is not None:
+                    served = entry.served_as or entry.name
+                    loaded = served in state.items or f"{served}:latest" in state.items
+                yield Offered(entry.name, name, tuple(its), loaded, entry.vram_mib)
+
+    def _entries(self, name: str, consumer: ConsumerConfig) -> Iterator[ModelEntry]:
+        declared = consumer.models
+        if declared is not None:
+            yield from (each for each in declared if not set("*?[") & set(each.name))
+            return
+        listed = self._catalogue.listed(name)
+        for each in () if listed is None else listed.names:
+            yield ModelEntry.model_construct(name=each)  # as the consumer says it
+
+    def details(self, offered: Offered) -> Mapping[str, Any]:
+        """What the consumer itself says of a model."""
+        if self._registry.now.consumers[offered.consumer].models is not None:
+            return {}
+        listed = self._catalogue.listed(offered.consumer)
+        return {} if listed is None else listed.details.get(offered.name, {})
+
+
+def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -> None:
+    """The routes."""
+
+    def openai(offered: Offered) -> dict[str, Any]:
+        said = lists.details(offered)
+        view = {
+            "id": offered.name,
+            "object": "model",
+            "created": said.get("created", 0),
+            "owned_by": said.get("owned_by", offered.consumer),
+            "type": "model",  # this and the next two are Anthropic's
+            "display_name": said.get("display_name", offered.name),
+            "created_at": said.get("created_at", "1970-01-01T00:00:00Z"),
+            "consumer": offered.consumer,
+            "kinds": list(offered.kinds),
+            "loaded": offered.loaded,
+        }
+        return view if offered.vram_mib is None else {**view, "vram_mib": offered.vram_mib}
+
+    @app.get("/v1/models")
+    def models() -> Response:
+        data = [openai(each) for each in lists.offered()]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        ends = {"has_more": False, "first_id": first, "last_id": last}
+        return json_response({"object": "list", "data": data, **ends})
+
+    @app.get("/v1/models/<path:name>")
+    def model(name: str) -> Response:
+        return json_response(openai(lists.of(name)))
+
+    @app.get("/api/tags")
+    def tags() -> Response:
+        return json_response({"models": [_tag(each, lists) for each in lists.offered()]})
+
+    def ollamas(**given: str) -> Response:  # noqa: ARG001  # the raw path is what counts
+        environ = request.environ
+        name = _ollama(environ, router)
+        return forward(environ, name, raw_path(environ, "/api/"), endless=True)
+
+    for method, path in OLLAMAS_OWN:
+        app.add_url_rule(
+            path,
+            endpoint=SHOW if path == "/api/show" else f"{method} {path}",
+            view_func=ollamas,
+            methods=[method],
+        )
+
+
+SHOW = "show"
+"""The endpoint that changes nothing although it is a POST."""
+
+
+def _ollama(environ: WSGIEnvironment, router: Router) -> str:
+    """The consumer that speaks Ollama's protocol, of several the one with the model. Raises
+    NoConsumer, ModelNotFound, BadRequest."""
+    asks = environ["PATH_INFO"] in _NAMES_MODEL
+
+    def model() -> str | None:
+        return find_model(inbound_of(environ)).model if asks else None
+
+    choice = router.choose(("llm", "embed"), model, lambda _, it: it.serves(OLLAMA_CHAT))
+    if not router.consumer(choice.consumer).serves(OLLAMA_CHAT):
+        raise NoConsumer("no consumer speaks Ollama's protocol")
+    return choice.consumer
+
+
+def _tag(offered: Offered, lists: ModelLists) -> dict[str, Any]:
+    """As Ollama lists it. What it does not say itself has the shape that its clients parse."""
+    said = lists.details(offered)
+    return {
+        "name": offered.name,
+        "model": offered.name,
+        "modified_at": "1970-01-01T00:00:00Z",
+        "size": 0,
+        "digest": "",
+        "details": {
+            "parent_model": "",
+            "format": "",
+            "family": "",
+            "families": None,
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+        **(said if "digest" in said else {}),
+        "consumer": offered.consumer,
+        "loaded": offered.loaded,
+    }

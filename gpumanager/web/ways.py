@@ -1,0 +1,169 @@
+"""The ways in for jobs: which requests are jobs, of which kind, and in whose protocol.
+
+Each way parses what it must, chooses the consumer, and has `jobs` do the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flask import Response
+
+from gpumanager.config import KINDS, Config, ConsumerConfig, Route
+from gpumanager.consumers.admission import Admission
+from gpumanager.errors import BadRequest, NoConsumer
+from gpumanager.jobs.routing import Choice, Router
+from gpumanager.jobs.runner import JobRunner
+from gpumanager.upstream.exchange import Exchange
+from gpumanager.upstream.proxy import Inbound, Proxy
+from gpumanager.web.inbound import inbound_of
+from gpumanager.web.modelfield import ModelField, find_model, with_model
+from gpumanager.web.record import record_of
+from gpumanager.web.relay import RelayedResponse
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+JobView = Callable[["WSGIEnvironment"], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A path that takes jobs by POST: of the first of `kinds` that is routed. A consumer serves a
+    `drop_in` way at the path that its `routes` give, any other at the one that its `paths` give for
+    the kind."""
+
+    path: str
+    kinds: tuple[str, ...]
+    drop_in: bool = True
+
+    def route(self, kind: str, consumer: ConsumerConfig) -> Route | None:
+        """Where the consumer takes such a job; None if it does not."""
+        if not self.drop_in:
+            return consumer.paths.get(kind)
+        if consumer.routes is None and self.path == f"/v1/{kind}":
+            return consumer.paths.get(kind, Route(path=self.path))
+        return consumer.route_for(self.path)
+
+
+OLLAMA_CHAT = "/api/chat"
+LLM, EMBED = ("llm",), ("embed", "llm")
+
+DROP_IN = (
+    Way("/v1/chat/completions", LLM),
+    Way("/v1/completions", LLM),
+    Way("/v1/responses", LLM),
+    Way("/v1/messages", LLM),
+    Way("/v1/messages/count_tokens", LLM),
+    Way("/v1/embeddings", EMBED),
+    Way("/v1/rerank", ("rerank",)),
+    Way("/v1/audio/speech", ("tts",)),
+    Way("/v1/audio/transcriptions", ("stt",)),
+    Way("/v1/audio/translations", ("stt",)),
+    Way("/v1/images/generations", ("image",)),
+    Way("/v1/images/edits", ("image",)),
+    Way("/v1/images/variations", ("image",)),
+    Way(OLLAMA_CHAT, LLM),
+    Way("/api/generate", LLM),
+    Way("/api/embed", EMBED),
+    Way("/api/embeddings", EMBED),
+)
+"""OpenAI's, Anthropic's and Ollama's."""
+
+
+class Ways:
+    """The views of all ways in. `views` holds those that are always there, by path."""
+
+    def __init__(
+        self,
+        config: Config,
+        router: Router,
+        admission: Admission,
+        proxy: Proxy,
+        jobs: JobRunner,
+    ) -> None:
+        self._config = config
+        self._router = router
+        self._admission = admission
+        self._proxy = proxy
+        self._jobs = jobs
+        own = [Way(f"/v1/{kind}", (kind,), drop_in=False) for kind in KINDS]
+        self.views: dict[str, JobView] = {way.path: self._view(way) for way in (*own, *DROP_IN)}
+        self._named: dict[str, JobView] = {}
+
+    def find(self, path: str) -> JobView | None:
+        """The view of a path that takes jobs now, None if it takes none: one of `views`, or
+        `/v1/{kind}` of a kind that the operator named."""
+        view = self.views.get(path)
+        if view is not None:
+            return view
+        kind = path[4:]
+        if not path.startswith("/v1/") or not self._config.candidates(kind):
+            return None
+        if kind not in self._named:
+            self._named[kind] = self._view(Way(path, (kind,), drop_in=False))
+        return self._named[kind]
+
+    def _view(self, way: Way) -> JobView:
+        def job(environ: WSGIEnvironment) -> Response:
+            request = _Request(inbound_of(environ), strict=way.drop_in)
+
+            def choose() -> Choice:
+                return self._router.choose(
+                    way.kinds, request.model, lambda kind, it: way.route(kind, it) is not None
+                )
+
+            def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
+                name, route = choice.consumer, way.route(choice.kind, consumer)
+                if route is None:
+                    lacks = f"routes.{way.path}" if way.drop_in else f"paths.{choice.kind}"
+                    raise NoConsumer(f"consumer {name} lacks {lacks}", consumer=name)
+                self._admission.check(name)
+                inbound = request.served_as(choice.served_as)
+                return self._proxy.prepare(name, inbound, route.path, route.method)
+
+            max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
+            answer = self._jobs.run(record_of(environ), choose, prepare, max_wait)
+            return RelayedResponse(answer)
+
+        return job
+
+
+class _Request:
+    """A request whose model is looked for when somebody asks, once. `strict`: where it cannot be
+    told, the request is refused; else it counts as naming none."""
+
+    def __init__(self, inbound: Inbound, *, strict: bool) -> None:
+        self._inbound = inbound
+        self._strict = strict
+        self._field: ModelField | None = None
+
+    def model(self) -> str | None:
+        if self._field is None:
+            try:
+                self._field = find_model(self._inbound)
+            except BadRequest:
+                if self._strict:
+                    raise
+                self._field = ModelField(None)
+        return self._field.model
+
+    def served_as(self, name: str | None) -> Inbound:
+        """The request, with another name for its model if there is one."""
+        if name is None or self._field is None or name == self._field.model:
+            return self._inbound
+        return with_model(self._inbound, self._field, name)
+
+
+def preferred_wait(header: str) -> float | None:
+    """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
+    there is none, or it is malformed, which that RFC says to ignore."""
+    for preference in header.split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        seconds = value.strip().strip('"')
+        if name.strip().lower() == "wait":
+            return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else None
+    return None
