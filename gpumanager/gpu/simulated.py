@@ -7,13 +7,15 @@ the middle of one leaves the card intact, and readers need no lock.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 LOCK_TIMEOUT_S = 5.0
 _LOCK_POLL_S = 0.001
@@ -84,6 +86,9 @@ class _State:
         return CardMemory(self.total_mib, used, self.total_mib - used)
 
 
+_SAVED = TypeAdapter(_State)
+
+
 class SimulatedCard:
     """The card in the file at `path`; any number of processes and threads may use it at once.
 
@@ -134,19 +139,16 @@ class SimulatedCard:
         process ends; with `per_process` False nobody can tell which process holds what, as on
         WSL2 or in a container without the host's processes.
         """
+        changes: dict[str, Any] = {
+            "release_lag_s": release_lag_s,
+            "leaks": leaks,
+            "per_process": per_process,
+            "prompt_share": prompt_share,
+            "blind_until": None if blind_s is None else self._monotonic() + blind_s,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
         with self._locked():
-            state = self._read()
-            if release_lag_s is not None:
-                state = replace(state, release_lag_s=release_lag_s)
-            if leaks is not None:
-                state = replace(state, leaks=dict(leaks))
-            if per_process is not None:
-                state = replace(state, per_process=per_process)
-            if prompt_share is not None:
-                state = replace(state, prompt_share=prompt_share)
-            if blind_s is not None:
-                state = replace(state, blind_until=self._monotonic() + blind_s)
-            self._write(state)
+            self._write(replace(self._read(), **given))
 
     def allocate(self, owner: str, mib: int) -> None:
         """Take `mib` for `owner` in this process, beside what it has. Raises OutOfMemory."""
@@ -221,47 +223,25 @@ class SimulatedCard:
     def _read(self) -> _State:
         """The state, without what ended since it was written."""
         try:
-            raw = json.loads(self.path.read_bytes())
-            blocks = [
-                _Block(
-                    str(each["owner"]),
-                    int(each["pid"]),
-                    int(each["born"]),
-                    int(each["mib"]),
-                    bool(each["leaked"]),
-                )
-                for each in raw["blocks"]
-            ]
-            releasing = [
-                _Releasing(
-                    int(each["pid"]), int(each["born"]), int(each["mib"]), float(each["until"])
-                )
-                for each in raw["releasing"]
-            ]
-            leaks = {str(owner): float(share) for owner, share in raw["leaks"].items()}
-            state = _State(
-                int(raw["total_mib"]),
-                float(raw["release_lag_s"]),
-                bool(raw["per_process"]),
-                leaks,
-                float(raw["prompt_share"]),
-                float(raw["blind_until"]),
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise CardLost(f"no simulated card in {self.path}: {error}") from error
+            state = _SAVED.validate_json(self.path.read_bytes())
+        except (OSError, ValidationError) as error:
+            why = error if isinstance(error, OSError) else error.errors()[0]["msg"]
+            raise CardLost(f"no simulated card in {self.path}: {why}") from error
         now = self._monotonic()
         return replace(
             state,
-            blocks=tuple(block for block in blocks if _born(block.pid) == block.born),
+            blocks=tuple(each for each in state.blocks if _born(each.pid) == each.born),
             releasing=tuple(
-                each for each in releasing if now < each.until and _born(each.pid) == each.born
+                each
+                for each in state.releasing
+                if now < each.until and _born(each.pid) == each.born
             ),
         )
 
     def _write(self, state: _State) -> None:
         draft = self.path.with_name(self.path.name + ".new")
         try:
-            draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            draft.write_bytes(_SAVED.dump_json(state))
             draft.replace(self.path)
         except OSError as error:
             raise CardLost(f"cannot write the simulated card: {error}") from error
