@@ -20,7 +20,6 @@ from statistics import median
 
 import h11
 
-from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.wire import Wire
 
 FIELDS = (
@@ -38,7 +37,7 @@ READ_BYTES = 256 * 1024
 
 def broker(sock: socket.socket) -> int:
     """The broker's own."""
-    answer = Answer(Wire(sock, 10), "POST")
+    answer = Wire(sock, 10)
     answer.await_head()
     size = 0
     while data := answer.read1(READ_BYTES):

@@ -27,17 +27,15 @@ class Admission:
                 consumer=name,
                 retry_after=self._retry_s,
             )
-        seconds = self._breakers.refusal(name)
-        if seconds is not None:
-            raise _fails(name, seconds)
+        if name in self._breakers.failing:
+            self._refuse(name, self._breakers.refusal(name))
 
     def begin(self, name: str) -> None:
         """As `check` for the breaker alone, for a call that is made now: it may be the trial."""
-        seconds = self._breakers.begin(name)
+        if name in self._breakers.failing:
+            self._refuse(name, self._breakers.begin(name))
+
+    def _refuse(self, name: str, seconds: float | None) -> None:
         if seconds is not None:
-            raise _fails(name, seconds)
-
-
-def _fails(name: str, seconds: float) -> ConsumerUnhealthy:
-    message = f"consumer {name} failed several times in a row"
-    return ConsumerUnhealthy(message, consumer=name, retry_after=seconds)
+            message = f"consumer {name} failed several times in a row"
+            raise ConsumerUnhealthy(message, consumer=name, retry_after=seconds)

@@ -4,6 +4,7 @@ growing pause, then lets a single trial through."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,13 +36,15 @@ _CLOSED = _Circuit()
 
 
 class Breakers:
-    """The breakers of all consumers, by name. Safe from any thread."""
+    """The breakers of all consumers, by name. Those of `failing` consumers, whose latest call
+    failed, may refuse calls. Safe from any thread."""
 
     def __init__(self, clock: Clock, emit: Emit) -> None:
         self._clock = clock
         self._emit = emit
         self._lock = threading.Lock()
         self._circuits: dict[str, _Circuit] = {}
+        self.failing: Collection[str] = self._circuits.keys()
 
     def state(self, name: str) -> State:
         """`closed`: calls go through; `open`: they are refused; `trial`: one is on its way."""

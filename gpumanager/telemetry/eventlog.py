@@ -73,7 +73,8 @@ class EventLog:
 
     def emit(self, event: Event) -> None:
         """It happened: log it, number it, tell the listeners. Never raises."""
-        at, fields, kept = self._clock.now(), event.fields, event.kept
+        at, fields = self._clock.now(), event.fields
+        kept = event.kept_with is None or event.kept_with in fields
         if event.message is not None:
             log.log(_LEVELS[event.level], event.message, extra=fields)
         with self._lock:

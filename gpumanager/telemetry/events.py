@@ -69,16 +69,13 @@ class Event:
     name: ClassVar[str]
     message: ClassVar[str | None]
     usual_level: ClassVar[Level]
+    kept_with: ClassVar[str | None] = None
+    """The field without which `/v1/events` does not tell of it: then it is only counted."""
 
     @property
     def level(self) -> Level:
         """How serious it is."""
         return self.usual_level
-
-    @property
-    def kept(self) -> bool:
-        """Whether `/v1/events` tells of it; else it is only counted."""
-        return True
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -148,10 +145,7 @@ class Refused(Event):
     request_id: str
     wait_ms: float | None = None
 
-    @property
-    def kept(self) -> bool:
-        """A scanner must not drive out the rest."""
-        return self.consumer is not None
+    kept_with = "consumer"  # a scanner must not drive out the rest
 
 
 @declared("answer_truncated", "answer truncated", "warning")

@@ -20,7 +20,6 @@ from gpumanager.addresses import is_loopback
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout
-from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.headers import printable, relayable
 from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
 from gpumanager.upstream.reasons import explained, too_late
@@ -58,7 +57,7 @@ class Exchange:
     in a `finally`. Any thread may call `abort`. All that can be prepared is prepared when it is
     made: raises BadRequest for what cannot be sent.
 
-    `reached`: the consumer has accepted the connection, and `begun` is the answer to come.
+    `reached`: the consumer has accepted the connection, `begun`, and was sent the request.
     `aborted`: it was ended by `abort`. `timed_out`: it has ended with a ConsumerTimeout.
     `consumer_done`: nothing more comes from the consumer, read by the owner or not.
     """
@@ -94,7 +93,7 @@ class Exchange:
         self._unwatch: Callable[[], object] | None = None
         self._raw: Any = None
         self._ahead: deque[bytes] = deque()
-        self.begun: Answer | None = None
+        self.begun: Wire | None = None
         self.reached = self.aborted = self.timed_out = self.consumer_done = False
         self.status = 0
         self.reason = ""
@@ -204,7 +203,7 @@ class Exchange:
         if not self.reason.isprintable():
             self.reason = printable(self.reason)
         try:
-            fields = raw.fields if isinstance(raw, Answer) else raw.headers.items()
+            fields = raw.fields if isinstance(raw, Wire) else raw.headers.items()
             self.headers = relayable(self.status, fields)
         except ValueError as error:
             self.close()
@@ -215,7 +214,7 @@ class Exchange:
         """What has come of the body already, have it at once; `read` returns it. If it is all, the
         consumer is done, and whoever waits for it need not wait for what becomes of the answer
         here; if it is broken, nothing of the answer was handed on yet. Raises as `read`."""
-        come = not self._ahead and isinstance(self._raw, Answer) and self._raw.ready()
+        come = not self._ahead and isinstance(self._raw, Wire) and self._raw.ready()
         if come and (data := self._read_on()):
             self._ahead.append(data)
 
@@ -291,7 +290,7 @@ class Exchange:
 
     def ready(self, timeout: float = 0.0) -> bool:
         """True if `read` would not have to wait, within `timeout` seconds."""
-        if self._ahead or self.consumer_done or not isinstance(self._raw, Answer):
+        if self._ahead or self.consumer_done or not isinstance(self._raw, Wire):
             return True
         return self._raw.ready(timeout)
 
@@ -336,14 +335,14 @@ class Exchange:
 
     # -- on behalf of `requests` -----------------------------------------------------------
 
-    def urlopen(self, *, timeout: Any, **_: Any) -> Answer:
+    def urlopen(self, *, timeout: Any, **_: Any) -> Wire:
         """Return with the head of the answer. Raises what a pool of urllib3's would, and
         InvalidAnswer or BrokenAnswer."""
-        answer = self._begin(timeout.connect_timeout) if self.begun is None else self.begun
-        answer.await_head()
-        return answer
+        wire = self._begin(timeout.connect_timeout) if self.begun is None else self.begun
+        wire.await_head()
+        return wire
 
-    def _begin(self, timeout: float) -> Answer:
+    def _begin(self, timeout: float) -> Wire:
         """Connect and send. Whatever this raises, `begun` is what there is to go on with."""
         host, port, tls, _ = self._address
         trusted = trust(self._outbound.ca_file) if tls else None
@@ -363,11 +362,10 @@ class Exchange:
                 raise
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
-        self.reached = True
-        self.begun = answer = Answer(wire, self._outbound.method)
+        self.reached, self.begun = True, wire
         wire.timeout = self._timeouts.first_byte
-        wire.send(self._head, self._outbound.body, answer.hear)
-        return answer
+        wire.send(self._outbound.method, self._head, self._outbound.body)
+        return wire
 
     # -- inside ----------------------------------------------------------------------------
 

@@ -18,13 +18,13 @@ from typing import IO, Any, Protocol
 import requests
 import requests.adapters
 
-from gpumanager.upstream.answer import Answer
+from gpumanager.upstream.wire import Wire
 
 
 class Opener(Protocol):
     """Stands where `requests` has one of urllib3's pools."""
 
-    def urlopen(self, *, timeout: Any, **_: Any) -> Answer:
+    def urlopen(self, *, timeout: Any, **_: Any) -> Wire:
         """Send the request, and return with the head of its answer."""
 
 

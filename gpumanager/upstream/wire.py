@@ -11,17 +11,19 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import IO
 
 import certifi
 
+from gpumanager.upstream.parsing import Body, BrokenAnswer, HeadReader, InvalidAnswer, body_of
+
 PIECE_BYTES = 64 * 1024
 """Of a body that is being sent."""
 
 READ_BYTES = 64 * 1024
-"""Of what comes while a request is being sent."""
+"""Of an answer, where nobody says how much."""
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t -~\x80-\xff]*")
@@ -40,10 +42,13 @@ def serialise(method: str, target: str, host: str, headers: Iterable[tuple[str, 
 
 
 class Wire:
-    """An open connection. One thread owns it; any may `shut` it.
+    """An open connection for one request and its answer. It stands where `requests` has one of
+    urllib3's responses. One thread owns it; any may `shut` it.
 
     `timeout` is how long, in seconds, the owner's calls wait for the peer to take or say anything.
-    `close` is idempotent.
+    `status`, `reason` and `fields` (the headers in their order, repeated ones kept) are there after
+    `await_head`, and then `read1` gives the body. `length_remaining` is how many bytes of that are
+    still to come from `read1`; None where that is not known yet. `close` is idempotent.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
@@ -52,6 +57,15 @@ class Wire:
         self._sock = sock
         self._poll = select.poll()
         self.timeout = timeout
+        self._method = ""
+        self._head = HeadReader()
+        self._body: Body | None = None
+        self._content = b""
+        self._fault: Exception | None = None
+        self.status = 0
+        self.reason = ""
+        self.fields: list[tuple[str, str]] = []
+        self.length_remaining: int | None = None
 
     def shut(self) -> None:
         """End it, from any thread: the peer sees it at once, and the owner's call sees an end.
@@ -78,36 +92,12 @@ class Wire:
             except ssl.SSLWantWriteError:
                 self._await(select.POLLOUT, until)
 
-    def receive(self, most: int) -> bytes:
-        """The next bytes, at most `most`; b"" at the end. Raises OSError."""
-        until = time.monotonic() + self.timeout
-        while True:
-            try:
-                return self._sock.recv(most)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self._await(select.POLLIN, until)
-            except ssl.SSLWantWriteError:
-                self._await(select.POLLOUT, until)
-
-    def receive_now(self, most: int) -> bytes | None:
-        """What has come already, at most `most`; None if nothing has. Raises OSError."""
-        try:
-            return self._sock.recv(most)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-
-    def wait(self, seconds: float) -> None:
-        """Return when something comes, or after `seconds`."""
-        self._poll.register(self._sock, select.POLLIN)
-        self._poll.poll(seconds * 1000)
-
-    def send(
-        self, head: bytes, body: bytes | IO[bytes] | None, answered: Callable[[bytes], bool]
-    ) -> None:
-        """Send a request. Whatever comes meanwhile is given to `answered`; once that says that it
-        is the answer, the rest is not sent: a consumer that answers before it has read all may
-        read no more. Raises OSError, not for a peer that closed its end: there may be an answer,
-        and whatever `answered` raises."""
+    def send(self, method: str, head: bytes, body: bytes | IO[bytes] | None) -> None:
+        """Send a request. Whatever comes meanwhile is taken in; once the head of the answer is
+        complete, the rest is not sent: a consumer that answers before it has read all may read no
+        more. Raises as `await_head`, but not for a peer that closed its end: there may be an
+        answer."""
+        self._method = method
         source = io.BytesIO(body or b"") if body is None or isinstance(body, bytes) else body
         piece = head + source.read(max(0, PIECE_BYTES - len(head)))
         rest = memoryview(piece)
@@ -123,12 +113,95 @@ class Wire:
                 if not rest and len(piece) < PIECE_BYTES:
                     return  # that was the last one, or the only one
                 came = self._await(wanted, time.monotonic() + self.timeout)
-                while came & ~select.POLLOUT and (data := self.receive_now(READ_BYTES)) is not None:
-                    if answered(data):
+                while came & ~select.POLLOUT and (data := self._receive_now()) is not None:
+                    self._hear(data)
+                    if self._body is not None:
                         return
                 if not rest:
                     piece = source.read(PIECE_BYTES)
                     rest = memoryview(piece)
+
+    def await_head(self) -> None:
+        """Return when the head of the answer is complete. Raises OSError, and InvalidAnswer or
+        BrokenAnswer if it never will be."""
+        while self._body is None:
+            if self._fault is not None:
+                raise self._fault
+            self._hear(self.receive(READ_BYTES))
+
+    def read1(self, n: int = -1, *, decode_content: bool = False) -> bytes:  # noqa: ARG002
+        """The next bytes of the body as they come, undecoded, at most `n`; b"" at its end. Raises
+        OSError, InvalidAnswer or BrokenAnswer if it breaks off. `decode_content` is there because
+        urllib3 has it."""
+        most = n if n > 0 else READ_BYTES
+        while not self._content and self.length_remaining != 0:
+            if self._fault is not None:
+                raise self._fault
+            self._hear(self.receive(most))
+        content, self._content = self._content[:most], self._content[most:]
+        if self.length_remaining is not None:
+            self.length_remaining -= len(content)
+        return content
+
+    def ready(self, timeout: float = 0.0) -> bool:
+        """True if `read1` would not have to wait. Looks again if something comes within `timeout`
+        seconds. What has come already is taken in; what of it is framing makes nothing ready."""
+        while not self._content and self._fault is None and self.length_remaining != 0:
+            try:
+                data = self._receive_now()
+            except OSError as error:
+                self._fault = error  # said once only: without it the end would look like a good one
+                break
+            if data is not None:
+                self._hear(data)
+            elif timeout > 0:
+                self._poll.register(self._sock, select.POLLIN)
+                self._poll.poll(timeout * 1000)
+                timeout = 0.0
+            else:
+                return False
+        return True
+
+    def receive(self, most: int) -> bytes:
+        """The next bytes, at most `most`; b"" at the end. Raises OSError."""
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self._sock.recv(most)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._await(select.POLLIN, until)
+            except ssl.SSLWantWriteError:
+                self._await(select.POLLOUT, until)
+
+    def _receive_now(self) -> bytes | None:
+        """What has come already; None if nothing has. Raises OSError."""
+        try:
+            return self._sock.recv(READ_BYTES)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+
+    def _hear(self, data: bytes) -> None:
+        """Take in what came; b"" is the end of the connection."""
+        body = self._body
+        if body is None:
+            head = self._head
+            try:
+                rest = head.feed(data)
+                if rest is None:
+                    return
+                body = self._body = body_of(self._method, head.status, head.fields)
+            except (InvalidAnswer, BrokenAnswer) as error:
+                self._fault = error
+                raise
+            self.status, self.reason, self.fields = head.status, head.reason, head.fields
+            self.length_remaining = body.left
+            if not rest:
+                return
+            data = rest
+        if body.left != 0:
+            self._content += body.feed(data)
+            left, self._fault = body.left, body.fault
+            self.length_remaining = None if left is None else left + len(self._content)
 
     def _await(self, events: int, until: float) -> int:
         """The events that came. Raises TimeoutError."""

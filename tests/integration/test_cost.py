@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 JOBS = 100
 TOLERANCE = 1.15
 
-PYTHON_CALLS = 450
+PYTHON_CALLS = 430
 """Of a small job, in its own thread and in the server's loop, the libraries' included."""
 
 BUILTIN_CALLS = 575

@@ -14,7 +14,6 @@ import pytest
 from gpumanager.clock import SystemClock
 from gpumanager.config import Timeouts
 from gpumanager.errors import ClientGone, ConsumerUnreachable
-from gpumanager.upstream.answer import Answer
 from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.watcher import Watcher
@@ -247,7 +246,9 @@ def test_a_reset_that_was_seen_by_a_look_is_not_the_end_of_an_answer() -> None:
 def test_what_was_wrong_with_a_head_is_said_again_to_who_waits_for_it() -> None:
     ours, theirs = socket.socketpair()
     with closing(theirs), closing(Wire(ours, 1)) as wire:
-        one = Answer(wire, "POST")
-        for call in (lambda: one.hear(b"nonsense\r\n"), one.await_head):
-            with pytest.raises(InvalidAnswer, match="status line"):
-                call()
+        theirs.send(b"nonsense\r\n")
+        large = b"x" * PIECE_BYTES  # between two pieces what has come is looked at
+        with pytest.raises(InvalidAnswer, match="status line"):
+            wire.send("POST", b"", large)
+        with pytest.raises(InvalidAnswer, match="status line"):
+            wire.await_head()
