@@ -1,10 +1,11 @@
 """How far one job travels through the package, and how large the package is:
 `python -m benchmarks.structure`.
 
-It sends one POST that nobody else waits for through a broker and its consumer, and follows every
-thread of the broker: calls of the package's own functions, and moves from one of its files to
-another (by a call, or back by a return). The rest is read from the source: lines, the longest
-function, and the places that give the GPU back.
+It sends POSTs that nobody else waits for through a broker and its consumer, one by one, and
+follows every thread of the broker until it is at rest again: calls of the package's own functions,
+and moves from one of its files to another (by a call, or back by a return). The median is told,
+since a watcher's sweep may fall into any of them. The rest is read from the source: lines, the
+longest function, and the places that give the GPU back.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import ast
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -27,6 +30,10 @@ PACKAGE = Path(gpumanager.__file__).parent
 ROOT = PACKAGE.parent
 GIVE_BACK = "_give_back"
 """How the one way is called in which a job's hold on the GPU ends; it is `jobs.hold`'s own."""
+
+POSTS = 15
+REST_S = 0.05
+"""Before and after each, for what the broker does once the client has its answer."""
 
 
 class Journey:
@@ -58,21 +65,29 @@ class Journey:
             self.moves += 1
 
 
-def follow_one_post() -> Journey:
-    """The journey of one POST /v1/llm, after twenty that warmed the broker up."""
+def follow_one_post() -> tuple[int, int, int]:
+    """The calls, the moves and the files of one POST /v1/llm: the median of `POSTS`, after twenty
+    that warmed the broker up."""
     journey = Journey()
+    counts: list[tuple[int, int]] = []
     with running.upstream() as port:
         threading.setprofile(journey)
         try:
             with live_broker(running.one_consumer(port)) as broker:
                 data = client.request("/v1/llm")
                 client.one_by_one(broker.port, data, 20)
-                journey.following = True
-                client.one_by_one(broker.port, data, 1)
-                journey.following = False
+                for _ in range(POSTS):
+                    time.sleep(REST_S)
+                    journey.calls = journey.moves = 0
+                    journey.following = True
+                    client.one_by_one(broker.port, data, 1)
+                    time.sleep(REST_S)
+                    journey.following = False
+                    counts.append((journey.calls, journey.moves))
         finally:
             threading.setprofile(None)
-    return journey
+    calls, moves = (round(median(each)) for each in zip(*counts, strict=True))
+    return calls, moves, len(journey.files)
 
 
 def functions() -> Iterator[tuple[int, str]]:
@@ -98,11 +113,11 @@ def give_back_sites() -> list[str]:
 
 def main() -> None:
     logging.getLogger("gpumanager.access").setLevel(logging.WARNING)
-    journey = follow_one_post()
+    calls, moves, files_seen = follow_one_post()
     files = [path.read_text("utf-8") for path in PACKAGE.rglob("*.py")]
     longest, where = max(functions())
     sites = give_back_sites()
-    print(f"one POST: {journey.calls} own calls, {journey.moves} moves, {len(journey.files)} files")
+    print(f"one POST: {calls} own calls, {moves} moves, {files_seen} files")
     print(f"package: {sum(text.count(chr(10)) for text in files)} lines in {len(files)} files")
     print(f"longest function: {longest} lines, {where}")
     print(f"calls of {GIVE_BACK}: {len(sites)}: {', '.join(sites)}")
