@@ -157,7 +157,7 @@ def test_an_unexpected_exception_is_a_500_without_a_trace(
     def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(broker.broker.registry, "get", broken)
+    monkeypatch.setattr(broker.broker.registry, "enter", broken)
     reply = broker.post("/v1/tts", headers={"X-Request-Id": "find-me"})
     envelope(500, reply, "internal_error", retryable=True)
     assert "secret" not in reply.text
