@@ -52,12 +52,13 @@ class Connection:
         head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
         received = Received(head, b"")
         length = int(received.header("content-length") or 0)
-        while len(self._buffer) < length:
+        came = bytearray(self._buffer)
+        while len(came) < length:
             data = self.sock.recv(65536)
             if not data:
                 break
-            self._buffer += data
-        received.body, self._buffer = self._buffer[:length], self._buffer[length:]
+            came += data
+        received.body, self._buffer = bytes(came[:length]), bytes(came[length:])
         return received
 
     def send(self, data: bytes) -> None:
@@ -231,7 +232,7 @@ class RawClient:
             (name, value.strip()) for name, _, value in (x.partition(":") for x in lines[1:])
         ]
         found = Answer(int(lines[0].split()[1]), headers, b"", complete=True)
-        rest = self.buffer.partition(b"\r\n\r\n")[2]
+        rest = bytearray(self.buffer.partition(b"\r\n\r\n")[2])
         if head_only or found.status in (204, 304):
             return found
         length = found.header("Content-Length")
@@ -240,14 +241,14 @@ class RawClient:
         elif length is not None:
             while len(rest) < int(length) and (data := self._more()):
                 rest += data
-            found.body, found.complete = rest, len(rest) == int(length)
+            found.body, found.complete = bytes(rest), len(rest) == int(length)
         else:
             try:
                 while data := self.sock.recv(65536):
                     rest += data
             except ConnectionResetError:
                 found.complete = False
-            found.body = rest
+            found.body = bytes(rest)
         found.raw = self.buffer
         return found
 
@@ -257,19 +258,20 @@ class RawClient:
         except ConnectionResetError:
             return b""
 
-    def _chunked(self, rest: bytes) -> tuple[bytes, bool]:
-        body = b""
+    def _chunked(self, rest: bytearray) -> tuple[bytes, bool]:
+        body = bytearray()
         while True:
-            while b"\r\n" not in rest:
+            while (end := rest.find(b"\r\n")) < 0:
                 if not (data := self._more()):
-                    return body, False
+                    return bytes(body), False
                 rest += data
-            size_text, _, rest = rest.partition(b"\r\n")
-            size = int(size_text, 16)
+            size = int(rest[:end], 16)
+            del rest[: end + 2]
             while len(rest) < size + 2:
                 if not (data := self._more()):
-                    return body + rest[:size], False
+                    return bytes(body + rest[:size]), False
                 rest += data
-            body, rest = body + rest[:size], rest[size + 2 :]
+            body += rest[:size]
+            del rest[: size + 2]
             if size == 0:
-                return body, True
+                return bytes(body), True
