@@ -53,7 +53,7 @@ import requests
 from benchmarks.running import Broker, serving
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.fake_servers import command, fake_server
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 
 CARD_MIB = 12_000
 NEEDS = {"voice": 3000, "whisper": 2500, "ollama": 6000, "comfyui": 5000, "vllm": 5500}

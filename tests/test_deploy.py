@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gpumanager.config import load_config, parse_config
 from gpumanager.setup.userservice import UserService
 from tests.support.broker import live_broker
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

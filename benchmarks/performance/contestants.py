@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from benchmarks.performance import client
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 90.0

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from gpumanager.demo import studio
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 from tests.support.threads import eventually
 
 ROOT = Path(__file__).parent.parent.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +11,7 @@ import pytest
 
 from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.ports import free_port
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
@@ -45,12 +45,6 @@ def envelope(status: int, reply: Any, code: str, *, retryable: bool) -> dict[str
     assert body["message"]
     assert set(body) <= {"error", "message", "consumer", "retryable"}
     return body
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def test_a_dead_consumer_is_a_502() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.ports import free_port
 from tests.support.threads import Outcome, eventually
 
 CONSUMER = """
@@ -55,9 +55,7 @@ class Consumer:
     """The process; `start` again after `kill`, on the same port."""
 
     def __init__(self) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         self.reached = threading.Event()
         self._process: subprocess.Popen[str] | None = None
 

@@ -17,9 +17,10 @@ from gpumanager.config.live import LiveConfig, changes
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.registry import Registry
 from gpumanager.consumers.snapshot import Snapshot
-from tests.integration.test_serving import free_port, serving
+from tests.integration.test_serving import serving
 from tests.support import faults
 from tests.support.broker import LiveBroker, config_for, live_broker
+from tests.support.ports import free_port
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome, eventually
 

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 from gpumanager.cli import main
 from tests.support.broker import LiveBroker, live_broker
-from tests.support.sockets import ScriptedConsumer, answer, free_port
+from tests.support.ports import free_port
+from tests.support.sockets import ScriptedConsumer, answer
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -22,7 +22,7 @@ from gpumanager.gpu.simulated import SimulatedCard
 from gpumanager.host import checkpoint
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, command, fake_server
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 from tests.support.threads import Outcome, eventually
 
 KINDS = {"comfyui": "image", "ollama": "llm", "vllm": "llm", "plain": "tts"}

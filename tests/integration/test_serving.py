@@ -18,17 +18,12 @@ import pytest
 import requests
 
 from tests.support.broker import config_for
+from tests.support.ports import free_port
 from tests.support.sockets import RawClient, ScriptedConsumer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Process:

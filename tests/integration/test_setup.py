@@ -25,7 +25,8 @@ from gpumanager.config import load_config
 from gpumanager.demo import studio
 from gpumanager.gpu.simulated import SimulatedCard
 from tests.support.fake_servers import Running, fake_server
-from tests.support.sockets import ScriptedConsumer, answer, free_port
+from tests.support.ports import free_port
+from tests.support.sockets import ScriptedConsumer, answer
 from tests.support.threads import eventually
 
 pytestmark = pytest.mark.timeout(90)

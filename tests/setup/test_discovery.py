@@ -15,7 +15,7 @@ from gpumanager.setup import asking
 from gpumanager.setup.discovery import discover
 from gpumanager.setup.services import Identity, identify
 from tests.gpu.test_attribution import FakeProcesses
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 
 NOT_FOUND = (404, {"detail": "Not Found"})
 

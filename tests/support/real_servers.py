@@ -19,7 +19,7 @@ import psutil
 import requests
 import yaml
 
-from tests.support.sockets import free_port
+from tests.support.ports import free_port
 from tests.support.threads import eventually
 
 ROOT = Path(__file__).parent.parent.parent

@@ -82,12 +82,6 @@ class Connection:
         self.sock.close()
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
 Script = Callable[[Connection, Received], None]
 
 

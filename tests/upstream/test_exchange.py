@@ -18,7 +18,8 @@ from gpumanager.upstream.exchange import AHEAD_BYTES, Exchange, Outbound
 from gpumanager.upstream.parsing import InvalidAnswer
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.upstream.wire import PIECE_BYTES, Wire
-from tests.support.sockets import Connection, Received, ScriptedConsumer, answer, free_port
+from tests.support.ports import free_port
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, eventually
 
 Script = Callable[[Connection, Received], None]
