@@ -3,12 +3,14 @@
 # make bench          the broker beside its peers, into docs/performance.md (FLAGS=--quick: a minute)
 # make test-real      the broker in front of real servers from PyPI, on the CPU (1.2 GB; some minutes)
 # make test           everything that has to pass: format, lint, types, layers, tests, coverage
+#                     (WORKERS=N: so many processes for the tests; else one more than cores, 4 at most)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 REAL := .venv-real
 CONFIG ?=
 FLAGS ?= --write
+WORKERS ?= auto
 
 .PHONY: run test test-real lint format unit bench clean
 
@@ -20,7 +22,12 @@ run: $(VENV)/.run
 	$(BIN)/gpumanager serve --config $(CONFIG)
 endif
 
-test: lint unit
+# Side by side; what lint says comes last, in one piece. Both have to pass.
+test: $(VENV)/.dev $(VENV)/.tools
+	@said=$$(mktemp) && trap 'rm -f "$$said"' EXIT; \
+	$(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
+	failed=0; $(MAKE) --no-print-directory unit || failed=1; \
+	wait $$lint || failed=1; cat "$$said"; exit $$failed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -30,7 +37,7 @@ lint: $(VENV)/.dev
 
 unit: $(VENV)/.dev $(VENV)/.tools
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -26,7 +26,9 @@ def texts() -> Iterator[tuple[str, str]]:
     folders = ("gpumanager", "docs", "deploy", "examples", "config", "benchmarks")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     for path in [*ROOT.iterdir(), *found]:
-        if path.is_file() and path.suffix not in {".png", ".pyc"} and path.name != ".coverage":
+        if path.parent.name == "__pycache__" or path.name.startswith(".coverage"):
+            continue  # other processes of this run write them, and put them away
+        if path.is_file() and path.suffix != ".png":
             yield str(path.relative_to(ROOT)), path.read_text("utf-8", errors="replace")
 
 

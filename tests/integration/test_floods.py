@@ -73,7 +73,7 @@ def test_a_body_in_one_byte_chunks_arrives(broker: LiveBroker, consumer: Scripte
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_S", 0.5)
+    monkeypatch.setattr(connection, "HEAD_S", 1.0)
     monkeypatch.setattr(connection, "RATE_WINDOW_S", 1.0)
 
 

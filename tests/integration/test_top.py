@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import termios
 import threading
@@ -29,6 +30,11 @@ CONSUMERS = 12
 WAITING = 15
 
 
+def heeds_interrupts() -> None:
+    """As in a terminal, also where the tests run in a shell's background, which ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program in a terminal of `rows` and `columns`, and what stands on its screen."""
 
@@ -37,7 +43,11 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         environ = {**os.environ, "TERM": "xterm", "COLUMNS": "", "LINES": ""}
         self.program: Any = pexpect.spawn(
-            command, env=environ, dimensions=(rows, columns), timeout=20
+            command,
+            env=environ,
+            dimensions=(rows, columns),
+            timeout=20,
+            preexec_fn=heeds_interrupts,
         )
         self.before = termios.tcgetattr(self.program.child_fd)
 
