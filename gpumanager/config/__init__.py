@@ -16,10 +16,9 @@ from gpumanager.config.calls import (
     Settled,
     UnloadCall,
 )
-from gpumanager.config.faults import ConfigError, Fault
+from gpumanager.config.faults import ConfigError
 from gpumanager.config.loading import (
     CONFIG_ENV,
-    DEFAULT_CONFIG_PATH,
     config_path_from_env,
     load_config,
     parse_config,
@@ -28,7 +27,6 @@ from gpumanager.config.loading import (
 )
 from gpumanager.config.schema import (
     KINDS,
-    AuthConfig,
     Config,
     ConsumerConfig,
     EventsConfig,
@@ -40,9 +38,7 @@ from gpumanager.config.schema import (
 
 __all__ = [
     "CONFIG_ENV",
-    "DEFAULT_CONFIG_PATH",
     "KINDS",
-    "AuthConfig",
     "Call",
     "Config",
     "ConfigError",
@@ -50,7 +46,6 @@ __all__ = [
     "Done",
     "EventsConfig",
     "EvictionMethod",
-    "Fault",
     "GpuConfig",
     "Health",
     "LoadCall",
