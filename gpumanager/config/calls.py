@@ -355,15 +355,16 @@ class EvictionMethod(Model):
     @model_validator(mode="before")
     @classmethod
     def _exactly_one(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
+        if isinstance(value, cls):
             return value
-        chosen = [name for name in values.METHODS if value.get(name) is not None]
+        given = value if isinstance(value, Mapping) else {}
+        chosen = [name for name in values.METHODS if given.get(name) is not None]
         if len(chosen) != 1:
             raise ValueError(
                 f"must be http, or have exactly one of {', '.join(values.METHODS[1:])}"
             )
         for key, method in _BELONGS.items():
-            if key in value and chosen != [method]:
+            if key in given and chosen != [method]:
                 raise ValueError(f"'{key}' belongs to {method}")
         return value
 

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel
-
 METHODS = ("http", "unit", "container", "signal", "checkpoint")
 """The eviction methods, of which an entry of `evict` has one."""
 
@@ -270,11 +268,7 @@ def bare_expression(value: object) -> object:
 
 
 def bare_method(value: object) -> object:
-    if value == "http":
-        return {"http": True}
-    if not isinstance(value, Mapping | BaseModel):
-        raise ValueError(f"must be http, or have exactly one of {', '.join(METHODS[1:])}")
-    return value
+    return {"http": True} if value == "http" else value
 
 
 def listed(value: object) -> object:
