@@ -171,7 +171,7 @@ class Broker:
         )
         self.events.listen(metrics.take_note)
         proxy = Proxy(self._live, self.watcher, self._clock)
-        router = Router(self._live, self._catalogue)
+        router = Router(self.registry, self._catalogue)
         self.ways = Ways(
             self._live, router, self._admission, proxy, self._runner(places, shortages)
         )

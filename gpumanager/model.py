@@ -24,7 +24,9 @@ class Job:
     `max_wait` is the longest the client is willing to wait in line, in seconds; None leaves
     it to the scheduler's own bound. `makes_room` is False for what needs the GPU to itself, but
     no memory of it, as an unload; `runs` for what ends as soon as its consumer is loaded. `key` is
-    the name of the API key it came with, where keys are in use.
+    the name of the API key it came with, where keys are in use. `settings` is the consumer's
+    config as of when the job was admitted, for those who prepare it: what a reload changes later
+    is for the jobs after it. The queue does not look at it.
     """
 
     consumer: str
@@ -35,6 +37,7 @@ class Job:
     makes_room: bool = True
     runs: bool = True
     key: str | None = None
+    settings: object = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,12 +180,9 @@ class Footprint:
 
     def needs(self, now: float) -> Needs:
         """What that follows from."""
-        return Needs(
-            self._figure("measured"),
-            self._figure("reported"),
-            self.measured_jobs,
-            self.raised(now),
-        )
+        self._forget_raised(now)
+        measured, reported = self._figure("measured"), self._figure("reported")
+        return Needs(measured, reported, len(self._peaks["measured"]), self._raised)
 
     def _figure(self, source: Seen) -> Figure | None:
         peaks, current = self._peaks[source], self._current.get(source)

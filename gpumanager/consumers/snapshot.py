@@ -48,10 +48,9 @@ class Snapshot:
         """The same, with these states of the consumers."""
         return replace(self, states=states)
 
-    def as_admitted(self, name: str, admission: Snapshot) -> Snapshot:
-        """The same, with the settings that one consumer had when a job of it was admitted: what a
-        reload has changed of them since is for the jobs after it."""
-        settings = admission.config.consumers[name]
+    def with_settings(self, name: str, settings: ConsumerConfig) -> Snapshot:
+        """The same, with these settings of one consumer: those of when a job of it was admitted.
+        What a reload has changed of them since is for the jobs after it."""
         consumers = self.config.consumers
         if consumers.get(name) is settings:
             return self

@@ -11,13 +11,15 @@ from gpumanager.gpu.accounting import Balance, Held, balance, disproved, held, p
 def holder(snapshot: Snapshot, name: str, now: float | None = None) -> Held:
     """What one consumer holds. With `now`, monotonic seconds, one that the broker has unloaded just
     before is credited with no more than it keeps."""
+    state = snapshot.states[name]
+    at_rest = state.loaded and state.unloaded_at is None  # what it would keep does not matter
     return held(
         name,
-        snapshot.states[name],
+        state,
         snapshot.config.consumers[name].vram_resident_mib,
         snapshot.gpu.reading,
         last=snapshot.gpu.last,
-        keeps_mib=keeps_mib(snapshot, name),
+        keeps_mib=0 if at_rest else keeps_mib(snapshot, name),
         now=now,
     )
 
@@ -43,6 +45,8 @@ def keeps_mib(snapshot: Snapshot, name: str) -> int:
 
 def believable(snapshot: Snapshot) -> Snapshot:
     """The snapshot without the assumptions that cannot all be true."""
+    if not _assumes(snapshot):
+        return snapshot
     states = plausible(
         snapshot.states, _declared(snapshot), snapshot.gpu.reading, _total_mib(snapshot)
     )
@@ -52,7 +56,13 @@ def believable(snapshot: Snapshot) -> Snapshot:
 def impossible(snapshot: Snapshot) -> list[str]:
     """While the card cannot be read: the consumers that are assumed to be loaded and cannot be,
     since those that surely are leave no room for them."""
+    if not _assumes(snapshot):
+        return []
     return disproved(snapshot.states, _declared(snapshot), _total_mib(snapshot))
+
+
+def _assumes(snapshot: Snapshot) -> bool:
+    return any(state.assumed is not None for state in snapshot.states.values())
 
 
 def _declared(snapshot: Snapshot) -> dict[str, int]:

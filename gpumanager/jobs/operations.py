@@ -182,6 +182,7 @@ class Operations:
                 makes_room=kind != "unload",
                 runs=False,
                 key=record.key,
+                settings=place.config,
             )
             ticket = place.take_ticket(job)
             client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))

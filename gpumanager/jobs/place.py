@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from gpumanager.config import ConsumerConfig
+from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.registry import Registry
-from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
 from gpumanager.jobs.routing import Choice
 from gpumanager.model import Job
@@ -28,16 +27,15 @@ class Shares(Protocol):
 
 class Place:
     """One request's: its consumer, which no reload removes or moves meanwhile, its share of what
-    its key may have in the queue, and its ticket, once it was taken. `admission` is what was known
-    when the place was opened; the consumer's settings of then, `config`, stay the request's own to
-    its end. Safe from any thread."""
+    its key may have in the queue, and its ticket, once it was taken. `config` are the consumer's
+    settings as of when the place was opened: they stay the request's own to its end. Safe from any
+    thread."""
 
     def __init__(
-        self, name: str, admission: Snapshot, scheduler: Scheduler, shares: Shares
+        self, name: str, config: ConsumerConfig, scheduler: Scheduler, shares: Shares
     ) -> None:
         self.name = name
-        self.admission = admission
-        self.config: ConsumerConfig = admission.consumers[name]
+        self.config = config
         self._scheduler = scheduler
         self._shares = shares
         self._lock = threading.Lock()
@@ -75,20 +73,26 @@ class Places:
         self._shares = shares
 
     def chosen(self, choose: Callable[[], Choice]) -> tuple[Choice, Place]:
-        """What `choose` chooses now, and a place with that consumer. Raises what it raises."""
-        choice = choose()
+        """What `choose` chooses, and a place with that consumer, by one and the same config: where
+        a reload comes in between, it is asked again. Raises what it raises."""
         while True:
+            config = self._registry.now.config
+            choice = choose()
             try:
-                return choice, self.open(choice.consumer)
+                admitted_by = self._registry.enter(choice.consumer).config
             except NoConsumer:
-                before, choice = choice, choose()
-                if choice == before:
+                if self._registry.now.config is config:
                     raise
-                # A reload came in between: what it routes the job to is right.
+                continue
+            if admitted_by is config:
+                return choice, self._place(choice.consumer, config)
+            self._registry.leave(choice.consumer)
 
     def open(self, name: str) -> Place:
         """A place with one consumer. Raises NoConsumer if it is not in the config (any more)."""
-        admission = self._registry.enter(name)
-        place = Place(name, admission, self._scheduler, self._shares)
+        return self._place(name, self._registry.enter(name).config)
+
+    def _place(self, name: str, config: Config) -> Place:
+        place = Place(name, config.consumers[name], self._scheduler, self._shares)
         place.when_given_up(partial(self._registry.leave, name))
         return place

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Protocol
 
-from gpumanager.config import Config, ConsumerConfig, ModelEntry
+from gpumanager.config import ConsumerConfig, ModelEntry
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.model import ModelListing
 
@@ -93,8 +94,8 @@ def _names(offer: Offer) -> Iterable[str]:
 class Router:
     """Chooses by the config of the moment. Safe from any thread."""
 
-    def __init__(self, config: Config, catalogue: Catalogue) -> None:
-        self._config = config
+    def __init__(self, registry: Registry, catalogue: Catalogue) -> None:
+        self._registry = registry
         self._catalogue = catalogue
 
     def choose(
@@ -107,29 +108,31 @@ class Router:
         says could take it, or the default if none could. `model` tells which one the job names;
         it is asked only if that matters. Raises NoConsumer, ModelNotFound, and what `model`
         raises."""
-        kind = next((each for each in kinds if self._config.candidates(each)), kinds[-1])
-        names = self._config.candidates(kind)
+        config = self._registry.now.config
+        kind = next((each for each in kinds if config.candidates(each)), kinds[-1])
+        names = config.candidates(kind)
         if not names:
             raise NoConsumer(f"no consumer routes {' or '.join(kinds)}")
-        able = [each for each in names if serves(kind, self._config.consumers[each])]
-        if not able or (len(able) == 1 and self._takes_any(able[0])):
+        able = [each for each in names if serves(kind, config.consumers[each])]
+        if not able or (len(able) == 1 and _takes_any(config.consumers[able[0]])):
             return Choice(kind, (able or names)[0])
         wanted = model()
-        return choose(kind, [self._offer(each, wanted) for each in able], wanted)
+        return choose(
+            kind, [self._offer(each, config.consumers[each], wanted) for each in able], wanted
+        )
 
     def consumer(self, name: str) -> ConsumerConfig:
         """The config of one that was chosen."""
-        return self._config.consumers[name]
+        return self._registry.now.consumers[name]
 
-    def _takes_any(self, name: str) -> bool:
-        """Whether the model need not be known: the only consumer takes them all, or tells by
-        itself which it has."""
-        consumer = self._config.consumers[name]
-        return consumer.any_model or (consumer.models is None and consumer.list_models is None)
-
-    def _offer(self, name: str, wanted: str | None) -> Offer:
-        consumer = self._config.consumers[name]
+    def _offer(self, name: str, consumer: ConsumerConfig, wanted: str | None) -> Offer:
         asks = wanted is not None and consumer.models is None and not consumer.any_model
         listed = self._catalogue.listed(name, wanted=wanted) if asks else None
         names = None if listed is None else listed.names
         return Offer(name, consumer.models, names, consumer.any_model)
+
+
+def _takes_any(consumer: ConsumerConfig) -> bool:
+    """Whether the model need not be known: the only consumer takes them all, or tells by itself
+    which it has."""
+    return consumer.any_model or (consumer.models is None and consumer.list_models is None)

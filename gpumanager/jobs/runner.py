@@ -80,7 +80,15 @@ class JobRunner:
             exchange = prepare(choice, consumer)
             client = ClientWatch(record, self._watcher)
             record.stack.callback(client.stop)
-            job = Job(name, choice.kind, record.who, record.request_id, max_wait, key=record.key)
+            job = Job(
+                name,
+                choice.kind,
+                record.who,
+                record.request_id,
+                max_wait,
+                key=record.key,
+                settings=consumer,
+            )
             ticket = self._wait(hold, job, exchange, client, record)
         except BaseException:
             hold.end()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
+from gpumanager.config import Config, ConsumerConfig
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.headers import end_to_end
 from gpumanager.upstream.watcher import Watcher
@@ -45,15 +45,17 @@ class Proxy:
         inbound: Inbound,
         path: str,
         method: str | None = None,
+        settings: ConsumerConfig | None = None,
         *,
         endless: bool = False,
     ) -> Exchange:
         """An exchange that forwards `inbound` to `path` of the consumer, not yet sent.
 
         `path` is sent to the letter behind the consumer's base path, then the client's query;
-        `method` None keeps the client's; `endless`: no limit on the whole, but on each part.
+        `method` None keeps the client's. `settings` are the consumer's, as of when a job was
+        admitted; None: those in force. `endless`: no limit on the whole, but on each part.
         """
-        settings = self._config.consumers[consumer]
+        settings = self._config.consumers[consumer] if settings is None else settings
         target = settings.base_path + path
         if inbound.query:
             target += ("&" if "?" in target else "?") + inbound.query

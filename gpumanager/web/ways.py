@@ -123,7 +123,7 @@ class Ways:
                     raise NoConsumer(f"consumer {name} lacks {lacks}", consumer=name)
                 self._admission.check(name)
                 inbound = request.served_as(choice.served_as)
-                return self._proxy.prepare(name, inbound, route.path, route.method)
+                return self._proxy.prepare(name, inbound, route.path, route.method, consumer)
 
             max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
             answer = self._jobs.run(record_of(environ), choose, prepare, max_wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
+    with set_up(tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def set_up(tmp_path: Path, **config: Any) -> Iterator[Setting]:
+    """The consumer answers a job with its path, once it may go on."""
     go_on = threading.Event()
 
     def script(peer: Connection, request: Received) -> None:
@@ -60,7 +68,7 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
 
     file = tmp_path / "broker.yaml"
     with ScriptedConsumer(script) as consumer:
-        file.write_text(config_for(consumer.url, audio_proxy=None))
+        file.write_text(config_for(consumer.url, audio_proxy=None, **config))
         with live_broker(file.read_text()) as broker:
             broker.broker.reloading.read = lambda: load_config(str(file))
             try:
@@ -174,6 +182,32 @@ def test_a_consumer_is_not_taken_away_between_a_jobs_route_and_its_place_in_the_
     assert setting.broker.post("/v1/reload").status_code == 200  # now it may go
     gone = setting.broker.post("/v1/tts", data=b"{}")
     assert (gone.status_code, gone.json()["error"]) == (501, "no_consumer")
+
+
+def test_a_job_is_prepared_by_the_settings_of_its_admission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reload comes between its admission and its preparation."""
+    said: list[requests.Response] = []
+    check = Admission.check
+    hasty = {"connect": 2, "first_byte": 0.05, "idle": 0.05, "total": 0.05}
+    with set_up(tmp_path, scheduler={"kind": "passthrough"}) as made:
+
+        def reload_meanwhile(admission: Admission, name: str) -> None:
+            if not said:
+                said.append(
+                    made.change(lambda data: data["consumers"]["mvoice"].update(timeouts=hasty))
+                )
+            check(admission, name)
+
+        monkeypatch.setattr(Admission, "check", reload_meanwhile)
+        before = Outcome(lambda: made.broker.post("/v1/tts", data=b"{}"))
+        made.broker.await_line(1)
+        after = made.broker.post("/v1/stt", data=b"{}")
+        assert after.json()["error"] == "consumer_timeout"
+        made.go_on.set()  # so the one before has taken longer
+        assert before.result().text == "/api/tts\n"
+    assert said[0].status_code == 200
 
 
 def test_a_job_goes_where_its_kind_is_routed_after_a_reload_that_came_in_between(

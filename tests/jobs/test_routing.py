@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from gpumanager.config import ModelEntry, parse_config
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.jobs.routing import Choice, Offer, Router, choose
 from gpumanager.model import ModelListing
+from tests.support.clock import FakeClock
 
 
 def named(consumer: str, *names: str, **served_as: str) -> Offer:
@@ -77,7 +79,7 @@ class Lists:
 
 def router() -> tuple[Router, Lists]:
     lists = Lists()
-    return Router(parse_config(CONFIG), lists), lists
+    return Router(Registry(parse_config(CONFIG), FakeClock()), lists), lists
 
 
 def unread() -> str | None:
