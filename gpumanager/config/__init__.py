@@ -3,13 +3,11 @@
 from gpumanager.config.calls import (
     Call,
     Done,
-    EvictionMethod,
     Health,
     LoadCall,
     Lost,
     ModelEntry,
     ModelList,
-    OutOfMemory,
     Probe,
     Route,
     Session,
@@ -25,6 +23,7 @@ from gpumanager.config.loading import (
     read_config_file,
     users_config_path,
 )
+from gpumanager.config.memory import EvictionMethod, OutOfMemory
 from gpumanager.config.schema import (
     KINDS,
     Config,

@@ -20,7 +20,6 @@ from pydantic import (
 
 from gpumanager.config import values
 from gpumanager.config.calls import (
-    HTTP,
     LONGEST_S,
     AnyFile,
     AudioPrefix,
@@ -31,7 +30,6 @@ from gpumanager.config.calls import (
     Done,
     DropIn,
     Duration,
-    EvictionMethod,
     File,
     Health,
     Host,
@@ -43,7 +41,6 @@ from gpumanager.config.calls import (
     ModelEntry,
     ModelList,
     OfConsumer,
-    OutOfMemory,
     Probe,
     Route,
     Seconds,
@@ -52,6 +49,7 @@ from gpumanager.config.calls import (
     UnloadCall,
     Url,
 )
+from gpumanager.config.memory import HTTP, EvictionMethod, OutOfMemory
 from gpumanager.model import Declared
 
 KINDS = ("tts", "stt", "llm", "image")

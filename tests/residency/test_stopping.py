@@ -151,7 +151,7 @@ def test_what_cannot_be_done_is_told(
 
 
 def test_an_unload_call_is_no_way_to_stop_a_process() -> None:
-    from gpumanager.config.calls import HTTP
+    from gpumanager.config.memory import HTTP
 
     with pytest.raises(ConsumerUnreachable, match="http is no way"):
         stopping({"unit": "it.service"}).stop("it", HTTP)

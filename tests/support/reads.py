@@ -17,10 +17,10 @@ from typing import Any, Self, get_args, get_type_hints
 from pydantic import BaseModel
 
 import gpumanager
-from gpumanager.config import calls, schema
+from gpumanager.config import calls, memory, schema
 
 PACKAGE = Path(gpumanager.__file__).parent
-SCHEMA = (Path(calls.__file__), Path(schema.__file__))
+SCHEMA = (Path(calls.__file__), Path(memory.__file__), Path(schema.__file__))
 
 Model = type[BaseModel]
 Models = frozenset[Model]
@@ -28,7 +28,7 @@ NONE: Models = frozenset()
 
 MODELS: dict[str, Model] = {
     name: each
-    for module in (calls, schema)
+    for module in (calls, memory, schema)
     for name, each in vars(module).items()
     if isinstance(each, type) and issubclass(each, calls.Model) and each is not calls.Model
 }
