@@ -14,12 +14,13 @@ from functools import partial
 from gpumanager.config import ConfigError, config_path_from_env, load_config
 from gpumanager.keys import KeysError
 from gpumanager.serving import prepare
+from gpumanager.web.server import CannotListen
 
 _path = config_path_from_env(os.environ)
 _read = partial(load_config, _path)
 try:
     _broker = prepare(_read(), _read, _path)
-except (ConfigError, KeysError) as error:
+except (CannotListen, ConfigError, KeysError) as error:
     print(error, file=sys.stderr)
     raise SystemExit(2) from None
 

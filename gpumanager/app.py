@@ -48,6 +48,7 @@ from gpumanager.web import server
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.guard import Guard
 from gpumanager.web.models import ModelLists
+from gpumanager.web.mounts import Mounts
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
@@ -172,15 +173,16 @@ class Broker:
         self.events.listen(metrics.take_note)
         proxy = Proxy(self._live, self.watcher, self._clock)
         router = Router(self.registry, self._catalogue)
-        self.ways = Ways(
-            self._live, router, self._admission, proxy, self._runner(places, shortages)
-        )
+        runner = self._runner(places, shortages)
+        forward = Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS)
+        self.ways = Ways(self._live, router, self._admission, proxy, runner)
         return Services(
             config=self._live,
             ways=self.ways,
+            mounts=Mounts(self._live, self._admission, proxy, runner, forward, self._emit),
             router=router,
             models=ModelLists(self.registry, self._catalogue),
-            forward=Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS),
+            forward=forward,
             operations=Operations(
                 self._live,
                 places,

@@ -36,6 +36,9 @@ def serve(
     except KeysError as error:
         log.error("bad keys", extra={"reason": str(error)})
         return 2
+    except server.CannotListen as error:
+        log.error("cannot listen", extra=_told(error.address, str(error), taken=error.taken))
+        return 2
     if config_file is not None:
         log.info("config read", extra={"file": os.path.abspath(config_file)})
     notifier = Notifier()
@@ -54,17 +57,24 @@ def serve(
     try:
         server.run(broker.flask, listening)
     except (OSError, ValueError) as error:  # waitress: a host name that cannot be resolved
-        told = {"listen": config.listen, "reason": str(error)}
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            programs = programs_at(config.port, SystemProcesses())
-            told["taken_by"] = " and ".join(programs) or "a program that this account cannot see"
-        log.error("cannot listen", extra=told)  # a trace would tell nothing more
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        # A trace would tell nothing more.
+        log.error("cannot listen", extra=_told(config.listen, str(error), taken=taken))
         return 1
     finally:
         if watchdog is not None:
             watchdog.stop()
         broker.stop()
     return 0
+
+
+def _told(address: str, reason: str, *, taken: bool) -> dict[str, str]:
+    """What the log says of an address that cannot be had."""
+    told = {"listen": address, "reason": reason}
+    if taken:
+        programs = programs_at(int(address.rpartition(":")[2]), SystemProcesses())
+        told["taken_by"] = " and ".join(programs) or "a program that this account cannot see"
+    return told
 
 
 def _sign_of_life(broker: Broker, notifier: Notifier) -> float:
@@ -82,9 +92,11 @@ def prepare(
 ) -> Broker:
     """A started broker, with logs, signals and the server's defaults set for this process.
 
-    Raises KeysError if the API keys cannot be read.
+    Raises KeysError if the API keys cannot be read, CannotListen if one of the config's ports
+    cannot be had.
     """
     logs.configure(config.log)
+    server.check_ports(config)
     server.set_defaults(config)
     keys = load_keys(os.environ, config.auth.keys_file)
     if without := [key.name for key in keys if key.role is None]:

@@ -84,6 +84,7 @@ def _findings(config: Config, file: str, keys: int, key: str | None) -> Iterator
     yield from diagnosis.own_broker(occupant(config, key, processes), config.listen, file)
     status, events = _ask(config, key, file)
     yield from diagnosis.consumers(config, status)
+    yield from diagnosis.unclassified(events)
     yield from diagnosis.releases(events)
 
 

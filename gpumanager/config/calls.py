@@ -4,6 +4,7 @@ text below a key is its description in docs/config.md and in the JSON Schema."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlencode
 
@@ -42,6 +43,8 @@ LONGEST_S = 1_000_000
 
 Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=LONGEST_S)]
 Duration = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=LONGEST_S)]
+Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+PortKey = Annotated[int, BeforeValidator(values.port), _named("port")]
 Mib = Annotated[StrictInt, Field(ge=0)]
 Status = Annotated[StrictInt, Field(ge=100, le=599)]
 Kind = Annotated[StrictStr, AfterValidator(values.kind), _named("kind")]
@@ -237,6 +240,19 @@ class Match(Model):
     """Jobs sent to one of these paths."""
     method: Method = "POST"
     """And with this method."""
+
+
+class CallMatch(Model):
+    """Which calls of a consumer's are meant."""
+
+    path: Annotated[tuple[Path, ...], BeforeValidator(values.listed)]
+    """Calls of one of these paths; `*` stands for any text, `?` for any character."""
+    method: Method | None = None
+    """And with this method; none: with any."""
+
+    def matches(self, method: str, path: str) -> bool:
+        """Whether a call is meant; its `path` is without a query."""
+        return self.method in (None, method) and any(fnmatchcase(path, each) for each in self.path)
 
 
 class Poll(Call):

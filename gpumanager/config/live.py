@@ -10,6 +10,7 @@ from gpumanager.config.schema import Config
 
 FIXED = (
     "listen",
+    "ports",
     "audio_proxy",
     "audio_path_prefix",
     "scheduler",

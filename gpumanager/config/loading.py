@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
+from gpumanager.addresses import host_and_port, is_loopback
 from gpumanager.config import presets
 from gpumanager.config.faults import ConfigError, Fault, Path, dotted, in_words, nearest, shown
 from gpumanager.config.schema import Config, GpuConfig
@@ -125,6 +126,7 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
         return  # that is the fault; that no reference then leads anywhere tells nothing more
     for kind, name in _mapping(data.get("routing")).items():
         yield from _routed(("routing", kind), name, consumers)
+    yield from _port_faults(data, consumers)
     if (name := data.get("audio_proxy")) is not None:
         yield from _reference(("audio_proxy",), name, consumers)
     resident = data.get("default_resident")
@@ -181,6 +183,26 @@ def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found
             yield (*here, "idle_unload"), "needs an 'unload' call, or another way to 'evict'", ""
         if consumer.get("pinned") is True:
             yield (*here, "idle_unload"), "contradicts 'pinned'", ""
+
+
+def _port_faults(data: Mapping[str, Any], consumers: Mapping[str, Any]) -> Iterator[_Found]:
+    listen = str(data.get("listen", Config().listen)).rpartition(":")[2]
+    for port, name in _mapping(data.get("ports")).items():
+        yield from _reference(("ports", port), name, consumers)
+        if str(port) == listen:
+            yield ("ports", port), "is the port of 'listen' already", ""
+        url = _mapping(consumers.get(str(name))).get("url")
+        if isinstance(url, str) and _is_there(url, port):
+            message = f"'{name}' listens there itself: move it, and its 'url', to another port"
+            yield ("ports", port), message, ""
+
+
+def _is_there(url: str, port: object) -> bool:
+    try:
+        host, own = host_and_port(url)
+    except ValueError:
+        return False
+    return str(own) == str(port) and is_loopback(host)
 
 
 def _routed(path: Path, names: object, consumers: Mapping[str, Any]) -> Iterator[_Found]:

@@ -25,6 +25,7 @@ from gpumanager.config.calls import (
     AudioPrefix,
     CaFile,
     Call,
+    CallMatch,
     ConsumerName,
     ContainerName,
     Done,
@@ -41,6 +42,8 @@ from gpumanager.config.calls import (
     ModelEntry,
     ModelList,
     OfConsumer,
+    Port,
+    PortKey,
     Probe,
     Route,
     Seconds,
@@ -95,6 +98,7 @@ _Routed = Annotated[
     | Annotated[tuple[OfConsumer, ...], Field(min_length=1), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list | tuple) else "<name>"),
 ]
+_CallMatch = Annotated[CallMatch, BeforeValidator(values.bare_path)]
 _Model = Annotated[ModelEntry, BeforeValidator(values.bare_model)]
 _Routes = Annotated[dict[DropIn, _Route], BeforeValidator(values.same_paths)]
 
@@ -128,6 +132,12 @@ class ConsumerConfig(Model):
     """The call that lists its models; none: a GET of `/v1/models`, as OpenAI has it."""
     any_model: StrictBool = False
     """It answers with the model that it has, whatever name a client asks for."""
+    gpu_work: tuple[_CallMatch, ...] = ()
+    """Of what is called below `/consumers/NAME/`, or on its own port: the calls that are GPU work
+    and take their turn, beside its `paths`, `routes` and `done.match`."""
+    not_gpu_work: tuple[_CallMatch, ...] = ()
+    """And those that are not. What neither names is forwarded at once if it is a GET, HEAD or
+    OPTIONS, and takes its turn otherwise."""
     vram_resident_mib: Mib = 0
     """The memory that it needs while it is loaded and works."""
     max_mib: Mib | None = None
@@ -201,6 +211,22 @@ class ConsumerConfig(Model):
     def route_for(self, route: str) -> Route | None:
         """Where a job of a drop-in route goes; None if it does not serve it."""
         return Route(path=route) if self.routes is None else self.routes.get(route)
+
+    def is_gpu_work(self, method: str, path: str) -> bool | None:
+        """Whether a call takes its turn; None where nothing says so. `path` is as the client wrote
+        it, without a query."""
+        if any(each.matches(method, path) for each in self.gpu_work):
+            return True
+        if any(each.matches(method, path) for each in self.not_gpu_work):
+            return False
+        if self.done is not None and self.done.matches(method, path):
+            return True
+        jobs = (*self.paths.values(), *(self.routes or {}).values())
+        is_job = any(
+            path == each.path.partition("?")[0] and method == (each.method or "POST")
+            for each in jobs
+        )
+        return True if is_job else None
 
     @cached_property
     def base_url(self) -> str:
@@ -277,7 +303,7 @@ class EventsConfig(Model):
 class SetupConfig(Model):
     """What `gpumanager setup` does not do here."""
 
-    ignore: tuple[Annotated[StrictInt, Field(ge=1, le=65535)], ...] = ()
+    ignore: tuple[Port, ...] = ()
     """Ports of servers that it does not ask, and does not add."""
 
 
@@ -306,6 +332,9 @@ class Config(Model):
     """The consumer of each kind of job; of several, the one that has the model that a job names,
     else the first. Beside `tts`, `stt`, `llm` and `image` a kind may have any lower-case name:
     `embed`, `rerank`, `video`."""
+    ports: dict[PortKey, OfConsumer] = Field(default_factory=dict)
+    """Ports that the broker listens on in a consumer's place, at the host of `listen`: the root of
+    such a port is the consumer's root."""
     consumers: dict[ConsumerName, ConsumerConfig] = Field(default_factory=dict)
     """The consumers, by name."""
     auth: AuthConfig = AuthConfig()
@@ -328,6 +357,12 @@ class Config(Model):
     """Events."""
     setup: SetupConfig = SetupConfig()
     """Settings of `gpumanager setup`."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens: `listen`, and its `ports` at the same host."""
+        host = self.listen.rpartition(":")[0]
+        return (self.listen, *(f"{host}:{port}" for port in self.ports))
 
     def candidates(self, kind: str) -> tuple[str, ...]:
         """The consumers that jobs of this kind may go to; the first is the default."""

@@ -14,6 +14,9 @@ _YAML = "tag:yaml.org,2002:"
 _TOO_DEEP = "is not valid YAML: nested too deeply, or an alias contains itself"
 _SCALARS = frozenset(_YAML + kind for kind in ("null", "bool", "int", "float", "str", "timestamp"))
 
+PORTS: Path = ("ports",)
+"""The one mapping whose keys are numbers."""
+
 
 class SourceError(Exception):
     """The text is not one well-formed YAML mapping."""
@@ -120,6 +123,8 @@ class _Reader:
 
     def _key(self, node: yaml.Node, path: Path) -> str | None:
         if isinstance(node, yaml.ScalarNode) and node.tag == f"{_YAML}str":
+            return str(node.value)
+        if isinstance(node, yaml.ScalarNode) and path == PORTS and node.tag == f"{_YAML}int":
             return str(node.value)
         found = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
         message = f"a key must be a string; put {found} in quotes if it is meant"

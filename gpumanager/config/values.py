@@ -203,8 +203,10 @@ def audio_prefix(value: str) -> str:
         raise ValueError("must be a path such as /audio/, starting and ending with '/'")
     if not {".", ".."}.isdisjoint(value.split("/")):
         raise ValueError("must not hold '.' or '..'")
-    if value.startswith(("/v1/", "/healthz/")):
-        raise ValueError("must not lie under /v1/ or /healthz/, which are the broker's own")
+    if value.startswith(("/v1/", "/healthz/", "/consumers/")):
+        raise ValueError(
+            "must not lie under /v1/, /healthz/ or /consumers/: these are the broker's own"
+        )
     return value
 
 
@@ -215,6 +217,15 @@ def consumer_name(value: str) -> str:
             "and start with a letter or digit"
         )
     return value
+
+
+def port(value: object) -> int:
+    """A port as a key, which a file holds as a text."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value) and 0 < int(value) < 65536:
+        return int(value)
+    raise ValueError("must be a port: a number from 1 to 65535")
 
 
 def host_port(value: str) -> str:

@@ -161,6 +161,18 @@ def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Find
             )
 
 
+def unclassified(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Calls below mounts of which nobody has said whether they are GPU work."""
+    for event in events:
+        if event["event"] == "call_unclassified":
+            name, call = event["consumer"], f"{event['method']} {event['path']}"
+            yield Finding(
+                "warning",
+                f"{name}: nothing says whether {call} is GPU work; it takes its turn",
+                f"name it in the gpu_work or not_gpu_work of {name}",
+            )
+
+
 def releases(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Consumers whose unload did not give back what it should have, lately."""
     leaks: dict[str, int] = {}

@@ -358,6 +358,16 @@ class GpuAvailable(Event):
     """The card can be measured again."""
 
 
+@declared("call_unclassified", "call unclassified")
+class CallUnclassified(Event):
+    """A client made a call of a consumer's of which the config does not say whether it is GPU work.
+    It took its turn. Told once for each."""
+
+    consumer: str
+    method: str
+    path: str
+
+
 # -- the broker and its operator -----------------------------------------------------------------
 
 

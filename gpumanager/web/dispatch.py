@@ -1,4 +1,4 @@
-"""Dispatch: jobs go straight to what runs them, everything else to Flask.
+"""Dispatch: jobs and mounts go straight to what answers them, everything else to Flask.
 
 Flask's own dispatch (contexts, signals, routing, request objects) is a good part of what the broker
 adds to a job, and a job needs none of it. What it does need, the same checks and the same error
@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from gpumanager.errors import BrokerError, MethodNotAllowed
+from gpumanager.errors import BrokerError
 from gpumanager.web.boundary import error_response, unexpected
-from gpumanager.web.ways import JobView
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+View = Callable[["WSGIEnvironment"], "WSGIApplication"]
+
 
 class Dispatch:
-    """WSGI. `find` gives the view of a path that takes jobs, by POST only, None for any other;
-    `check` is asked before one is called, and raises BrokerError."""
+    """WSGI. `find` gives the view of a request that is not Flask's, None for any other; `check` is
+    asked before one is called, and raises BrokerError."""
 
     def __init__(
         self,
         app: WSGIApplication,
-        find: Callable[[str], JobView | None],
+        find: Callable[[WSGIEnvironment], View | None],
         check: Callable[[WSGIEnvironment], object],
     ) -> None:
         self._app = app
@@ -33,15 +34,12 @@ class Dispatch:
         self._check = check
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        job = self._find(environ["PATH_INFO"])
-        if job is None:
+        view = self._find(environ)
+        if view is None:
             return self._app(environ, start_response)
         try:
             self._check(environ)
-            if environ["REQUEST_METHOD"] != "POST":
-                message = f"{environ['REQUEST_METHOD']} is not allowed here; allowed: POST"
-                raise MethodNotAllowed(message, allow=["POST"])
-            answer = job(environ)
+            answer = view(environ)
         except BrokerError as error:
             answer = error_response(error, environ)
         except Exception as error:  # noqa: BLE001  # logged, and answered with a 500

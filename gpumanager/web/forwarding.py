@@ -10,7 +10,7 @@ from flask import Response
 from gpumanager.errors import ClientGone, QueueFull
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.runner import Answer
-from gpumanager.upstream.proxy import Proxy
+from gpumanager.upstream.proxy import Inbound, Proxy
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.web.inbound import inbound_of
 from gpumanager.web.record import record_of
@@ -31,7 +31,13 @@ class Forwarder:
         self._places = threading.BoundedSemaphore(most)
 
     def __call__(
-        self, environ: WSGIEnvironment, name: str, path: str, *, endless: bool = False
+        self,
+        environ: WSGIEnvironment,
+        name: str,
+        path: str,
+        inbound: Inbound | None = None,
+        *,
+        endless: bool = False,
     ) -> Response:
         """The consumer's answer to the request at `path`, which is sent to the letter; `endless`:
         it may take as long as it likes, if only bytes come. Raises
@@ -45,7 +51,7 @@ class Forwarder:
                 retry_after=1,
             )
         record.stack.callback(self._places.release)
-        exchange = self._proxy.prepare(name, inbound_of(environ), path, endless=endless)
+        exchange = self._proxy.prepare(name, inbound or inbound_of(environ), path, endless=endless)
         record.stack.callback(exchange.close)
         client = ClientWatch(record, self._watcher)
         record.stack.callback(client.stop)

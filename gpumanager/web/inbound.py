@@ -62,3 +62,14 @@ def raw_path(environ: WSGIEnvironment, prefix: str) -> str:
     if not decoded.isprintable():
         raise errors.BadRequest("the path holds characters that cannot be printed")
     return path
+
+
+def preferred_wait(header: str) -> float | None:
+    """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
+    there is none, or it is malformed, which that RFC says to ignore."""
+    for preference in header.split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        seconds = value.strip().strip('"')
+        if name.strip().lower() == "wait":
+            return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else None
+    return None

@@ -23,15 +23,19 @@ from gpumanager.telemetry.metrics import Metrics
 from gpumanager.web import boundary, dashboard, models, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.connection import ADMIT
-from gpumanager.web.dispatch import Dispatch
+from gpumanager.web.dispatch import Dispatch, View
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import raw_path
+from gpumanager.web.mounts import Mounts
 from gpumanager.web.openapi import describe
 from gpumanager.web.record import record_of
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView, sensed
 from gpumanager.web.timeline import chrome_trace
 from gpumanager.web.ways import Ways
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 if TYPE_CHECKING:
     pass
@@ -53,6 +57,7 @@ class Services:
 
     config: Config
     ways: Ways
+    mounts: Mounts
     router: Router
     models: models.ModelLists
     forward: Forwarder
@@ -84,8 +89,17 @@ def create_app(services: Services) -> Flask:
     _record_routes(app, services)
     _audio_routes(app, services)
     models.install(app, services.models, services.router, services.forward)
-    app.wsgi_app = Dispatch(app.wsgi_app, services.ways.find, checks)  # type: ignore[method-assign]
+    app.wsgi_app = Dispatch(app.wsgi_app, _find(services), checks)  # type: ignore[method-assign]
     return app
+
+
+def _find(services: Services) -> Callable[[WSGIEnvironment], View | None]:
+    below, jobs = services.mounts.find, services.ways.find
+
+    def find(environ: WSGIEnvironment) -> View | None:
+        return below(environ) or jobs(environ["PATH_INFO"])
+
+    return find
 
 
 def _control_routes(app: Flask, services: Services) -> None:

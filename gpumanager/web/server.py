@@ -7,8 +7,10 @@ otherwise. `gpumanager serve` goes the same way, so that there is one set of def
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +101,47 @@ def set_defaults(config: Config) -> None:
     Adjustments.log_socket_errors = False
     making: Any = waitress.server
     making.ThreadedTaskDispatcher = GrowingDispatcher  # what `create_server` makes
+    making.Adjustments = _with_ports(config)
     BaseWSGIServer.channel_class = Connection
     _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
+
+
+class CannotListen(Exception):
+    """One of the config's `ports` cannot be had. `address` is which, `taken`: somebody else has
+    it."""
+
+    def __init__(self, address: str, error: OSError) -> None:
+        super().__init__(f"cannot listen on {address}: {error.strerror or error}")
+        self.address = address
+        self.taken = error.errno == errno.EADDRINUSE
+
+
+def check_ports(config: Config) -> None:
+    """See that the config's `ports` can be had, before anything is started. Raises CannotListen."""
+    for address in config.addresses[1:]:
+        wanted: Any = Adjustments(listen=address).listen
+        for family, kind, _, where in wanted:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(where)
+                    probe.listen()  # with SO_REUSEADDR only this tells
+                except OSError as error:
+                    raise CannotListen(address, error) from None
+
+
+def _with_ports(config: Config) -> type[Adjustments]:
+    """What `create_server` reads its settings into: whatever those are, the config's `ports` are
+    listened on beside the broker's own address."""
+
+    class WithPorts(Adjustments):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            if config.ports and not self.unix_socket:
+                listen: Any = self.listen
+                listen += Adjustments(listen=" ".join(config.addresses[1:])).listen
+
+    return WithPorts
 
 
 def pending_output(environ: WSGIEnvironment) -> Callable[[], int]:
@@ -161,5 +202,7 @@ def unsent_bytes(environ: WSGIEnvironment) -> Callable[[], int]:
     channel = _channel(environ)
     if channel is None:
         return lambda: 0
-    channels = channel.server.active_channels
-    return lambda: sum(int(each.total_outbufs_len) for each in list(channels.values()))
+    everything = channel._map  # that of all its addresses
+    return lambda: sum(
+        int(getattr(each, "total_outbufs_len", 0)) for each in list(everything.values())
+    )

@@ -5,7 +5,6 @@ Each way parses what it must, chooses the consumer, and has `jobs` do the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,12 +13,12 @@ from flask import Response
 
 from gpumanager.config import KINDS, Config, ConsumerConfig, Route
 from gpumanager.consumers.admission import Admission
-from gpumanager.errors import BadRequest, NoConsumer
+from gpumanager.errors import BadRequest, MethodNotAllowed, NoConsumer
 from gpumanager.jobs.routing import Choice, Router
 from gpumanager.jobs.runner import JobRunner
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy
-from gpumanager.web.inbound import inbound_of
+from gpumanager.web.inbound import inbound_of, preferred_wait
 from gpumanager.web.modelfield import ModelField, find_model, with_model
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
@@ -109,6 +108,9 @@ class Ways:
 
     def _view(self, way: Way) -> JobView:
         def job(environ: WSGIEnvironment) -> Response:
+            if environ["REQUEST_METHOD"] != "POST":
+                message = f"{environ['REQUEST_METHOD']} is not allowed here; allowed: POST"
+                raise MethodNotAllowed(message, allow=["POST"])
             request = _Request(inbound_of(environ), strict=way.drop_in)
 
             def choose() -> Choice:
@@ -156,14 +158,3 @@ class _Request:
         if name is None or self._field is None or name == self._field.model:
             return self._inbound
         return with_model(self._inbound, self._field, name)
-
-
-def preferred_wait(header: str) -> float | None:
-    """The seconds of `Prefer: wait=N` (RFC 7240), the first if there are several; None where
-    there is none, or it is malformed, which that RFC says to ignore."""
-    for preference in header.split(","):
-        name, _, value = preference.partition(";")[0].partition("=")
-        seconds = value.strip().strip('"')
-        if name.strip().lower() == "wait":
-            return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else None
-    return None

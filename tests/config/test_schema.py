@@ -493,3 +493,29 @@ def test_a_ca_file_has_to_hold_certificates(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=said):
             consumer(url=url, ca_file=file)
+
+
+def test_ports_are_numbers_of_consumers_elsewhere() -> None:
+    config = parse_config(
+        "ports: {11434: ollama}\nconsumers: {ollama: {url: 'http://127.0.0.1:11500'}}"
+    )
+    assert dict(config.ports) == {11434: "ollama"}
+    assert config.addresses == ("127.0.0.1:8770", "127.0.0.1:11434")
+
+
+@pytest.mark.parametrize(
+    ("ports", "why"),
+    [
+        ("{11500: ollama}", "'ollama' listens there itself: move it, and its 'url', to another"),
+        ("{8770: ollama}", "is the port of 'listen' already"),
+        ("{11434: olama}", "unknown consumer 'olama'; did you mean 'ollama'?"),
+        ("{0: ollama}", "must be a port: a number from 1 to 65535"),
+        ("{x: ollama}", "must be a port"),
+        ("{99999: ollama}", "must be a port"),
+    ],
+)
+def test_a_port_that_cannot_be_is_refused(ports: str, why: str) -> None:
+    text = f"ports: {ports}\nconsumers: {{ollama: {{url: 'http://127.0.0.1:11500'}}}}"
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text)
+    assert why in str(refused.value)

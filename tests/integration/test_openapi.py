@@ -103,4 +103,5 @@ def test_every_route_there_is_is_described(broker: LiveBroker) -> None:
         if not rule.rule.startswith(dashboard.PREFIX)
     }
     served |= {("POST", path) for path in broker.broker.ways.views}
+    served |= {(method, "/consumers/{}/{}") for method in ("GET", "POST")}
     assert served == {(method, re.sub("{[^}]+}", "{}", path)) for method, path in OPERATIONS}

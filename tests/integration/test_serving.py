@@ -101,6 +101,39 @@ def test_it_serves_its_listen_address_unless_flags_say_otherwise(
         assert threads < 40  # the others come when they are needed
 
 
+@pytest.mark.parametrize("how", [*WAYS, "waitress-serve, flags"])
+def test_it_listens_on_a_consumers_port_too(
+    tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event, how: str
+) -> None:
+    port, own = free_port(), free_port()
+    release.set()
+    config = config_for(held_consumer.url, listen=f"127.0.0.1:{port}", ports={own: "mvoice"})
+    with serving(tmp_path, how, config, port) as process:
+        found = requests.get(f"http://127.0.0.1:{own}/any", timeout=PATIENCE_S)
+        assert found.json() == {"done": True}
+        assert held_consumer.requests[-1].line == b"GET /any HTTP/1.1"
+        assert process.post("/v1/tts").json() == {"done": True}
+        process.popen.terminate()
+        assert process.popen.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_consumers_port_that_is_taken_is_told(
+    tmp_path: Path, held_consumer: ScriptedConsumer, how: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listen = f"127.0.0.1:{free_port()}"
+        config = config_for(held_consumer.url, listen=listen, ports={port: "mvoice"})
+        with (
+            pytest.raises(RuntimeError, match="it ended with 2") as ended,
+            serving(tmp_path, how, config, 1),
+        ):
+            pass
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in str(ended.value)
+    assert "Traceback" not in str(ended.value)
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_the_control_plane_answers_while_the_line_is_full(
     tmp_path: Path, held_consumer: ScriptedConsumer, release: threading.Event, how: str

@@ -87,6 +87,7 @@ def live_broker(
     kept = {name: value for name, value in vars(Adjustments).items() if not name.startswith("_")}
     making: Any = waitress.server
     channel, dispatcher = BaseWSGIServer.channel_class, making.ThreadedTaskDispatcher
+    adjustments = making.Adjustments
     broker = Broker(parsed, card=card, keys=keys, state_file=state_file)
     try:
         server.set_defaults(parsed)
@@ -95,8 +96,9 @@ def live_broker(
         broker.start()
         loop = threading.Thread(target=serving.run, name="waitress-loop", daemon=True)
         loop.start()
-        live = LiveBroker(broker, int(serving.effective_port), serving.task_dispatcher)
-        live.channels = serving.active_channels
+        own: Any = next(each for each in sockets.values() if isinstance(each, BaseWSGIServer))
+        live = LiveBroker(broker, int(own.effective_port), serving.task_dispatcher)
+        live.channels = own.active_channels
         try:
             yield live
         finally:
@@ -106,7 +108,7 @@ def live_broker(
             # On the loop's own thread, which would otherwise look up only once a second. It may
             # be awake already, and have closed the trigger before it is pulled.
             with suppress(OSError):
-                serving.trigger.pull_trigger(lambda: close_all(sockets))
+                own.trigger.pull_trigger(lambda: close_all(sockets))
             loop.join(PATIENCE_S)
             assert not loop.is_alive()
     finally:
@@ -114,6 +116,7 @@ def live_broker(
             setattr(Adjustments, name, value)
         BaseWSGIServer.channel_class = channel
         making.ThreadedTaskDispatcher = dispatcher
+        making.Adjustments = adjustments
 
 
 def config_for(consumer_url: str, **changes: Any) -> str:

@@ -75,6 +75,8 @@ const SENTENCES = {
   resumed: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
   unhealthy: (e) => [`${e.consumer} does not answer: ${e.reason}.`, "Start it; until then its jobs are refused."],
+  call_unclassified: (e) => [`${e.method} ${e.path} of ${e.consumer} took its turn: nothing says whether it is GPU work.`,
+    `If it is none, name it in the consumer's not_gpu_work.`],
   on_cpu: (e) => [`${e.consumer} runs partly on the CPU: ${e.models}.`,
     "Raise its vram_resident_mib, then unload it."],
   breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(e.pause_ms)}.`,

@@ -1,0 +1,207 @@
+"""Mounts: a consumer's whole HTTP face, below `/consumers/{name}/` or on a port of its own.
+
+The config says which of its calls are GPU work and take their turn. The client goes on as if it
+spoke with the consumer: redirects and cookies are mended to lead back through the mount.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from flask import Response
+
+from gpumanager.config import Config, ConsumerConfig
+from gpumanager.consumers.admission import Admission
+from gpumanager.errors import NotFound
+from gpumanager.jobs.routing import Choice
+from gpumanager.jobs.runner import JobRunner
+from gpumanager.telemetry.events import CallUnclassified, Emit
+from gpumanager.upstream.exchange import Exchange
+from gpumanager.upstream.proxy import Inbound, Proxy
+from gpumanager.web.forwarding import Forwarder
+from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
+from gpumanager.web.record import record_of
+from gpumanager.web.relay import RelayedResponse
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+PREFIX = "/consumers/"
+
+_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that are no GPU work unless the config says so."""
+
+_MOST_SEEN = 200
+"""Unclassified calls that are told of, once each."""
+
+_LONGEST_PATH = 100
+
+_COOKIE_PATH = re.compile(r"(;\s*path\s*=\s*)(/[^;]*)", re.IGNORECASE)
+_COOKIE_DOMAIN = re.compile(r";\s*domain\s*=[^;]*", re.IGNORECASE)
+
+Headers = list[tuple[str, str]]
+
+
+class Mounts:
+    """The views of all mounts. Safe from any thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        admission: Admission,
+        proxy: Proxy,
+        jobs: JobRunner,
+        forward: Forwarder,
+        emit: Emit,
+    ) -> None:
+        self._config = config
+        self._admission = admission
+        self._proxy = proxy
+        self._jobs = jobs
+        self._forward = forward
+        self._emit = emit
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def find(self, environ: WSGIEnvironment) -> Callable[[WSGIEnvironment], WSGIApplication] | None:
+        """The view of a request that came to a port of its own, or below a mount; None for any
+        other."""
+        if self._config.ports:
+            own = self._config.ports.get(_port(environ))
+            if own is not None:
+                return lambda environ: self._answer(environ, own, "/")
+        path = environ["PATH_INFO"]
+        if not path.startswith(PREFIX):
+            return None
+        name, slash, _ = path[len(PREFIX) :].partition("/")
+        if not slash:
+            return lambda environ: _to_its_root(environ, self._consumer(name), path)
+        return lambda environ: self._answer(environ, name, f"{PREFIX}{name}/")
+
+    def _consumer(self, name: str) -> ConsumerConfig:
+        """Raises NotFound."""
+        consumer = self._config.consumers.get(name)
+        if consumer is None:
+            known = ", ".join(self._config.consumers) or "none"
+            raise NotFound(f"there is no consumer '{name[:64]}'; there are: {known}")
+        return consumer
+
+    def _answer(self, environ: WSGIEnvironment, name: str, root: str) -> WSGIApplication:
+        consumer = self._consumer(name)
+        method, path = environ["REQUEST_METHOD"], raw_path(environ, root)[len(root) - 1 :]
+        inbound = _as_its_own(inbound_of(environ), environ, consumer, root)
+        work = consumer.is_gpu_work(method, path)
+        if work is None:
+            self._note(name, method, path)
+            work = method not in _HARMLESS
+        if work:
+            answer = self._run(environ, name, inbound, path)
+        else:
+            answer = self._forward(environ, name, path, inbound)
+        return _Mended(answer, consumer, root)
+
+    def _run(self, environ: WSGIEnvironment, name: str, inbound: Inbound, path: str) -> Response:
+        kind = next(
+            (each for each in self._config.routing if name in self._config.candidates(each)),
+            "mount",
+        )
+
+        def prepare(choice: Choice, _: ConsumerConfig) -> Exchange:
+            self._admission.check(choice.consumer)
+            return self._proxy.prepare(choice.consumer, inbound, path)
+
+        max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
+        record = record_of(environ)
+        return RelayedResponse(
+            self._jobs.run(record, lambda: Choice(kind, name), prepare, max_wait)
+        )
+
+    def _note(self, name: str, method: str, path: str) -> None:
+        """Tell of a call that the config says nothing of, once; those that change nothing are
+        mostly a page's own files."""
+        call = name, method, path[:_LONGEST_PATH]
+        if method not in _HARMLESS and call not in self._seen and len(self._seen) < _MOST_SEEN:
+            self._seen.add(call)
+            self._emit(CallUnclassified(consumer=name, method=method, path=call[2]))
+
+
+class _Mended:
+    """WSGI: an answer whose headers lead back through the mount."""
+
+    def __init__(self, answer: Response, consumer: ConsumerConfig, root: str) -> None:
+        self._answer = answer
+        self._consumer = consumer
+        self._root = root.rstrip("/")
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: Headers, exc_info: object = None, /) -> object:
+            mended = [(name, self._mended(name.lower(), value)) for name, value in headers]
+            return start_response(status, mended, exc_info)  # type: ignore[arg-type]
+
+        return self._answer(environ, start)  # type: ignore[arg-type]
+
+    def _mended(self, name: str, value: str) -> str:
+        if name in ("location", "content-location"):
+            return self._through(value)
+        if name == "set-cookie":
+            without = _COOKIE_DOMAIN.sub("", value)  # that of the consumer's own host
+            return _COOKIE_PATH.sub(lambda found: found[1] + self._below(found[2]), without)
+        return value
+
+    def _through(self, location: str) -> str:
+        """A place of the consumer's as a place below the mount; any other as it is."""
+        parts = urlsplit(location)
+        if parts.scheme and f"{parts.scheme}://{parts.netloc}" == self._consumer.base_url:
+            return self._below(location[len(self._consumer.base_url) :] or "/")
+        if parts.scheme or location.startswith("//") or not location.startswith("/"):
+            return location
+        return self._below(location)
+
+    def _below(self, path: str) -> str:
+        own = self._consumer.base_path
+        if own and (path == own or path.startswith(f"{own}/")):
+            path = path[len(own) :] or "/"
+        return self._root + path
+
+
+def _port(environ: WSGIEnvironment) -> int:
+    try:
+        return int(environ["SERVER_PORT"])
+    except ValueError:
+        return 0  # a Unix socket
+
+
+def _to_its_root(environ: WSGIEnvironment, _: ConsumerConfig, path: str) -> Response:
+    query = environ.get("QUERY_STRING", "")
+    location = f"{path}/?{query}" if query else f"{path}/"
+    response = Response(status=308, content_type="text/plain")
+    response.autocorrect_location_header = False
+    response.headers["Location"] = location
+    return response
+
+
+def _as_its_own(
+    inbound: Inbound, environ: WSGIEnvironment, consumer: ConsumerConfig, root: str
+) -> Inbound:
+    """The request as one of the consumer's own pages would send it: servers that compare `Origin`
+    with `Host` get their own in both. What the client called the broker goes along in the usual
+    headers, for servers that write links with it."""
+    host = environ.get("HTTP_HOST", "")
+    headers, given = [], set()
+    for name, value in inbound.headers:
+        lower = name.lower()
+        given.add(lower)
+        own = lower == "origin" and urlsplit(value).netloc.lower() == host.lower() != ""
+        headers.append((name, consumer.base_url if own else value))
+    forwarded = {
+        "X-Forwarded-Host": host,
+        "X-Forwarded-Proto": environ.get("wsgi.url_scheme", "http"),
+        "X-Forwarded-Prefix": root.rstrip("/"),
+    }
+    headers += [
+        (name, value) for name, value in forwarded.items() if value and name.lower() not in given
+    ]
+    return replace(inbound, headers=headers)
