@@ -3,9 +3,7 @@ the decisions, from one snapshot. Makes no calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import replace
 from statistics import mean, median
 
 from gpumanager.config import ConsumerConfig, EvictionMethod
@@ -13,9 +11,10 @@ from gpumanager.consumers.learning import Figures, Times
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.gpu.accounting import Balance, Held
 from gpumanager.gpu.inventory import believable, holder, holders, impossible, keeps_mib, left
-from gpumanager.model import CONTEXT_MIB, ConsumerState
+from gpumanager.model import ConsumerState
 from gpumanager.scheduling.estimate import RUN, UNLOAD, Doing, Outlook, Profile, guess
-from gpumanager.scheduling.victims import Demand, Plan, Resident, candidates, plan_eviction
+from gpumanager.scheduling.memory import Card, Standing
+from gpumanager.scheduling.victims import Demand, Resident
 
 RELOAD_S = 5.0
 """Taken for the time to load a consumer that was never seen to load, where nobody was."""
@@ -23,48 +22,8 @@ RELOAD_S = 5.0
 LEAST_RELOAD_S = 1.0
 """Loads that take less than this cost the same: what they differ by is chance."""
 
-DESKTOP_MIB = 1024
-DESKTOP_SHARE = 8
-"""What is nobody's, and no more than the first, or than one part in the second of the card, is
-taken for a desktop: it does not keep a job that is otherwise alone from being tried."""
-
-
 LATE_S = 30.0
 """So long after an unload memory may still come back of one that never was so late before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What follows for a target from what the census has counted.
-    `coming_mib` is what was unloaded lately and is still held; `late_mib` what is overdue of it, of
-    those that are in quarantine for the first time because of that."""
-
-    census: Census
-    target: str
-    plan: Plan
-    needed_mib: int
-    held_mib: int
-    balance: Balance
-    coming_mib: int = 0
-    late_mib: int = 0
-
-    @property
-    def _short_mib(self) -> int:
-        return self.plan.short_mib or self.needed_mib - self.held_mib - self.balance.free_mib
-
-    @property
-    def may_come_late(self) -> bool:
-        """Whether there would be room, if what is overdue came back after all."""
-        return (self.plan.attempt or self.plan.in_vain) and 0 < self._short_mib <= self.late_mib
-
-    @property
-    def worth_waiting(self) -> bool:
-        """Whether there may be room without an eviction, or a risk, once the memory is back that is
-        on its way."""
-        if not self.coming_mib:
-            return False
-        enough = self.coming_mib >= self._short_mib
-        return self.plan.attempt or self.plan.in_vain or enough
 
 
 class Census:
@@ -88,10 +47,9 @@ class Census:
         """What each consumer holds."""
         return holders(self.snapshot, self._now)
 
-    def balance(self, target: str | None = None) -> Balance:
-        """How much of the card is free; for the next job of `target`, if that is given: what it
-        may hold, but not surely, is not in its own way."""
-        return left(self.snapshot, self.held(), target)
+    def balance(self) -> Balance:
+        """How much of the card is free."""
+        return left(self.snapshot, self.held())
 
     def impossible(self, target: str) -> list[str]:
         """While the card cannot be read: the consumers that are assumed to be loaded and cannot be,
@@ -103,80 +61,40 @@ class Census:
             found.append(target)
         return found
 
-    def plan(self, target: str, tried: Set[str], queue: Sequence[str] = ()) -> Look:
-        """What making room for the next job of `target` takes. Those in `tried` may not go;
-        `queue` is whose jobs wait behind it.
-
-        A guess may cost an eviction, never a refusal: where the room would not be enough even
-        without all that may go, but would be if what is only assumed turns out well, and what
-        is declared is all that is needed, they all go, and the job is tried. So is one that will
-        be alone on the card then.
-        """
-        look = self._plan(target, tried, queue)
-        if not look.plan.in_vain:
-            return look
-        # What was seen to stay once may come back this time.
-        again = self._plan(target, tried, queue, hopeful=True)
-        if not again.plan.in_vain:
-            return again
-        lucky = Census(_hopeful(self.snapshot, target), self._now)
-        best = lucky._plan(target, tried, queue, hopeful=True, declared=True)
-        if best.plan.in_vain and not self._ends_alone(look, tried):
-            return look
-        spared = {target, *self.snapshot.consumers[target].can_coexist_with}
-        may_go = tuple(
-            each
-            for each in sorted(
-                candidates(self.residents(tried)),
-                key=lambda each: each.last_used or -inf,
-            )
-            if each.name not in spared
+    def card(self) -> Card:
+        """All that is decided by memory."""
+        snapshot, now = self.snapshot, self.balance()
+        states = {name: _lucky(state) for name, state in snapshot.states.items()}
+        lucky = Census(snapshot.supposing(states), self._now).residents(hopeful=True)
+        return Card(
+            {
+                resident.name: self._standing(resident, best, now)
+                for resident, best in zip(self.residents(), lucky, strict=True)
+            },
+            snapshot.gpu.reading,
+            snapshot.gpu.last,
+            snapshot.config.gpu.total_mib,
+            snapshot.config.gpu.reserved_mib,
+            snapshot.config.eviction,
+            self._now,
         )
-        return replace(look, plan=replace(look.plan, victims=may_go, attempt=True))
 
-    def _plan(
-        self,
-        target: str,
-        tried: Set[str],
-        queue: Sequence[str],
-        *,
-        hopeful: bool = False,
-        declared: bool = False,
-    ) -> Look:
-        config = self.snapshot.config
-        balance = self.balance(target)
-        demand = self.demand(target, balance)
-        if declared:
-            most = config.consumers[target].vram_resident_mib
-            demand = replace(demand, needed_mib=min(demand.needed_mib, most))
-        if balance.source == "unknown":
-            plan = Plan(fits=True)
-        else:
-            waiting = {
-                name: self.demand(name, balance)
-                for name in dict.fromkeys(queue)
-                if name in config.consumers  # a reload may have taken it away
-            }
-            plan = plan_eviction(
-                demand,
-                self.residents(tried, hopeful=hopeful),
-                balance.free_mib - config.gpu.reserved_mib,
-                order=config.eviction,
-                now=self._now,
-                upcoming=[waiting[name] for name in queue if name in waiting],
-            )
-        coming, late = self._coming_mib(self._is_coming), self._coming_mib(self._is_late)
-        return Look(self, target, plan, demand.needed_mib, demand.held_mib, balance, coming, late)
-
-    def _coming_mib(self, counts: Callable[[ConsumerState], bool]) -> int:
-        """What was unloaded lately, and is still held, as far as that is measured."""
-        reading = self.snapshot.gpu.reading
-        if reading is None:
-            return 0
-        return sum(
-            max(0, (reading.measured_mib(name) or 0) - keeps_mib(self.snapshot, name))
-            for name in self.snapshot.consumers
-            if counts(self.snapshot.states[name])
+    def _standing(self, resident: Resident, lucky: Resident, now: Balance) -> Standing:
+        snapshot, name = self.snapshot, resident.name
+        consumer, state = snapshot.consumers[name], snapshot.states[name]
+        reading = snapshot.gpu.reading
+        held_mib = 0 if reading is None else reading.measured_mib(name) or 0
+        still_mib = max(0, held_mib - keeps_mib(snapshot, name))
+        as_target = snapshot.supposing({**snapshot.states, name: _lucky_target(state)})
+        return Standing(
+            resident,
+            self.demand(name, now),
+            consumer.vram_resident_mib,
+            _floor(consumer, state, snapshot.figures(name), hopeful=True),
+            lucky,
+            holder(as_target, name, self._now).surely_mib,
+            still_mib if self._is_coming(state) else 0,
+            still_mib if self._is_late(state) else 0,
         )
 
     def _is_coming(self, state: ConsumerState) -> bool:
@@ -192,19 +110,6 @@ class Census:
         spared = frozenset(self.snapshot.consumers[name].can_coexist_with)
         own = holder(self.snapshot, name, self._now)
         return Demand(name, self.needed(name, now), own.surely_mib, spared)
-
-    def _ends_alone(self, look: Look, tried: Set[str]) -> bool:
-        """Whether nobody but the target and a desktop would be left on the card, once all that may
-        go have gone."""
-        residents = self.residents(tried, hopeful=True)
-        others = [each for each in residents if each.name != look.target]
-        going = {each.name for each in candidates(others)}
-        left = [each.floor_mib if each.name in going else each.held_mib for each in others]
-        known = sum(each.mib for each in self.held().values())
-        desktop = max(DESKTOP_MIB, look.balance.total_mib // DESKTOP_SHARE)
-        return all(mib <= CONTEXT_MIB for mib in left) and (
-            self.snapshot.gpu.reading is None or look.balance.used_mib - known <= desktop
-        )
 
     def outlook(self, doing: Doing | None = None) -> Outlook:
         """What estimates are made of; `doing` is what goes on for the holder of the GPU."""
@@ -255,9 +160,9 @@ class Census:
             runs_cold=state.cold,
         )
 
-    def residents(self, tried: Set[str] = frozenset(), *, hopeful: bool = False) -> list[Resident]:
-        """All consumers as the choice of victims sees them. Those in `tried` may not go;
-        `hopeful` takes none to keep anything but what is declared."""
+    def residents(self, *, hopeful: bool = False) -> list[Resident]:
+        """All consumers as the choice of victims sees them. `hopeful` takes none to keep anything
+        but what is declared."""
         seen = {
             name: max(LEAST_RELOAD_S, times.p50)
             for name in self.snapshot.consumers
@@ -265,14 +170,13 @@ class Census:
         }
         guess = median(seen.values()) if seen else RELOAD_S
         return [
-            self.resident(name, tried, hopeful=hopeful, reload_s=seen.get(name, guess))
+            self.resident(name, hopeful=hopeful, reload_s=seen.get(name, guess))
             for name in self.snapshot.consumers
         ]
 
     def resident(
         self,
         name: str,
-        tried: Set[str] = frozenset(),
         *,
         hopeful: bool = False,
         reload_s: float = 0.0,
@@ -285,21 +189,21 @@ class Census:
             held_mib=holder(self.snapshot, name, self._now).mib,
             last_used=state.last_used,
             priority=consumer.priority,
-            evictable=_evictable(consumer, state) and name not in tried,
+            evictable=_evictable(consumer, state),
             floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
         )
 
 
-def _hopeful(snapshot: Snapshot, target: str) -> Snapshot:
-    """As if all that is assumed were in favour of `target`."""
-    lucky = {
-        name: state
-        if state.assumed is None
-        else replace(state, loaded=name == target, assumed=None)
-        for name, state in snapshot.states.items()
-    }
-    return snapshot.supposing({**lucky, target: replace(lucky[target], unloaded_at=None)})
+def _lucky(state: ConsumerState) -> ConsumerState:
+    """As if what is assumed of it were in favour of the jobs of others."""
+    return state if state.assumed is None else replace(state, loaded=False, assumed=None)
+
+
+def _lucky_target(state: ConsumerState) -> ConsumerState:
+    """As if what is assumed of it were in favour of its own."""
+    loaded = state.loaded or state.assumed is not None
+    return replace(state, loaded=loaded, assumed=None, unloaded_at=None)
 
 
 def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[EvictionMethod, ...]:

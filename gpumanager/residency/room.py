@@ -1,4 +1,4 @@
-"""Making room: carries out what `victims` decides, one victim at a time, and checks the result.
+"""Making room: carries out what is decided, one victim at a time, and asks again.
 
 Runs on the thread of the job that has just been granted. All calls to consumers and all waits
 happen here, outside any lock, each with a bound.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -19,34 +18,31 @@ from gpumanager.config import Config
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import (
-    BrokerError,
-    ConsumerTimeout,
     ConsumerUnhealthy,
     ConsumerUnreachable,
     NoConsumer,
 )
 from gpumanager.gpu.inventory import holder
 from gpumanager.model import MemoryReading
-from gpumanager.residency.census import Census, Look
+from gpumanager.residency.census import Census
 from gpumanager.residency.evictor import Controls, Evictor, Stops
+from gpumanager.residency.loading import Loader
+from gpumanager.residency.progress import Progress
 from gpumanager.residency.refusal import refusal, short_mib
-from gpumanager.residency.rest import BUSY_LIMIT_S
 from gpumanager.residency.settling import FIRST_POLL_S, LONGEST_POLL_S
+from gpumanager.scheduling.decision import MakeRoom, Refuse, Start, Wait
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
-from gpumanager.scheduling.victims import Resident, candidates
-from gpumanager.telemetry.events import Emit, Loaded, Resumed, TriedAnyway
+from gpumanager.scheduling.memory import Look, can_be_made, is_room, look
+from gpumanager.scheduling.queue import Granted
+from gpumanager.scheduling.victims import Resident
+from gpumanager.telemetry.events import Emit, TriedAnyway
 
 FIRST_PROBES_S = 4.0
 """After the start, the longest wait for the first probes: a little more than one may take."""
 
 FRESH_S = 2.0
 """For so long a sample of the card is good enough to see that a consumer holds what it needs."""
-
-READY_POLL_S = 0.25
-
-MOST_RETURNS = 3
-"""How often one is unloaded again for the same job, since somebody else had it load meanwhile."""
 
 
 class RoomMaker:
@@ -72,23 +68,20 @@ class RoomMaker:
         self._config = config
         self._registry = registry
         self._learned = learned
-        self._controls = controls
-        self._stops = stops
         self._measure = measure
         self._admit = admit
         self._clock = clock
         self._emit = emit
         self._upcoming = upcoming
         self._evictor = Evictor(config, registry, learned, controls, stops, measure, clock, emit)
+        self._loader = Loader(
+            config, registry, learned, controls, stops, clock, emit, partial(self._does, "load")
+        )
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
-        self._evictions = 0
+        self.evictions = 0
         self._changed_at = -math.inf
         self._doing: Doing | None = None
-
-    @property
-    def evictions(self) -> int:
-        return self._evictions
 
     def _census(self) -> Census:
         """Of this moment, with the card as it was sampled last."""
@@ -101,7 +94,7 @@ class RoomMaker:
 
     # -- for the holder of the GPU ---------------------------------------------------------
 
-    def make_room(self, ticket: Ticket) -> None:
+    def make_room(self, ticket: Granted) -> None:
         """Have the ticket's consumer fit and be loaded.
 
         Raises InsufficientVram (before anything is unloaded, if unloading all that may go would
@@ -113,11 +106,12 @@ class RoomMaker:
             self._await_first_probes(ticket)
         # It may have died while the job was in line: unloading somebody for it would be in vain.
         self._admit(target)
-        self._drop_the_impossible(target)
+        for name in self._impossible(target):
+            self._registry.drop_assumption(name)
         if not self._holds_enough(target):
             self._unload_others(target, ticket)
-        self._bring_back(target, ticket)
-        self._load(target)
+        self._loader.bring_back(target, ticket)
+        self._loader.load(target)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
     def ready(self, consumer: str) -> bool:
@@ -130,20 +124,19 @@ class RoomMaker:
             and (state.loaded or snapshot.consumers[consumer].load is None)
             and state.healthy is not False
             and self._holds_enough(consumer)
+            and not self._impossible(consumer)
         )
 
-    def relieve(self, ticket: Ticket) -> bool:
+    def relieve(self, ticket: Granted) -> bool:
         """Unload all others that may go, for a job that ran out of memory; True if that gave
         anything back. Raises the error the ticket was cancelled with."""
-        target = ticket.job.consumer
         released = 0
-        for other in candidates(self._measured_census().residents()):
-            if other.name != target:
-                release = self._evict(other, ticket)
-                if release is not None and release.outcome == "unverified":
-                    released += release.expected_mib
-                elif release is not None:
-                    released += release.mib
+        for other in ticket.idle_others(self._measured_census().card()):
+            release = self._evict(other, ticket)
+            if release is not None and release.outcome == "unverified":
+                released += release.expected_mib
+            elif release is not None:
+                released += release.mib
         return released > 0
 
     def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
@@ -166,17 +159,16 @@ class RoomMaker:
     def load(self, name: str, ticket: Ticket) -> None:
         """Have a consumer loaded as its next job would, once `make_room` has been: with its
         `warm` call, where it has no `load`."""
-        if self._config.consumers[name].warm is None or self._registry.get(name).loaded:
-            return
-        self._timed_load(name, self._controls.warm)
+        self._loader.warm(name)
         ticket.pause(0)
 
     # -- for anybody -----------------------------------------------------------------------
 
     def preview(self, target: str) -> Preview:
         """What making room for `target` would do now. Acts on nothing."""
-        now, queue = self._look(target), self._upcoming()
-        snapshot, outlook = now.census.snapshot, now.census.outlook(self._doing)
+        census, queue = self._seen(), self._upcoming()
+        snapshot, outlook = census.snapshot, census.outlook(self._doing)
+        now = look(census.card(), target, queue)
         state, lazy = snapshot.states[target], snapshot.consumers[target].load is None
         return Preview(
             consumer=target,
@@ -244,69 +236,57 @@ class RoomMaker:
             return False
         return snapshot.needed(target).mib <= holder(snapshot, target).surely_mib
 
-    def _drop_the_impossible(self, target: str) -> None:
-        gpu = self._registry.now.gpu
-        if gpu.reading is None and gpu.err:  # the accounting decides
-            for name in self._census().impossible(target):
-                self._registry.drop_assumption(name)
+    def _impossible(self, target: str) -> Sequence[str]:
+        """Those that cannot be loaded, as is assumed of them, where the accounting decides."""
+        snapshot = self._registry.now
+        gpu, total_mib = snapshot.gpu, snapshot.config.gpu.total_mib
+        if gpu.reading is not None or not gpu.err or not (total_mib or gpu.last):
+            return ()
+        return self._census().impossible(target)
 
-    def _unload_others(self, target: str, ticket: Ticket) -> None:
-        tried: set[str] = set()
-        leaking: list[str] = []
-        left_alone: set[str] = set()  # at work for somebody else, since another one could go
-        waited_for: set[str] = set()
-        gone: Counter[str] = Counter()
-        more_until = 0.0
-        patient_until: float | None = None
+    def _unload_others(self, target: str, ticket: Granted) -> None:
+        done = Progress(self._config.gpu.release_timeout)
         while True:
-            now = self._look(target, tried)
-            if now.plan.fits:
-                break
-            if now.worth_waiting:
-                limit = self._config.gpu.release_timeout
-                patient_until = patient_until or self._clock.monotonic() + limit
-                if self._clock.monotonic() < patient_until:
-                    ticket.pause(LONGEST_POLL_S)
-                    continue
-            if not now.plan.victims:
-                if now.may_come_late or self._clock.monotonic() < more_until:
-                    ticket.pause(LONGEST_POLL_S)
-                    continue
-                if left_alone:  # the others were not enough after all
-                    tried -= left_alone
-                    waited_for |= left_alone
-                    left_alone.clear()
-                    continue
-                if now.plan.attempt:
-                    self._note_attempt(now)
-                    break
-                raise refusal(now, leaking)
-            victim = now.plan.victims[0]
-            tried.add(victim.name)
-            last = len(now.plan.victims) == 1
-            fits = (lambda: self._look(target).plan.fits) if last else None
-            others = None
-            if victim.name not in waited_for:
-                others = partial(self._others_may_go, target, set(tried))
-            release = self._evict(victim, ticket, fits, others)
-            if others and release and release.outcome == "busy" and release.seconds < BUSY_LIMIT_S:
-                left_alone.add(victim.name)
-            if release is not None and release.complete and gone[victim.name] < MOST_RETURNS:
-                gone[victim.name] += 1  # somebody else may have it load again
-                tried.discard(victim.name)
-            more_until = max(more_until, 0.0 if release is None else release.more_until)
-            if release is not None and release.outcome == "leaked" and release.certain:
-                leaking.append(victim.name)
-            ticket.pause(0)
+            card = self._seen().card()
+            step = ticket.next_step(card, done.so_far(self._clock.monotonic()))
+            if isinstance(step, Start):
+                if step.attempt is not None:
+                    self._note_attempt(step.attempt)
+                return
+            if isinstance(step, MakeRoom):
+                self._unload_first(step.victims, target, ticket, done)
+            elif isinstance(step, Refuse):
+                raise refusal(step.look, card, done.leaking, self._config.health_interval)
+            elif isinstance(step, Wait) and step.why == "work":
+                done.wait_for(step.consumers)
+            else:
+                if isinstance(step, Wait) and step.why == "memory":
+                    done.waits(self._clock.monotonic())
+                ticket.pause(LONGEST_POLL_S)
 
-    def _look(self, target: str, tried: Set[str] = frozenset()) -> Look:
+    def _unload_first(
+        self, victims: Sequence[Resident], target: str, ticket: Granted, done: Progress
+    ) -> None:
+        victim = victims[0]
+        done.tries(victim.name)
+        last = len(victims) == 1
+        fits = (lambda: is_room(self._seen().card(), target)) if last else None
+        others = None
+        if victim.name not in done.waited_for:
+            others = partial(self._others_may_go, target, done.tried)
+        release = self._evict(victim, ticket, fits, others)
+        if release is not None:
+            done.unloaded(victim.name, release)
+        ticket.pause(0)
+
+    def _seen(self) -> Census:
+        """As of now, with those in it that may be asked again from now on."""
         self._registry.end_quarantines()
-        return self._measured_census().plan(target, tried, self._upcoming())
+        return self._measured_census()
 
     def _others_may_go(self, target: str, tried: Set[str]) -> bool:
         """Whether there would surely be room without those that were tried, too."""
-        plan = self._look(target, tried).plan
-        return plan.fits or (bool(plan.victims) and not plan.attempt)
+        return can_be_made(self._seen().card(), target, tried)
 
     def _evict(
         self,
@@ -326,7 +306,7 @@ class RoomMaker:
             self._changed_at = self._clock.monotonic()
         if release is not None and release.outcome not in ("leaked", "gone", "busy"):
             with self._lock:
-                self._evictions += 1
+                self.evictions += 1
         return release
 
     @contextmanager
@@ -338,58 +318,11 @@ class RoomMaker:
         finally:
             self._doing = None
 
-    def _bring_back(self, target: str, ticket: Ticket) -> None:
-        """Start the target again, if the broker has stopped it, and wait until it is ready."""
-        stopped_by = self._registry.get(target).stopped_by
-        if stopped_by is None:
-            return
-        began = self._clock.monotonic()
-        with self._does("load", target), self._registry.busy(target):
-            resumed = self._stops.bring_back(target, stopped_by)
-            if not resumed:
-                self._await_ready(target, ticket)
-        self._registry.mark_started(target, resumed=resumed)
-        self._emit(Resumed(consumer=target, ms=self._note_load(target, began)))
-
-    def _await_ready(self, target: str, ticket: Ticket) -> None:
-        limit = self._config.consumers[target].ready_timeout
-        deadline = self._clock.monotonic() + limit
-        while True:
-            try:
-                self._controls.probe(target)
-            except BrokerError as error:
-                if self._clock.monotonic() >= deadline:
-                    raise ConsumerTimeout(
-                        f"{target} was started, but not ready within {limit:g} s: {error.message}",
-                        consumer=target,
-                    ) from error
-                ticket.pause(READY_POLL_S)
-            else:
-                return
-
-    def _load(self, target: str) -> None:
-        if self._config.consumers[target].load is None or self._registry.get(target).loaded:
-            return
-        self._timed_load(target, self._controls.load)
-
-    def _timed_load(self, target: str, call: Callable[[str], None]) -> None:
-        began = self._clock.monotonic()
-        with self._does("load", target), self._registry.busy(target):
-            call(target)
-        self._registry.set_loaded(target, True)
-        self._emit(Loaded(consumer=target, ms=self._note_load(target, began)))
-
-    def _note_load(self, target: str, began: float) -> int:
-        """Learn from it; returns how long it took, in ms."""
-        seconds = self._clock.monotonic() - began
-        self._learned.loaded(target, seconds)
-        return round(seconds * 1000)
-
     def _note_attempt(self, now: Look) -> None:
         self._emit(
             TriedAnyway(
                 consumer=now.target,
                 needed_mib=now.needed_mib,
-                short_mib=short_mib(now),
+                short_mib=short_mib(now, self._config.gpu.reserved_mib),
             )
         )

@@ -8,10 +8,9 @@ from dataclasses import replace
 from gpumanager.clock import Clock
 from gpumanager.config import SchedulerConfig
 from gpumanager.scheduling.estimate import Outlook
-from gpumanager.scheduling.eviction import Evicting, MakesRoom
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.scheduling.policy import FirstComeFirstServed
-from gpumanager.scheduling.queue import Queue
+from gpumanager.scheduling.queue import Queue, Room
 
 
 def locked(
@@ -20,14 +19,17 @@ def locked(
     max_wait: float,
     clock: Clock,
     outlook: Callable[[], Outlook] = Outlook,
+    room: Room | None = None,
 ) -> Queue:
-    """A FIFO ticket lock: one job at a time, in strict order of arrival."""
+    """A FIFO ticket lock: one job at a time, in strict order of arrival; with a `room`, each job
+    starts as soon as there is memory for it."""
     return Queue(
         FirstComeFirstServed(1),
         max_queue=max_queue,
         max_wait=max_wait,
         clock=clock,
         outlook=outlook,
+        room=room,
     )
 
 
@@ -49,14 +51,12 @@ def passthrough(
     )
 
 
-def build_scheduler(settings: SchedulerConfig, room: MakesRoom, clock: Clock) -> Scheduler:
-    """The scheduler `settings.kind` names, with eviction where it is a lock."""
-    make = {"locked": locked, "passthrough": passthrough}[settings.kind]
-    line = make(
-        max_queue=settings.max_queue,
-        max_wait=settings.max_wait,
-        clock=clock,
-        outlook=room.outlook,
-    )
-    # By its kind, not by `exclusive`: a passthrough with `max_queue: 1` is that by accident.
-    return line if settings.kind == "passthrough" else Evicting(line, room, clock)
+def build_scheduler(
+    settings: SchedulerConfig, room: Room, outlook: Callable[[], Outlook], clock: Clock
+) -> Scheduler:
+    """The scheduler that `settings.kind` names, with eviction where it is a lock."""
+    max_queue, max_wait = settings.max_queue, settings.max_wait
+    if settings.kind == "passthrough":
+        # Without a room also for `max_queue: 1`, where it runs one job at a time by accident.
+        return passthrough(max_queue=max_queue, max_wait=max_wait, clock=clock, outlook=outlook)
+    return locked(max_queue=max_queue, max_wait=max_wait, clock=clock, outlook=outlook, room=room)

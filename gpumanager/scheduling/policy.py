@@ -1,7 +1,4 @@
-"""Who is next, and who has waited too long: pure functions over plain data.
-
-The machinery in `line` carries the decisions out; it decides nothing itself.
-"""
+"""In which order jobs start, and who has waited too long: pure functions over plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from gpumanager.model import Job
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A place in the line. `since` and `deadline` are monotonic seconds."""
+    """A place in the queue. `since` and `deadline` are monotonic seconds."""
 
     ticket: int
     job: Job
@@ -32,19 +29,23 @@ class Running:
 
 
 class Policy(Protocol):
-    """Chooses the next job to be granted."""
+    """Chooses the next job to be granted: never more than `limit` at once, and never one beyond
+    the first `looks_at` of the queue."""
 
     @property
-    def exclusive(self) -> bool:
-        """True if it never lets two jobs run together."""
+    def limit(self) -> int:
+        """The most jobs that run at once on the card."""
+
+    @property
+    def looks_at(self) -> int:
+        """So many of the first places are enough to choose from, however long the queue is."""
 
     def next_up(
         self, waiting: Iterable[Waiting], running: Collection[Running], now: float
     ) -> Waiting | None:
         """The waiting job to start now, or None. Asked again after each grant.
 
-        `waiting` comes in the order of arrival; a policy that looks no further than the head
-        costs the same for any length of the queue.
+        `waiting` comes in the order of arrival.
         """
 
 
@@ -53,10 +54,7 @@ class FirstComeFirstServed:
     """Strict arrival order, up to `limit` jobs at once."""
 
     limit: int = 1
-
-    @property
-    def exclusive(self) -> bool:
-        return self.limit == 1
+    looks_at: int = 1
 
     def next_up(
         self,
@@ -70,5 +68,5 @@ class FirstComeFirstServed:
 
 
 def overstayed(waiting: Waiting, now: float) -> bool:
-    """True if the job has to leave the line."""
+    """True if the job has to leave the queue."""
     return now >= waiting.deadline

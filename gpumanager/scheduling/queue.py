@@ -1,4 +1,4 @@
-"""The queue: tickets, Conditions and counters. What decides is the policy.
+"""The queue: tickets, Conditions and counters. What happens next is decided by `decision`.
 
 Every ticket waits on a Condition of its own, all on one lock, so that a grant wakes exactly the
 thread it is for, with one waiter or a thousand.
@@ -13,12 +13,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
+from typing import Protocol
 
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job, QueueEntry, Stats, Turn
+from gpumanager.scheduling.decision import (
+    Decision,
+    Picture,
+    Prepare,
+    SoFar,
+    Start,
+    decide,
+    idle_others,
+)
 from gpumanager.scheduling.estimate import Forecast, Outlook, forecast
+from gpumanager.scheduling.interface import Ticket
+from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Policy, Running, Waiting, overstayed
+from gpumanager.scheduling.victims import Resident
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +47,41 @@ _UPCOMING = 100
 """Jobs of the queue that are told of; what comes later hardly matters for who must go now."""
 
 
+class Granted(Ticket, Protocol):
+    """A ticket that has the GPU, to whoever makes room for its job."""
+
+    def next_step(self, card: Card, so_far: SoFar) -> Decision:
+        """What to do for it now, by the card as it is and what was done for it `so_far`."""
+
+    def idle_others(self, card: Card) -> list[Resident]:
+        """All consumers but its own that may go."""
+
+
+class Room(Protocol):
+    """What has to be done on the card before a job can start."""
+
+    @property
+    def evictions(self) -> int:
+        """Consumers unloaded so far."""
+
+    def ready(self, consumer: str) -> bool:
+        """Whether there is nothing to do for a consumer, by what is known already: makes no call
+        and does not wait, since it is asked under the queue's lock."""
+
+    def make_room(self, ticket: Granted) -> None:
+        """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
+
+    def relieve(self, ticket: Granted) -> bool:
+        """Unload all others that may go; True if that gave something back."""
+
+
 class Queue:
     """A Scheduler in one process.
 
     `max_queue` bounds how many may wait (those running not counted) and `max_wait`, in seconds,
     how long. `outlook` draws the picture of the card that estimates are made of; it is asked, and
-    they are made, outside the lock.
+    they are made, outside the lock. Without a `room` nothing is decided by memory; with one, the
+    `policy` has to run one job at a time, or ValueError is raised.
     """
 
     def __init__(
@@ -50,9 +92,14 @@ class Queue:
         max_wait: float,
         clock: Clock,
         outlook: Callable[[], Outlook] = Outlook,
+        room: Room | None = None,
     ) -> None:
+        if room is not None and policy.limit != 1:
+            raise ValueError("eviction needs a policy that runs one job at a time")
+        self.exclusive = policy.limit == 1
         self._policy = policy
         self._outlook = outlook
+        self._room = room
         self._max_queue = max_queue
         self._max_wait = max_wait
         self._clock = clock
@@ -71,39 +118,28 @@ class Queue:
         self._draining = False
         self._retry: tuple[int, float, float] | None = None
 
-    @property
-    def exclusive(self) -> bool:
-        return self._policy.exclusive
-
     def enqueue(self, job: Job) -> QueueTicket:
-        entered = self._enter(job)
-        if isinstance(entered, QueueTicket):
-            return entered
-        raise entered(
+        max_wait = self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
+        with self._lock:
+            if not self._draining:
+                now = self._clock.monotonic()
+                self._last_number = number = self._last_number + 1
+                place = Waiting(number, job, since=now, deadline=now + max_wait)
+                ticket = QueueTicket(self, place)
+                self._waiting[number] = place
+                self._tickets[number] = ticket
+                self._grant_locked(now)
+                if number not in self._waiting or len(self._waiting) <= self._max_queue:
+                    return ticket
+                self._close_locked(number)
+            draining = self._draining
+        raise (ShuttingDown if draining else QueueFull)(
             "the broker is shutting down"
-            if entered is ShuttingDown
+            if draining
             else f"{self._max_queue} requests wait already",
             consumer=job.consumer,
             retry_after=self._retry_after(),
         )
-
-    def _enter(self, job: Job) -> QueueTicket | type[QueueFull | ShuttingDown]:
-        """A ticket, or why there is none."""
-        with self._lock:
-            if self._draining:
-                return ShuttingDown
-            now = self._clock.monotonic()
-            max_wait = self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
-            self._last_number += 1
-            place = Waiting(self._last_number, job, since=now, deadline=now + max_wait)
-            ticket = QueueTicket(self, place)
-            self._waiting[place.ticket] = place
-            self._tickets[place.ticket] = ticket
-            self._grant_locked()
-            if place.ticket in self._waiting and len(self._waiting) > self._max_queue:
-                self._close_locked(place.ticket)
-                return QueueFull
-            return ticket
 
     def cancel(self, ticket: int, error: BrokerError) -> bool:
         with self._lock:
@@ -128,8 +164,7 @@ class Queue:
 
     def upcoming(self) -> tuple[str, ...]:
         with self._lock:
-            takes = (place.job for place in self._waiting.values() if place.job.makes_room)
-            return tuple(job.consumer for job in islice(takes, _UPCOMING))
+            return tuple(place.job.consumer for place in self._upcoming_locked())
 
     def estimate(self, job: Job) -> Turn:
         waiting, running, now = self._places()
@@ -149,6 +184,7 @@ class Queue:
                 last_wait_ms=round(self._last_wait_s * 1000),
                 last_run_ms=round(self._last_run_s * 1000),
                 oldest_queued=None if oldest is None else wall_time(self._clock, oldest.since),
+                evictions=0 if self._room is None else self._room.evictions,
                 longest_overtake=self._longest_overtake,
             )
 
@@ -168,34 +204,79 @@ class Queue:
         with self._lock:
             return self._idle.wait_for(lambda: not self._running, timeout)
 
-    def _grant_locked(self, to_begin: list[QueueTicket] | None = None) -> None:
-        """Grant what the policy says. Those that asked to be begun by who grants are put into
-        `to_begin`, where there is one, and woken later."""
-        now = self._clock.monotonic()
-        while self._waiting:
-            chosen = self._policy.next_up(self._waiting.values(), self._running.values(), now)
-            if chosen is None:
-                return
-            self._count_overtakes_locked(chosen)
-            del self._waiting[chosen.ticket]
-            self._running[chosen.ticket] = Running(chosen.ticket, chosen.job, since=now)
-            self._total_jobs += 1
-            self._last_wait_s = now - chosen.since
-            ticket = self._tickets[chosen.ticket]
-            ticket._waited_s = self._last_wait_s
-            if to_begin is not None and ticket._begin is not None:
-                ticket._beginning = True
-                to_begin.append(ticket)
-            else:
-                ticket._turn.notify()
+    # -- inside ----------------------------------------------------------------------------
 
-    def _count_overtakes_locked(self, chosen: Waiting) -> None:
+    def _grant_locked(self, now: float, to_begin: list[QueueTicket] | None = None) -> None:
+        """Have those start, or be prepared, whose turn it is. Those that can start, and asked to be
+        begun by who grants, are put into `to_begin`, where there is one, and woken later."""
+        policy = self._policy
+        while self._waiting and len(self._running) < policy.limit:
+            waiting = tuple(islice(self._waiting.values(), policy.looks_at))
+            ready = self._ready_locked(waiting)
+            decision = decide(
+                Picture(waiting, tuple(self._running.values()), ready=ready, now=now), policy
+            )
+            if isinstance(decision, Start):
+                for number in decision.tickets:
+                    self._give_locked(number, now, to_begin)
+            elif isinstance(decision, Prepare):
+                self._tickets[decision.ticket]._unprepared = True
+                self._give_locked(decision.ticket, now)
+            else:
+                return
+
+    def _ready_locked(self, waiting: Iterable[Waiting]) -> set[str]:
+        """The consumers of these that the card need not be looked at for."""
+        jobs = [place.job for place in waiting]
+        if self._room is None:
+            return {job.consumer for job in jobs}
+        names = {job.consumer for job in jobs if job.makes_room and job.runs}
+        try:
+            return set(filter(self._room.ready, names))
+        except Exception:  # whose turn it is must not depend on it
+            log.exception("looking at who is ready failed")
+            return set()
+
+    def _give_locked(
+        self, number: int, now: float, to_begin: list[QueueTicket] | None = None
+    ) -> None:
+        """The GPU is this one's."""
+        if number != next(iter(self._waiting)):
+            self._count_overtakes_locked(number)
+        place, ticket = self._waiting.pop(number), self._tickets[number]
+        self._running[number] = Running(number, place.job, since=now)
+        self._total_jobs += 1
+        ticket._waited_s = self._last_wait_s = now - place.since
+        if to_begin is not None and ticket._begin is not None:
+            ticket._beginning = True
+            to_begin.append(ticket)
+        else:
+            ticket._turn.notify()
+
+    def _count_overtakes_locked(self, number: int) -> None:
         for place in self._waiting.values():
-            if place is chosen:
+            if place.ticket == number:
                 return
             ticket = self._tickets[place.ticket]
             ticket._overtaken += 1
             self._longest_overtake = max(self._longest_overtake, ticket._overtaken)
+
+    def _upcoming_locked(self) -> tuple[Waiting, ...]:
+        takes = (place for place in self._waiting.values() if place.job.makes_room)
+        return tuple(islice(takes, _UPCOMING))
+
+    def _preparing_locked(self, number: int, card: Card, so_far: SoFar) -> Picture:
+        """For a ticket that has the GPU, and whose consumer has yet to get its room."""
+        if number not in self._running:
+            raise RuntimeError(f"ticket {number} was closed already")
+        return Picture(
+            self._upcoming_locked(),
+            tuple(self._running.values()),
+            card=card,
+            preparing=number,
+            so_far=so_far,
+            now=self._clock.monotonic(),
+        )
 
     def _cancel_locked(self, ticket: QueueTicket, error: BrokerError) -> None:
         if ticket._error is None:
@@ -212,11 +293,11 @@ class Queue:
         if (place := self._waiting.pop(number, None)) is not None:
             ticket._waited_s = now - place.since
         else:
-            held = now - self._running.pop(number).since
-            self._last_run_s = held
+            self._last_run_s = now - self._running.pop(number).since
             if not self._running:
                 self._idle.notify_all()
-        self._grant_locked(to_begin)
+        if self._waiting:
+            self._grant_locked(now, to_begin)
 
     def _places(self) -> tuple[list[Waiting], list[Running], float]:
         """Who waits, in the order of the queue, and who runs, as of one instant."""
@@ -241,7 +322,7 @@ class Queue:
 
 
 class QueueTicket:
-    """A Ticket of `Queue`. Its fields belong to the queue's lock."""
+    """A Ticket of `Queue`. What is private belongs to the queue's lock."""
 
     __slots__ = (
         "_action",
@@ -253,10 +334,17 @@ class QueueTicket:
         "_place",
         "_queue",
         "_turn",
+        "_unprepared",
         "_waited_s",
+        "job",
+        "number",
+        "prepared_s",
     )
 
     def __init__(self, queue: Queue, place: Waiting) -> None:
+        self.number = place.ticket
+        self.job = place.job
+        self.prepared_s = 0.0
         self._queue = queue
         self._place = place
         self._turn = threading.Condition(queue._lock)
@@ -267,36 +355,15 @@ class QueueTicket:
         self._beginning = False
         self._begun = False
         self._overtaken = 0
-
-    @property
-    def number(self) -> int:
-        return self._place.ticket
-
-    @property
-    def job(self) -> Job:
-        return self._place.job
+        self._unprepared = False
 
     @property
     def waited_s(self) -> float:
         waited = self._waited_s
         return self._queue._clock.monotonic() - self._place.since if waited is None else waited
 
-    @property
-    def prepared_s(self) -> float:
-        return 0.0
-
     def wait(self) -> None:
-        waited = self._wait_for_turn()
-        if waited is not None:
-            raise QueueTimeout(
-                f"no turn within {waited:.0f} s",
-                consumer=self.job.consumer,
-                retry_after=self._queue._retry_after(),
-            )
-
-    def _wait_for_turn(self) -> float | None:
-        """Wait; returns after how many seconds it was given up, None if it was not."""
-        queue, number = self._queue, self.number
+        queue, number, late = self._queue, self.number, False
         with queue._lock:
             while number in queue._waiting or self._beginning:
                 if self._beginning:
@@ -304,14 +371,42 @@ class QueueTicket:
                     continue
                 now = queue._clock.monotonic()
                 if overstayed(self._place, now):
+                    late = True
                     queue._close_locked(number)
-                    return now - self._place.since
-                self._turn.wait(self._place.deadline - now)
+                else:
+                    self._turn.wait(self._place.deadline - now)
             if self._error is not None and not self._begun:
                 raise self._error
-            if number not in queue._running:
+            if number not in queue._running and not late:
                 raise RuntimeError(f"ticket {number} was closed already")
-            return None
+        if late:
+            raise QueueTimeout(
+                f"no turn within {self.waited_s:.0f} s",
+                consumer=self.job.consumer,
+                retry_after=queue._retry_after(),
+            )
+        if self._unprepared:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        queue, self._unprepared = self._queue, False
+        if queue._room is None:
+            return
+        began = queue._clock.monotonic()
+        try:
+            queue._room.make_room(self)
+        finally:
+            self.prepared_s = queue._clock.monotonic() - began
+
+    def next_step(self, card: Card, so_far: SoFar) -> Decision:
+        queue = self._queue
+        with queue._lock:
+            return decide(queue._preparing_locked(self.number, card, so_far), queue._policy)
+
+    def idle_others(self, card: Card) -> list[Resident]:
+        queue = self._queue
+        with queue._lock:
+            return idle_others(queue._preparing_locked(self.number, card, SoFar()))
 
     def pause(self, seconds: float) -> None:
         with self._queue._lock:
@@ -320,7 +415,8 @@ class QueueTicket:
                 raise self._error
 
     def relieve(self) -> bool:
-        return False
+        room = self._queue._room
+        return room is not None and room.relieve(self)
 
     def cancel(self, error: BrokerError) -> bool:
         queue = self._queue

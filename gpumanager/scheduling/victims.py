@@ -107,17 +107,13 @@ def plan_eviction(
     it never was: with `cost` in seconds of reloading, with `lru` as if all took equally long.
     Among equals the least recently used goes, then the one of lower priority, then by name.
     """
-    missing = demand.missing_mib - available_mib
-    if demand.missing_mib == 0 or missing <= 0:
+    if fits(demand, available_mib):
         return Plan(fits=True)
+    missing = demand.missing_mib - available_mib
     known = {resident.name: resident for resident in residents}
-    free = sum(
-        each.yield_mib
-        for each in candidates(known.values())
-        if each.name != demand.name and each.name not in demand.coexists_with
-    )
-    if free < missing:
-        return Plan(fits=False, short_mib=missing - free)
+    short_mib = missing - yields_mib(demand, known.values())
+    if short_mib > 0:
+        return Plan(fits=False, short_mib=short_mib)
     # A job right after another one of the same consumer changes nothing.
     upcoming = [each for before, each in pairwise((demand, *upcoming)) if each.name != before.name]
     known.setdefault(demand.name, Resident(demand.name, False, demand.held_mib))
@@ -129,6 +125,20 @@ def plan_eviction(
         [Step(each.name, each.coexists_with) for each in upcoming[:look_ahead]],
     )
     return Plan(fits=False, victims=tuple(known[name] for name in chosen))
+
+
+def fits(demand: Demand, available_mib: int) -> bool:
+    """Whether it does without anybody being unloaded."""
+    return demand.missing_mib <= max(0, available_mib)
+
+
+def yields_mib(demand: Demand, residents: Iterable[Resident]) -> int:
+    """MiB that unloading all of them that may go for `demand` would give back."""
+    return sum(
+        each.yield_mib
+        for each in candidates(residents)
+        if each.name != demand.name and each.name not in demand.coexists_with
+    )
 
 
 def candidates(residents: Iterable[Resident]) -> list[Resident]:

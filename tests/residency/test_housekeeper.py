@@ -12,8 +12,6 @@ from gpumanager.errors import BrokerError, ConsumerUnreachable, InsufficientVram
 from gpumanager.gpu.accounting import Balance
 from gpumanager.model import Job
 from gpumanager.residency.housekeeper import Housekeeper
-from gpumanager.scheduling.estimate import Outlook
-from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.telemetry.events import Event, HousekeepingFailed
@@ -25,9 +23,6 @@ class House:
 
     evictions = 0
 
-    def outlook(self) -> Outlook:
-        return Outlook()
-
     def __init__(self, consumers: dict[str, dict[str, Any]], **top: Any) -> None:
         self.clock = FakeClock()
         self.told: list[Event] = []
@@ -37,10 +32,9 @@ class House:
         }
         config = parse_config(yaml.safe_dump({"consumers": filled, **top}))
         self.registry = Registry(config, self.clock, lambda consumer: False)
-        self.line = locked(max_queue=9, max_wait=60, clock=self.clock)
-        scheduler = Evicting(self.line, self, self.clock)
+        self.line = locked(max_queue=9, max_wait=60, clock=self.clock, room=self)
         self.keeper = Housekeeper(
-            config, self.registry, scheduler, self, self.clock, self.told.append
+            config, self.registry, self.line, self, self.clock, self.told.append
         )
         self.did: list[str] = []
         self.failing: BrokerError | None = None
@@ -166,7 +160,7 @@ def test_who_was_used_before_the_turn_came_is_not_idle() -> None:
         def enqueue(self, job: Job) -> Ticket:
             wait.append(job.kind)
             house.used("tts")
-            return Evicting(line, house, house.clock).enqueue(job)
+            return line.enqueue(job)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(line, name)

@@ -37,7 +37,8 @@ from gpumanager.model import (
 from gpumanager.residency.census import Census
 from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.factory import locked
-from gpumanager.scheduling.interface import Release, Ticket
+from gpumanager.scheduling.interface import Release
+from gpumanager.scheduling.queue import Granted
 from gpumanager.telemetry.events import Event, Evicted, TriedAnyway
 from tests.support.clock import FakeClock
 
@@ -232,14 +233,16 @@ class Bench:
         new = self.registry.now.config.model_copy(update={"consumers": consumers})
         self.registry.reshape(new)
 
-    def ticket(self, name: str) -> Ticket:
+    def ticket(self, name: str) -> Granted:
         """A ticket that was granted, and whose pauses pass at once."""
         ticket = self.scheduler.enqueue(Job(name, "tts"))
+        behind = [self.scheduler.enqueue(Job(each, "tts")) for each in self.queue]
         bench = self
 
         class Watched:
             number, job, waited_s, prepared_s = ticket.number, ticket.job, 0.0, 0.0
-            wait, cancel, close = ticket.wait, ticket.cancel, ticket.close
+            wait, cancel = ticket.wait, ticket.cancel
+            next_step, idle_others = ticket.next_step, ticket.idle_others
             when_cancelled, relieve = ticket.when_cancelled, ticket.relieve
             when_granted = ticket.when_granted
 
@@ -250,6 +253,10 @@ class Bench:
                 if bench.leave_after is not None and len(bench.pauses) > bench.leave_after:
                     ticket.cancel(ClientGone("left"))
                 ticket.pause(0)
+
+            def close(self) -> None:
+                for each in (*behind, ticket):
+                    each.close()
 
         return Watched()
 
@@ -330,6 +337,17 @@ def test_ready_is_who_has_nothing_to_be_done_for_it(stopped_by: bool) -> None:
         bench.registry.probe_failed("llm", "refused")
     assert not bench.room.ready("llm")
     assert bench.measurements == 0
+
+
+def test_none_is_ready_while_others_are_assumed_to_be_loaded_that_cannot_be() -> None:
+    bench = Bench(THREE, total=7000, measured=False, assumed=True)
+    bench.registry.set_gpu(GpuState(err="no driver"))
+    bench.resident("llm")
+    bench.clock.advance(5)
+    assert not bench.room.ready("llm")
+    bench.make_room("llm")
+    assert not bench.registry.get("tts").loaded
+    assert bench.room.ready("llm")
 
 
 def test_a_stale_sample_is_not_believed() -> None:
@@ -798,7 +816,7 @@ def test_one_that_was_put_to_sleep_and_kept_much_is_not_asked_again() -> None:
     bench = attributed(THREE, total=12_000)
     bench.keeps["tts"] = 900
     bench.resident("tts", used=50)
-    bench.room.unload("tts", bench.ticket("tts"))
+    bench.unload_for_operator("tts")
     bench.resident("stt", used=10)
     bench.total = 900 + 2000 + 6000
     bench.calls.clear()

@@ -13,10 +13,10 @@ from gpumanager.config import SchedulerConfig
 from gpumanager.errors import BrokerError, ClientGone, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job, Stats, Turn
 from gpumanager.scheduling.estimate import Outlook, Profile, guess
-from gpumanager.scheduling.eviction import Evicting
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
-from gpumanager.scheduling.queue import QueueTicket
+from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.queue import Granted, Queue, QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
 from tests.support.threads import Outcome
@@ -27,27 +27,23 @@ Make = Callable[..., Scheduler]
 class NoRoomNeeded:
     evictions = 0
 
-    def outlook(self) -> Outlook:
-        return Outlook()
-
     def ready(self, consumer: str) -> bool:
         return True
 
-    def make_room(self, ticket: Ticket) -> None:
+    def make_room(self, ticket: Granted) -> None:
         pass
 
-    def relieve(self, ticket: Ticket) -> bool:
+    def relieve(self, ticket: Granted) -> bool:
         return True
 
 
 class RoomRefused(NoRoomNeeded):
-    def make_room(self, ticket: Ticket) -> None:
+    def make_room(self, ticket: Granted) -> None:
         raise AssertionError("nothing is to be evicted")
 
 
 def evicting(**settings: object) -> Scheduler:
-    inner = locked(**settings)  # type: ignore[arg-type]
-    return Evicting(inner, NoRoomNeeded(), SystemClock())
+    return locked(**settings, room=NoRoomNeeded())  # type: ignore[arg-type]
 
 
 EXCLUSIVE = [pytest.param(locked, id="locked"), pytest.param(evicting, id="evicting")]
@@ -448,7 +444,7 @@ def test_passthrough_runs_everything_at_once_up_to_its_bound() -> None:
 
 def test_passthrough_is_never_exclusive_by_accident() -> None:
     settings = SchedulerConfig(kind="passthrough", max_queue=1)
-    scheduler = build_scheduler(settings, RoomRefused(), SystemClock())
+    scheduler = build_scheduler(settings, RoomRefused(), Outlook, SystemClock())
     ticket = scheduler.enqueue(job())
     ticket.wait()
     ticket.close()
@@ -569,16 +565,16 @@ class Refuses(NoRoomNeeded):
     def __init__(self, error: BrokerError) -> None:
         self.error = error
 
-    def make_room(self, ticket: Ticket) -> None:
+    def make_room(self, ticket: Granted) -> None:
         raise self.error
 
-    def relieve(self, ticket: Ticket) -> bool:
+    def relieve(self, ticket: Granted) -> bool:
         raise self.error
 
 
 def test_a_job_there_is_no_room_for_hands_on_to_the_next() -> None:
     error = ClientGone("no room")
-    scheduler = Evicting(build(locked), Refuses(error), SystemClock())
+    scheduler = build(locked, room=Refuses(error))
     first, second = scheduler.enqueue(job()), scheduler.enqueue(job())
     with pytest.raises(ClientGone):
         first.wait()
@@ -697,10 +693,10 @@ def test_a_job_that_needs_room_is_not_begun_before_there_is_some() -> None:
         def ready(self, consumer: str) -> bool:
             return False
 
-        def make_room(self, ticket: Ticket) -> None:
+        def make_room(self, ticket: Granted) -> None:
             made.append(ticket.job.consumer)
 
-    scheduler = Evicting(build(locked), RoomLater(), SystemClock())
+    scheduler = build(locked, room=RoomLater())
     first, second = scheduler.enqueue(job("a")), scheduler.enqueue(job("b"))
     second.when_granted(lambda: pytest.fail("there is no room yet"))
     first.close()
@@ -711,7 +707,13 @@ def test_a_job_that_needs_room_is_not_begun_before_there_is_some() -> None:
 
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:
     with pytest.raises(ValueError, match="one job at a time"):
-        Evicting(build(passthrough), NoRoomNeeded(), SystemClock())
+        Queue(
+            FirstComeFirstServed(2),
+            max_queue=9,
+            max_wait=60,
+            clock=SystemClock(),
+            room=NoRoomNeeded(),
+        )
 
 
 def test_a_grant_wakes_only_the_thread_it_is_for() -> None:

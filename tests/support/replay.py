@@ -29,7 +29,7 @@ from gpumanager.model import (
 from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.factory import locked
-from gpumanager.scheduling.interface import Ticket
+from gpumanager.scheduling.queue import Granted
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
 
@@ -125,7 +125,7 @@ class Replay:
         )
         self.told: list[Told] = []
         self._arrivals: list[tuple[float, int]] = []
-        self._tickets: deque[tuple[Ticket, int, float, float]] = deque()
+        self._tickets: deque[tuple[Granted, int, float, float]] = deque()
         self._left = 0
         self.measure()
 
@@ -210,7 +210,7 @@ class Replay:
             came = self.clock.monotonic()
             self._tickets.append((ticket, client, entry.turn.wait_s, came))
 
-    def _serve(self, ticket: Ticket, told_s: float, came: float) -> None:
+    def _serve(self, ticket: Granted, told_s: float, came: float) -> None:
         name = ticket.job.consumer
         waited = self.clock.monotonic() - came
         if waited > 0:
@@ -246,11 +246,12 @@ class Replay:
 class _Pausing:
     """A ticket whose pauses pass in virtual time."""
 
-    def __init__(self, ticket: Ticket, advance: Any) -> None:
+    def __init__(self, ticket: Granted, advance: Any) -> None:
         self.number, self.job, self.waited_s, self.prepared_s = ticket.number, ticket.job, 0.0, 0.0
         self.wait, self.cancel, self.close = ticket.wait, ticket.cancel, ticket.close
         self.when_cancelled, self.relieve = ticket.when_cancelled, ticket.relieve
         self.when_granted = ticket.when_granted
+        self.next_step, self.idle_others = ticket.next_step, ticket.idle_others
         self.pause = advance
 
 

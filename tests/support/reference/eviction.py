@@ -13,7 +13,6 @@ from typing import Protocol
 from gpumanager.clock import Clock
 from gpumanager.errors import BrokerError
 from gpumanager.model import Job, QueueEntry, Stats, Turn
-from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
 
@@ -27,9 +26,6 @@ class MakesRoom(Protocol):
     def ready(self, consumer: str) -> bool:
         """Whether there is nothing to do for a consumer, by what is known already: makes no call
         and does not wait."""
-
-    def outlook(self) -> Outlook:
-        """What estimates are made of; makes no call."""
 
     def make_room(self, ticket: Ticket) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""

@@ -1,0 +1,238 @@
+"""What making room for a job takes, by the card and the consumers as of one moment: pure functions
+over plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from gpumanager.gpu.accounting import Balance, balance
+from gpumanager.model import CONTEXT_MIB, MemoryReading
+from gpumanager.scheduling.victims import (
+    Demand,
+    Order,
+    Plan,
+    Resident,
+    candidates,
+    fits,
+    plan_eviction,
+    yields_mib,
+)
+
+DESKTOP_MIB = 1024
+DESKTOP_SHARE = 8
+"""What is nobody's, and no more than the first, or than one part in the second of the card, is
+taken for a desktop: it does not keep a job that is otherwise alone from being tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one consumer stands, all in MiB. `resident` is what it is to the jobs of others,
+    `demand` what its own next job needs; `declared_mib` what the config says that it needs.
+
+    The rest is how much better it may be than is known. `hoped_floor_mib`: what it keeps after an
+    unload, if what was seen to stay once comes back this time. `lucky`: what it is to others, if
+    that is so, and nothing is wrong that is only assumed; `lucky_surely_mib`: what it holds for
+    its own next job then. `coming_mib` is what it was unloaded of lately, and still holds;
+    `late_mib` what of that is overdue, if that is why it is in quarantine for the first time.
+    """
+
+    resident: Resident
+    demand: Demand
+    declared_mib: int
+    hoped_floor_mib: int
+    lucky: Resident
+    lucky_surely_mib: int
+    coming_mib: int = 0
+    late_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The card and the consumers as of `now` (monotonic seconds). `reading` is None where the card
+    cannot be measured, `last` is then the latest of before; `total_mib` is the configured total
+    (0: none). Of what is free, `reserved_mib` stays free."""
+
+    consumers: Mapping[str, Standing] = field(default_factory=dict)
+    reading: MemoryReading | None = None
+    last: MemoryReading | None = None
+    total_mib: int = 0
+    reserved_mib: int = 0
+    order: Order = "lru"
+    now: float = 0.0
+
+    def balance(self, target: str | None = None) -> Balance:
+        """How much is free; for the next job of `target`, if that is given: what it may hold, but
+        not surely, is not in its own way."""
+        return self._balance(
+            each.demand.held_mib if name == target else each.resident.held_mib
+            for name, each in self.consumers.items()
+        )
+
+    def lucky_balance(self, target: str) -> Balance:
+        """The same, if all that is assumed were in favour of `target`."""
+        return self._balance(
+            each.lucky_surely_mib if name == target else each.lucky.held_mib
+            for name, each in self.consumers.items()
+        )
+
+    def _balance(self, held_mib: Iterable[int]) -> Balance:
+        return balance(self.reading, self.total_mib, held_mib, self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What follows from a card for the next job of `target`. `coming_mib` is what was unloaded
+    lately and is still held; `late_mib` what is overdue of it, of those that are in quarantine for
+    the first time because of that."""
+
+    target: str
+    plan: Plan
+    needed_mib: int
+    held_mib: int
+    balance: Balance
+    coming_mib: int = 0
+    late_mib: int = 0
+
+    @property
+    def short_mib(self) -> int:
+        """MiB that are missing in the end."""
+        return self.plan.short_mib or self.needed_mib - self.held_mib - self.balance.free_mib
+
+    @property
+    def may_come_late(self) -> bool:
+        """Whether there would be room, if what is overdue came back after all."""
+        return (self.plan.attempt or self.plan.in_vain) and 0 < self.short_mib <= self.late_mib
+
+    @property
+    def worth_waiting(self) -> bool:
+        """Whether there may be room without an eviction, or a risk, once the memory is back that is
+        on its way."""
+        if not self.coming_mib:
+            return False
+        enough = self.coming_mib >= self.short_mib
+        return self.plan.attempt or self.plan.in_vain or enough
+
+
+def look(
+    card: Card, target: str, upcoming: Sequence[str] = (), spared: Set[str] = frozenset()
+) -> Look:
+    """What making room for the next job of `target` takes. Those that are `spared` may not go;
+    `upcoming` is whose jobs wait behind it.
+
+    A guess may cost an eviction, never a refusal: where the room would not be enough even
+    without all that may go, but would be if what is only assumed turns out well, and what
+    is declared is all that is needed, they all go, and the job is tried. So is one that will
+    be alone on the card then.
+    """
+    now, demand = card.balance(target), card.consumers[target].demand
+    return Look(
+        target,
+        Plan(fits=True) if now.source == "unknown" else _plan(card, demand, now, upcoming, spared),
+        demand.needed_mib,
+        demand.held_mib,
+        now,
+        sum(each.coming_mib for each in card.consumers.values()),
+        sum(each.late_mib for each in card.consumers.values()),
+    )
+
+
+def is_room(card: Card, target: str) -> bool:
+    """Whether the next job of `target` fits without anybody being unloaded."""
+    now = card.balance(target)
+    available_mib = now.free_mib - card.reserved_mib
+    return now.source == "unknown" or fits(card.consumers[target].demand, available_mib)
+
+
+def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool:
+    """Whether there is room for the next job of `target`, or surely would be, once all had gone
+    that may and are not `spared`."""
+    if is_room(card, target):
+        return True
+    demand = card.consumers[target].demand
+    missing = demand.missing_mib - card.balance(target).free_mib + card.reserved_mib
+    return any(
+        missing <= yields_mib(demand, _residents(card, spared, hopeful=hopeful))
+        for hopeful in (False, True)
+    )
+
+
+def may_go(card: Card, spared: Collection[str] = frozenset()) -> list[Resident]:
+    """All that could be unloaded, and are not `spared`."""
+    return candidates(_residents(card, spared))
+
+
+def _plan(
+    card: Card, demand: Demand, now: Balance, upcoming: Sequence[str], spared: Set[str]
+) -> Plan:
+    available_mib = now.free_mib - card.reserved_mib
+    waiting = [card.consumers[name].demand for name in upcoming if name in card.consumers]
+    plan = Plan(fits=False)
+    # The second time: what was seen to stay once may come back this time.
+    for hopeful in (False, True):
+        again = plan_eviction(
+            demand,
+            _residents(card, spared, hopeful=hopeful),
+            available_mib,
+            order=card.order,
+            now=card.now,
+            upcoming=waiting,
+        )
+        if not again.in_vain:
+            return again
+        plan = plan if hopeful else again
+    if not _with_luck(card, demand, spared) and not _ends_alone(card, demand.name, now, spared):
+        return plan
+    stay = {demand.name, *demand.coexists_with}
+    going = sorted(may_go(card, spared), key=lambda each: each.last_used or -inf)
+    victims = tuple(each for each in going if each.name not in stay)
+    return replace(plan, victims=victims, attempt=True)
+
+
+def _residents(card: Card, spared: Collection[str], *, hopeful: bool = False) -> list[Resident]:
+    return [
+        _as(
+            each.resident,
+            each.resident.evictable and name not in spared,
+            each.hoped_floor_mib if hopeful else each.resident.floor_mib,
+        )
+        for name, each in card.consumers.items()
+    ]
+
+
+def _as(resident: Resident, evictable: bool, floor_mib: int) -> Resident:
+    if (resident.evictable, resident.floor_mib) == (evictable, floor_mib):
+        return resident
+    return replace(resident, evictable=evictable, floor_mib=floor_mib)
+
+
+def _with_luck(card: Card, demand: Demand, spared: Set[str]) -> bool:
+    """Whether there would be room, if all that is assumed were in favour of the target, and what is
+    declared were all that it needs."""
+    target, now = card.consumers[demand.name], card.lucky_balance(demand.name)
+    lucky = replace(
+        demand,
+        needed_mib=min(demand.needed_mib, target.declared_mib),
+        held_mib=target.lucky_surely_mib,
+    )
+    available_mib = now.free_mib - card.reserved_mib
+    others = [each.lucky for name, each in card.consumers.items() if name not in spared]
+    return (
+        now.source == "unknown"
+        or fits(lucky, available_mib)
+        or lucky.missing_mib - available_mib <= yields_mib(lucky, others)
+    )
+
+
+def _ends_alone(card: Card, target: str, now: Balance, spared: Set[str]) -> bool:
+    """Whether nobody but the target and a desktop would be left on the card, once all that may
+    go have gone."""
+    others = [each for each in _residents(card, spared, hopeful=True) if each.name != target]
+    going = {each.name for each in candidates(others)}
+    left = [each.floor_mib if each.name in going else each.held_mib for each in others]
+    known = sum(each.resident.held_mib for each in card.consumers.values())
+    desktop = max(DESKTOP_MIB, now.total_mib // DESKTOP_SHARE)
+    return all(mib <= CONTEXT_MIB for mib in left) and (
+        card.reading is None or now.used_mib - known <= desktop
+    )

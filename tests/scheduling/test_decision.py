@@ -1,0 +1,233 @@
+"""What happens next, decided from plain data; and what a grant costs."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from gpumanager.clock import SystemClock
+from gpumanager.model import Job, MemoryReading
+from gpumanager.scheduling.decision import (
+    MakeRoom,
+    Picture,
+    Prepare,
+    Refuse,
+    SoFar,
+    Start,
+    Wait,
+    decide,
+    idle_others,
+)
+from gpumanager.scheduling.factory import locked
+from gpumanager.scheduling.memory import Card, Standing
+from gpumanager.scheduling.policy import FirstComeFirstServed, Running, Waiting
+from gpumanager.scheduling.queue import Granted
+from gpumanager.scheduling.victims import Demand, Resident
+
+ONE = FirstComeFirstServed()
+SEVERAL = FirstComeFirstServed(limit=4, looks_at=4)
+
+
+def waiting(*names: str, **more: Any) -> tuple[Waiting, ...]:
+    """Their jobs, with the tickets 1, 2, and so on."""
+    return tuple(
+        Waiting(number, Job(name, "tts", **more), since=0.0, deadline=60.0)
+        for number, name in enumerate(names, start=1)
+    )
+
+
+def running(*names: str) -> tuple[Running, ...]:
+    """Theirs, with the tickets 11, 12, and so on."""
+    return tuple(
+        Running(number, Job(name, "tts"), since=0.0) for number, name in enumerate(names, start=11)
+    )
+
+
+def card(total: int = 10_000, foreign: int = 0, **consumers: tuple[int, int]) -> Card:
+    """Consumers by what each needs and holds."""
+    used = foreign + sum(held for _, held in consumers.values())
+    return Card(
+        {
+            name: Standing(
+                resident := Resident(name, held > 0, held),
+                Demand(name, needed, held),
+                declared_mib=needed,
+                hoped_floor_mib=0,
+                lucky=resident,
+                lucky_surely_mib=held,
+            )
+            for name, (needed, held) in consumers.items()
+        },
+        MemoryReading(total, used, total - used),
+    )
+
+
+def but(known: Card, name: str, **changes: Any) -> Card:
+    """The card, with something else about one consumer."""
+    return replace(
+        known, consumers={**known.consumers, name: replace(known.consumers[name], **changes)}
+    )
+
+
+FULL = card(llm=(6000, 0), tts=(5000, 5000), stt=(3000, 3000))
+
+
+def test_nobody_starts_where_nobody_waits() -> None:
+    assert decide(Picture(), ONE) == Wait("nobody")
+
+
+def test_the_first_starts_if_its_consumer_holds_all_it_needs() -> None:
+    assert decide(Picture(waiting("tts", "llm"), ready={"tts"}), ONE) == Start((1,))
+
+
+def test_the_first_is_prepared_if_that_is_not_known() -> None:
+    assert decide(Picture(waiting("llm", "tts"), ready={"tts"}), ONE) == Prepare(1)
+
+
+def test_what_takes_no_memory_starts_as_it_is() -> None:
+    assert decide(Picture(waiting("llm", makes_room=False)), ONE) == Start((1,))
+
+
+def test_nobody_starts_beside_another_one() -> None:
+    picture = Picture(waiting("tts"), running("tts"), ready={"tts"})
+    assert decide(picture, ONE) == Wait("running")
+
+
+def test_with_a_policy_for_several_all_start_that_can() -> None:
+    picture = Picture(waiting("tts", "stt", "llm", "tts"), running("tts"), ready={"tts", "stt"})
+    assert decide(picture, SEVERAL) == Start((1, 2))  # and then it is decided for llm
+    everyone = replace(picture, ready={"tts", "stt", "llm"})
+    assert decide(everyone, SEVERAL) == Start((1, 2, 3))
+
+
+def test_a_consumer_has_no_more_jobs_at_once_than_it_may() -> None:
+    picture = Picture(waiting("tts", "tts", "tts"), ready={"tts"}, limits={"tts": 2})
+    assert decide(picture, SEVERAL) == Start((1, 2))
+    assert decide(replace(picture, running=running("tts", "tts")), SEVERAL) == Wait("running")
+
+
+def test_on_a_card_that_was_looked_at_the_first_starts_or_makes_room() -> None:
+    assert decide(Picture(waiting("tts"), card=FULL), ONE) == Start((1,))
+    decision = decide(Picture(waiting("llm"), card=FULL), ONE)
+    assert isinstance(decision, MakeRoom)
+    assert (decision.ticket, [each.name for each in decision.victims]) == (1, ["tts"])
+
+
+def test_who_waits_is_not_unloaded_before_others() -> None:
+    both_do = card(llm=(6000, 0), tts=(5000, 4000), stt=(3000, 4000))
+    for waits, goes in (("tts", "stt"), ("stt", "tts")):
+        decision = decide(Picture(waiting("llm", waits), card=both_do), ONE)
+        assert isinstance(decision, MakeRoom)
+        assert [each.name for each in decision.victims] == [goes]
+
+
+def test_who_was_tried_is_not_asked_again() -> None:
+    tried = SoFar(tried=frozenset({"tts"}))
+    picture = Picture(running=running("llm"), card=FULL, preparing=11, so_far=tried)
+    decision = decide(picture, ONE)
+    assert isinstance(decision, Refuse)
+    assert (decision.ticket, decision.look.plan.short_mib) == (11, 1000)
+
+
+# -- victims are idle --------------------------------------------------------------------------
+
+
+def test_a_consumer_whose_job_runs_is_never_a_victim() -> None:
+    both_do = card(llm=(6000, 0), tts=(5000, 4000), stt=(3000, 4000))
+    for busy, goes in (("tts", "stt"), ("stt", "tts")):
+        picture = Picture(running=running("llm", busy), card=both_do, preparing=11)
+        decision = decide(picture, SEVERAL)
+        assert isinstance(decision, MakeRoom)
+        assert [each.name for each in decision.victims] == [goes]
+
+
+def test_if_only_its_memory_would_do_the_end_of_its_job_is_waited_for() -> None:
+    picture = Picture(running=running("llm", "tts"), card=FULL, preparing=11)
+    assert decide(picture, SEVERAL) == Wait("running")
+    hopeless = card(foreign=2000, llm=(9000, 0), tts=(5000, 5000), stt=(3000, 3000))
+    assert isinstance(decide(replace(picture, card=hopeless), SEVERAL), Refuse)
+
+
+def test_nor_is_it_unloaded_for_one_that_ran_out_of_memory() -> None:
+    picture = Picture(running=running("llm", "tts"), card=FULL, preparing=11)
+    assert [each.name for each in idle_others(picture)] == ["stt"]
+    assert idle_others(replace(picture, card=None)) == []
+
+
+# -- what is waited for ------------------------------------------------------------------------
+
+
+def test_memory_on_its_way_back_is_waited_for_while_there_is_patience() -> None:
+    coming = but(FULL, "stt", coming_mib=4000)
+    picture = Picture(running=running("llm"), card=coming, preparing=11)
+    assert decide(picture, ONE) == Wait("memory")
+    impatient = replace(picture, so_far=SoFar(patient=False))
+    assert isinstance(decide(impatient, ONE), MakeRoom)
+
+
+@pytest.mark.parametrize("how", ["overdue", "more to come"])
+def test_memory_that_may_come_late_is_waited_for_before_a_refusal(how: str) -> None:
+    late = but(FULL, "stt", late_mib=4000) if how == "overdue" else FULL
+    done = SoFar(tried=frozenset({"tts", "stt"}), more_to_come=how == "more to come")
+    picture = Picture(running=running("llm"), card=late, preparing=11, so_far=done)
+    assert decide(picture, ONE) == Wait("late")
+
+
+def test_those_that_were_left_alone_at_work_are_waited_for_before_a_refusal() -> None:
+    done = SoFar(tried=frozenset({"tts", "stt"}), left_alone=frozenset({"tts"}))
+    picture = Picture(running=running("llm"), card=FULL, preparing=11, so_far=done)
+    assert decide(picture, ONE) == Wait("work", frozenset({"tts"}))
+
+
+def test_a_job_that_may_fit_after_all_is_tried() -> None:
+    """What is declared is less than what it was seen to need."""
+    modest = but(card(llm=(11_000, 0)), "llm", declared_mib=9000)
+    decision = decide(Picture(waiting("llm"), card=modest), ONE)
+    assert isinstance(decision, Start)
+    assert decision.attempt is not None
+    assert decision.attempt.needed_mib == 11_000
+
+
+# -- what it costs -----------------------------------------------------------------------------
+
+
+class Enough:
+    """A room in which all hold what they need."""
+
+    evictions = 0
+
+    def ready(self, consumer: str) -> bool:
+        return True
+
+    def make_room(self, ticket: Granted) -> None:
+        raise AssertionError
+
+    def relieve(self, ticket: Granted) -> bool:
+        raise AssertionError
+
+
+def calls_of_a_grant(depth: int) -> tuple[int, int]:
+    """Python's and builtin ones, for handing the GPU on with so many in the queue."""
+    queue = locked(max_queue=depth + 1, max_wait=60, clock=SystemClock(), room=Enough())
+    holder, *_ = [queue.enqueue(Job("tts", "tts")) for _ in range(depth + 1)]
+    counts = Counter[str]()
+
+    def count(frame: FrameType, event: str, arg: object) -> None:
+        counts[event] += 1
+
+    sys.setprofile(count)
+    try:
+        holder.close()
+    finally:
+        sys.setprofile(None)
+    assert queue.stats().total_jobs == 2
+    return counts["call"], counts["c_call"]
+
+
+def test_a_grant_costs_as_much_with_ten_thousand_waiting_as_with_ten() -> None:
+    assert calls_of_a_grant(10_000) == calls_of_a_grant(10)
