@@ -63,9 +63,8 @@ def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...
                 keys += _parse(lines, os.path.basename(file))
         except UnicodeDecodeError:
             raise KeysError(f"{file}: is not UTF-8 text") from None
-        except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
-            reason = getattr(error, "strerror", None) or str(error)
-            raise KeysError(f"{file}: {reason}") from None
+        except OSError as error:
+            raise KeysError(f"{file}: {error.strerror or error}") from None
         if not keys:
             raise KeysError(f"{file}: holds no key; everybody would be let in")
     names = [key.name for key in keys]

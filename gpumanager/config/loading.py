@@ -51,7 +51,7 @@ def read_config_file(path: str | os.PathLike[str]) -> bytes:
     source = os.fspath(path)
     try:
         return _read(source)
-    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+    except (OSError, ValueError) as error:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(source, [Fault("", None, reason)]) from None
 

@@ -260,11 +260,6 @@ def test_a_file_far_too_large_for_a_config_is_not_read(tmp_path: Path) -> None:
         load_config(large)
 
 
-def test_a_name_that_no_file_can_have() -> None:
-    with pytest.raises(ConfigError, match="cannot be read: embedded null byte"):
-        load_config("a\0b")
-
-
 KEYS = st.sampled_from(
     [
         *("listen", "gpu", "scheduler", "routing", "consumers", "log", "audio_proxy", "mvoice"),
