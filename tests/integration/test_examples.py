@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.support.broker import live_broker
+from tests.support.comfyui import picture
 from tests.support.scene import scene
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 
@@ -168,4 +169,4 @@ def test_a_comfyui_workflow_is_rendered_and_fetched(tmp_path: Path) -> None:
             "comfyui.sh", str(workflow), str(tmp_path), url=it.broker.url, COMFYUI_URL=comfyui
         )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "it_00001_.png").read_text() == "a picture"
+    assert (tmp_path / "it_00001_.png").read_bytes() == picture(1)

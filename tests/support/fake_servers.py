@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +21,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
+from tests.support.comfyui import ComfyUI
+from tests.support.fake import MIB, Answer, Fake, Page
 
 ROOT = Path(__file__).parent.parent.parent
-MIB = 1024 * 1024
-
 RUNNER = """
 import sys
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
@@ -38,31 +36,6 @@ else:
     print("ready", flush=True)
     sys.stdin.read()
 """
-
-Answer = tuple[int, Any]
-
-
-class Fake:
-    """What the fakes have in common. `needs` is what a job takes now, which may be more than
-    what was declared; `job_s` how long it works."""
-
-    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
-        self.card, self.name, self.needs = card, name, mib
-        self.job_s = 0.0
-        self.pause = threading.Event()
-        self.settings: dict[str, Any] = {}
-
-    def configure(self, settings: dict[str, Any]) -> Answer:
-        self.settings.update(settings)
-        self.needs = settings.get("needs", self.needs)
-        self.job_s = settings.get("job_s", self.job_s)
-        return 200, {}
-
-    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
-        raise NotImplementedError
-
-    def work(self) -> None:
-        self.pause.wait(self.job_s)
 
 
 class Plain(Fake):
@@ -193,94 +166,6 @@ class Ollama(Fake):
         runner.communicate(timeout=10)
 
 
-class ComfyUI(Fake):
-    """/prompt answers at once, and a node may say how many `seconds` it takes; one that was deleted
-    while it was pending never enters the history; /free answers an empty 200 and only sets a
-    flag."""
-
-    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
-        super().__init__(card, name, mib)
-        self.changed = threading.Condition()
-        self.pending: list[list[Any]] = []
-        self.running: list[Any] | None = None
-        self.history: dict[str, Any] = {}
-        self.number = 0
-        self.free_wanted = False
-        self.held = 0
-        self.interrupted = threading.Event()
-        threading.Thread(target=self._render_all, name="renderer", daemon=True).start()
-
-    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
-        with self.changed:
-            if path == "/system_stats":
-                device = {"name": "cuda:0", "index": 0, "torch_vram_total": self.held * MIB}
-                return 200, {"system": {"python_version": "3.12.3"}, "devices": [device]}
-            if (method, path) == ("GET", "/prompt"):
-                busy = len(self.pending) + (self.running is not None)
-                return 200, {"exec_info": {"queue_remaining": busy}}
-            if path == "/prompt":
-                if not body.get("prompt"):
-                    return 400, {"error": {"type": "no_prompt"}, "node_errors": {}}
-                self.number += 1
-                job = str(uuid.uuid4())
-                self.pending.append([self.number, job, body["prompt"], {}, []])
-                self.changed.notify_all()
-                return 200, {"prompt_id": job, "number": self.number, "node_errors": {}}
-            if (method, path) == ("GET", "/queue"):
-                running = [] if self.running is None else [self.running]
-                return 200, {"queue_running": running, "queue_pending": self.pending}
-            if path == "/queue":
-                gone = body.get("delete", [])
-                self.pending = [each for each in self.pending if each[1] not in gone]
-                return 200, None
-            if path == "/interrupt":
-                if self.running is not None and self.running[1] == body.get("prompt_id"):
-                    self.interrupted.set()
-                return 200, None
-            if path == "/free":
-                self.free_wanted = True
-                self.changed.notify_all()
-                return 200, None
-            if found := re.fullmatch(r"/history/([^/]+)", path):
-                entry = self.history.get(found[1])
-                return 200, {} if entry is None else {found[1]: entry}
-            if path == "/view" and query.get("filename") == ["it_00001_.png"]:
-                return 200, "a picture"
-        return 404, {"error": "not found"}
-
-    def _render_all(self) -> None:
-        while True:
-            with self.changed:
-                if self.free_wanted:
-                    self.free_wanted = False
-                    self.card.free(self.name)
-                    self.held = 0
-                if not self.pending or self.settings.get("paused"):
-                    self.changed.wait(0.05)
-                    continue
-                self.running = self.pending.pop(0)
-                self.interrupted.clear()
-            entry = {"prompt": self.running, **self._render()}
-            with self.changed:
-                self.history[self.running[1]] = entry
-                self.running = None
-
-    def _render(self) -> dict[str, Any]:
-        try:
-            if not self.held:
-                self.card.allocate(self.name, self.needs)
-                self.held = self.needs
-        except OutOfMemory as error:
-            messages = [["execution_error", {"exception_message": f"Allocation on device {error}"}]]
-            return {"outputs": {}, "status": {"status_str": "error", "messages": messages}}
-        nodes = self.running[2] if self.running else {}
-        node: dict[str, Any] = next(iter(nodes.values()), {})
-        word = "error" if self.interrupted.wait(node.get("seconds", self.job_s)) else "success"
-        images = [{"filename": "it_00001_.png", "subfolder": "", "type": "output"}]
-        outputs = {"9": {"images": images}} if word == "success" else {}
-        return {"outputs": outputs, "status": {"status_str": word, "completed": word == "success"}}
-
-
 class Vllm(Fake):
     """Asleep it keeps a residue, and queues requests without a word. It may say that it sleeps
     `sleep_lag_s` before its memory comes back."""
@@ -377,6 +262,8 @@ def main() -> None:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
+            if "websocket" in self.headers.get("Upgrade", "") and fake.switch(self):
+                return
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
             body = json.loads(raw) if raw else {}
@@ -384,11 +271,18 @@ def main() -> None:
                 status, said = fake.configure(body)
             else:
                 query = parse_qs(parts.query)
-                status, said = fake.handle(self.command, parts.path, query, body)
-            text = said if isinstance(said, str) else json.dumps(said)
-            data = b"" if said is None else text.encode()
+                status, said = fake.refuses(self.headers) or fake.handle(
+                    self.command, parts.path, query, body
+                )
+            if isinstance(said, Page):
+                data = said.content
+            else:
+                text = said if isinstance(said, str) else json.dumps(said)
+                data = b"" if said is None else text.encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            if isinstance(said, Page):
+                self.send_header("Content-Type", said.content_type)
             self.end_headers()
             self.wfile.write(data)
 
