@@ -43,6 +43,7 @@ from gpumanager.telemetry.metrics import Metrics
 from gpumanager.threads import Threads
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
+from gpumanager.upstream.tunnels import Tunnels
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.web import server
 from gpumanager.web.forwarding import Forwarder
@@ -53,6 +54,7 @@ from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
 from gpumanager.web.ways import Ways
+from gpumanager.web.websockets import WebSockets
 from gpumanager.worker import PeriodicWorker
 
 log = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class Broker:
         self._completions = Completions(self._calls, self._clock, self._emit)
         self._catalogue = ModelCatalogue(self._calls.models, self._clock)
         self._draining = threading.Event()
+        self.tunnels = Tunnels(self._live, self._clock, self._emit)
         self.flask = create_app(self._services())
         self.guard = Guard(self.flask.wsgi_app, self._clock, self._emit)
         self.flask.wsgi_app = self.guard  # type: ignore[method-assign]  # Flask's own way
@@ -131,6 +134,7 @@ class Broker:
             draining=self._draining,
             unfinished=self.guard.unfinished,
         )
+        self.lifecycle.when_idle(self.tunnels.drain)  # not before: pages show how far a job is
         self._stopped = Stopped(self.registry, processes.of)
         self._state = (
             None if state_file is None else StateFile(state_file, self.learned, self._stopped.now)
@@ -144,6 +148,7 @@ class Broker:
             self.learned,
             self.breakers,
             self._catalogue,
+            self.tunnels,
             self.threads,
             self._lock,
             self._emit,
@@ -167,12 +172,14 @@ class Broker:
             self._live,
             status.snapshot,
             lambda: card.scheduler.stats().longest_overtake,
+            lambda: self.tunnels.traffic,
             __version__,
             by_client=bool(self._keyring),
         )
         self.events.listen(metrics.take_note)
         proxy = Proxy(self._live, self.watcher, self._clock)
         router = Router(self.registry, self._catalogue)
+        self.websockets = WebSockets(proxy, self.tunnels, self.watcher, self._draining.is_set)
         runner = self._runner(places, shortages)
         forward = Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS)
         self.ways = Ways(self._live, router, self._admission, proxy, runner)
@@ -258,6 +265,7 @@ class Broker:
         """End every thread and wait for it. Idempotent."""
         with self._lock:
             self._completions.stop()
+            self.tunnels.stop()
             self.threads.stop()
             self.card.close()
             if self._event_file is not None:

@@ -45,10 +45,15 @@ class Lifecycle:
         self._drained = threading.Event()
         self._signalled = False
         self._when_draining: Callable[[], object] = lambda: None
+        self._when_idle: Callable[[], object] = lambda: None
 
     def when_draining(self, action: Callable[[], object]) -> None:
         """Have `action` called when the drain begins."""
         self._when_draining = action
+
+    def when_idle(self, action: Callable[[], object]) -> None:
+        """Have `action` called in a drain when no job runs any more."""
+        self._when_idle = action
 
     def drain(self) -> bool:
         """Refuse new jobs and those in line, let running ones finish within `drain_timeout`
@@ -61,6 +66,7 @@ class Lifecycle:
         finished = self._scheduler.wait_idle(timeout)
         if not finished:
             self._cut_off()
+        self._when_idle()
         deadline = self._clock.monotonic() + FLUSH_TIMEOUT_S
         while self._unfinished() and self._clock.monotonic() < deadline:
             self._drained.wait(FLUSH_POLL_S)

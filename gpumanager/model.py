@@ -249,3 +249,13 @@ class ModelListing:
 
     names: tuple[str, ...]
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What the WebSockets of one consumer amount to since the start, in bytes; `now` are open."""
+
+    now: int = 0
+    opened: int = 0
+    from_client: int = 0
+    from_consumer: int = 0

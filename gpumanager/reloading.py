@@ -15,6 +15,7 @@ from gpumanager.consumers.registry import InUse, Registry
 from gpumanager.errors import BadRequest
 from gpumanager.telemetry.events import ConfigReloaded, Emit
 from gpumanager.threads import Threads
+from gpumanager.upstream.tunnels import Tunnels
 
 
 class Reloading:
@@ -28,6 +29,7 @@ class Reloading:
         learned: Learned,
         breakers: Breakers,
         catalogue: ModelCatalogue,
+        tunnels: Tunnels,
         threads: Threads,
         lock: Lock,
         emit: Emit,
@@ -37,6 +39,7 @@ class Reloading:
         self._learned = learned
         self._breakers = breakers
         self._catalogue = catalogue
+        self._tunnels = tunnels
         self._threads = threads
         self._lock = lock
         self._emit = emit
@@ -86,5 +89,7 @@ class Reloading:
             for name in (*found.added, *moved):
                 self._breakers.forget(name)
             self._catalogue.forget()
+            self._tunnels.part(found.removed, "the consumer was removed from the config")
+            self._tunnels.part(moved, "the consumer has another address now")
         finally:
             self._threads.start()

@@ -17,6 +17,7 @@ FIXED = (
     "health_interval",
     "max_body_mib",
     "max_header_kib",
+    "max_websockets",
     "auth",
     "allowed_hosts",
     "state_file",

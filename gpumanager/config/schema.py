@@ -328,6 +328,9 @@ class Config(Model):
     """A larger request body is refused with 413."""
     max_header_kib: Annotated[StrictInt, Field(ge=1, le=1024)] = 64
     """Larger request headers are refused with 431."""
+    max_websockets: Annotated[StrictInt, Field(ge=0, le=5000)] = 256
+    """How many WebSockets may be open to consumers at a time; the next one is refused with 503
+    `queue_full`. 0: none."""
     routing: dict[Kind, _Routed] = Field(default_factory=dict)
     """The consumer of each kind of job; of several, the one that has the model that a job names,
     else the first. Beside `tts`, `stt`, `llm` and `image` a kind may have any lower-case name:

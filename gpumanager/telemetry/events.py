@@ -53,10 +53,13 @@ FIELDS = {
     "removed": "consumers that it has no more",
     "changed": "consumers with other settings",
     "keys": "other keys that were changed",
+    "client_bytes": "bytes that the client sent",
+    "consumer_bytes": "bytes that the consumer sent",
     "timeout_ms": "how long running jobs may take to finish",
     "version": "the broker's version",
 }
-"""What each field says. Names tell the unit: `_ms` (or just `ms`), `_mib` (or just `mib`)."""
+"""What each field says. Names tell the unit: `_ms` (or just `ms`), `_mib` (or just `mib`),
+`_bytes`."""
 
 PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
 """Fields that tell who somebody is."""
@@ -155,6 +158,27 @@ class AnswerTruncated(Event):
     consumer: str | None = None
     request_id: str
     reason: str
+
+
+@declared("websocket_ended", "websocket ended")
+class WebsocketEnded(Event):
+    """A WebSocket that went through the broker was closed. Its beginning is a request in the log,
+    with status 101. It is logged and counted; `/v1/events` does not have it."""
+
+    consumer: str
+    client: str
+    address: str
+    key: str | None = None
+    request_id: str
+    ms: int
+    client_bytes: int
+    consumer_bytes: int
+    reason: str
+
+    @property
+    def kept(self) -> bool:
+        """A page that opens one after the other must not drive out the rest."""
+        return False
 
 
 @declared("still_busy", "still busy", "warning")

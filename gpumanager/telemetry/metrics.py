@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from gpumanager.config import Config
 from gpumanager.errors import ClientGone
+from gpumanager.model import Traffic
 from gpumanager.telemetry.eventlog import Recorded
 from gpumanager.telemetry.events import (
     Event,
@@ -54,7 +55,8 @@ Snapshot = Callable[[], Mapping[str, Any]]
 
 class Metrics:
     """Of one broker. `snapshot` is what `/v1/status` shows; `longest_overtake` is how many jobs
-    were granted past one that had come before them, at most. `by_client`: clients have keys, whose
+    were granted past one that had come before them, at most; `websockets` is what those of each
+    consumer amount to. `by_client`: clients have keys, whose
     names are the operator's own and few, so that they may be labels."""
 
     def __init__(
@@ -62,6 +64,7 @@ class Metrics:
         config: Config,
         snapshot: Snapshot,
         longest_overtake: Callable[[], int],
+        websockets: Callable[[], Mapping[str, Traffic]],
         version: str,
         *,
         by_client: bool = False,
@@ -75,6 +78,7 @@ class Metrics:
             {"version": version}
         )
         registry.register(_Now(snapshot, longest_overtake))
+        registry.register(_WebSockets(websockets))
         job = ["consumer", "kind"]
 
         def counter(name: str, text: str, labels: list[str]) -> Counter:
@@ -305,3 +309,31 @@ class _Now(Collector):
             families["on_cpu"].add_metric(name, float("on_cpu" in consumer))
         yield healthy
         yield from families.values()
+
+
+class _WebSockets(Collector):
+    """What goes through the broker over WebSockets, as it goes."""
+
+    def __init__(self, traffic: Callable[[], Mapping[str, Traffic]]) -> None:
+        self._traffic = traffic
+
+    def collect(self) -> Iterator[Metric]:
+        now = GaugeMetricFamily(
+            "gpumanager_websockets_open",
+            "WebSockets that are open to a consumer.",
+            labels=["consumer"],
+        )
+        opened = CounterMetricFamily(
+            "gpumanager_websockets", "WebSockets opened to a consumer.", labels=["consumer"]
+        )
+        size = CounterMetricFamily(
+            "gpumanager_websocket_bytes",
+            "Bytes over WebSockets, by who sent them.",
+            labels=["consumer", "sender"],
+        )
+        for name, traffic in sorted(dict(self._traffic()).items()):
+            now.add_metric([name], traffic.now)
+            opened.add_metric([name], traffic.opened)
+            size.add_metric([name, "client"], traffic.from_client)
+            size.add_metric([name, "consumer"], traffic.from_consumer)
+        yield from (now, opened, size)

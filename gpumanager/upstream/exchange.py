@@ -4,6 +4,7 @@ another thread."""
 from __future__ import annotations
 
 import contextlib
+import http
 import select
 import socket
 import threading
@@ -20,7 +21,7 @@ from gpumanager.addresses import is_loopback
 from gpumanager.clock import Clock
 from gpumanager.config import Timeouts
 from gpumanager.errors import BadRequest, BrokerError, ConsumerTimeout
-from gpumanager.upstream.headers import printable, relayable
+from gpumanager.upstream.headers import check_switch, printable, relayable
 from gpumanager.upstream.parsing import BrokenAnswer, InvalidAnswer
 from gpumanager.upstream.reasons import explained, too_late
 from gpumanager.upstream.transport import ADAPTER, Request, is_hooked
@@ -41,7 +42,8 @@ AHEAD_S = 0.05
 class Outbound:
     """What is sent. `target` is path and query, to the letter; `body` is bytes, or a file of
     `length` bytes; `headers` are end-to-end ones without Host and Content-Length; `ca_file` is who
-    has to have signed the certificate of an https host, None: the usual ones."""
+    has to have signed the certificate of an https host, None: the usual ones; `upgrade` is the
+    protocol that the connection is to speak from the answer on, None: HTTP."""
 
     method: str
     base_url: str
@@ -50,6 +52,7 @@ class Outbound:
     body: bytes | IO[bytes] | None = None
     length: int | None = None
     ca_file: str | None = None
+    upgrade: str | None = None
 
 
 class Exchange:
@@ -73,7 +76,10 @@ class Exchange:
         body, self._headers = outbound.body, list(outbound.headers)
         if outbound.length is not None:
             self._headers.append(("Content-Length", str(outbound.length)))
-        self._headers.append(("Connection", "close"))
+        if outbound.upgrade is None:
+            self._headers.append(("Connection", "close"))
+        else:
+            self._headers += [("Connection", "Upgrade"), ("Upgrade", outbound.upgrade)]
         self._address = _address(outbound.base_url)
         try:
             self._head = serialise(
@@ -204,6 +210,8 @@ class Exchange:
             self.reason = printable(self.reason)
         try:
             fields = raw.fields if isinstance(raw, Wire) else raw.headers.items()
+            if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                check_switch(fields, outbound.upgrade)
             self.headers = relayable(self.status, fields)
         except ValueError as error:
             self.close()
@@ -245,6 +253,12 @@ class Exchange:
             self._ahead.append(data)
             size += len(data)
         return None
+
+    def hand_over(self) -> tuple[socket.socket, bytes]:
+        """After the answer 101: the connection, which is the caller's from now on, and what has
+        come on it behind the answer."""
+        wire: Wire = self._raw
+        return wire.hand_over()
 
     def request_line(self, base_path: str) -> tuple[str, str]:
         """The method, and the path behind the consumer's base path, without its query."""
@@ -364,7 +378,9 @@ class Exchange:
             raise urllib3.exceptions.ConnectTimeoutError(str(error)) from error
         self.reached, self.begun = True, wire
         wire.timeout = self._timeouts.first_byte
-        wire.send(self._outbound.method, self._head, self._outbound.body)
+        outbound = self._outbound
+        upgrade = outbound.upgrade is not None
+        wire.send(outbound.method, self._head, outbound.body, upgrade=upgrade)
         return wire
 
     # -- inside ----------------------------------------------------------------------------

@@ -29,13 +29,7 @@ def end_to_end(
     """`headers` but the hop-by-hop ones, those that `Connection` names, and those in `without`
     (in lower case); the rest in their order, repeated ones kept."""
     listed = list(headers)
-    named = {
-        token.strip().lower()
-        for name, value in listed
-        if name.lower() == "connection"
-        for token in value.split(",")
-    }
-    dropped = HOP_BY_HOP | named | without
+    dropped = HOP_BY_HOP | tokens(listed, "connection") | without
     return [(name, value) for name, value in listed if name.lower() not in dropped]
 
 
@@ -68,9 +62,27 @@ def relayable(status: int, headers: Iterable[tuple[str, str]]) -> list[tuple[str
         for name, value in end_to_end(listed, without={"content-length"})
         if _TOKEN.fullmatch(name)
     ]
-    if length is not None and not chunked and status not in (204, 304):
+    if length is not None and not chunked and status not in (101, 204, 304):
         kept.append(("Content-Length", str(length)))
     return kept
+
+
+def tokens(headers: Iterable[tuple[str, str]], wanted: str) -> set[str]:
+    """The words of the list that a header (in lower case) holds, perhaps in several lines; in
+    lower case."""
+    return {
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == wanted
+        for token in value.split(",")
+    }
+
+
+def check_switch(headers: Iterable[tuple[str, str]], protocol: str | None) -> None:
+    """Whether a 101 with these headers switches to `protocol`. Raises ValueError if not."""
+    listed = list(headers)
+    if tokens(listed, "upgrade") != {protocol} or "upgrade" not in tokens(listed, "connection"):
+        raise ValueError(f"a 101 that does not switch to {protocol}")
 
 
 def printable(text: str) -> str:

@@ -46,10 +46,12 @@ class BrokenAnswer(Exception):
 
 
 class HeadReader:
-    """Takes in the head of an answer as it comes; interim ones (1xx) are skipped. What it has read
-    is of use once `feed` has said that it is complete."""
+    """Takes in the head of an answer as it comes; interim ones (1xx) are skipped, but for 101 where
+    the request asked for an `upgrade`. What it has read is of use once `feed` has said that it is
+    complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, upgrade: bool = False) -> None:
+        self._final = {http.HTTPStatus.SWITCHING_PROTOCOLS} if upgrade else set()
         self.status = 0
         self.reason = ""
         self.fields: list[tuple[str, str]] = []
@@ -75,7 +77,7 @@ class HeadReader:
                 self._take_status(line)
             elif line:
                 self._take_field(line)
-            elif self.status >= 200:
+            elif self.status >= 200 or self.status in self._final:
                 return data[at:]
             else:
                 self._skip_interim()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -48,12 +48,14 @@ class Proxy:
         settings: ConsumerConfig | None = None,
         *,
         endless: bool = False,
+        upgrade: str | None = None,
     ) -> Exchange:
         """An exchange that forwards `inbound` to `path` of the consumer, not yet sent.
 
         `path` is sent to the letter behind the consumer's base path, then the client's query;
         `method` None keeps the client's. `settings` are the consumer's, as of when a job was
         admitted; None: those in force. `endless`: no limit on the whole, but on each part.
+        `upgrade` is the protocol to ask for instead of HTTP.
         """
         settings = self._config.consumers[consumer] if settings is None else settings
         target = settings.base_path + path
@@ -66,17 +68,20 @@ class Proxy:
         body: bytes | IO[bytes] | None = inbound.body
         if inbound.body is not None and length is not None and length <= SMALL_BODY_BYTES:
             body = inbound.body.read(length)
+        headers = end_to_end(inbound.headers, without=_NOT_FORWARDED)
+        if any(name == "Origin" for name, _ in headers):
+            headers = _with_origin(
+                headers, dict(inbound.headers).get("Host", ""), settings.base_url
+            )
         outbound = Outbound(
             method=method,
             base_url=settings.base_url,
             target=target,
-            headers=[
-                *end_to_end(inbound.headers, without=_NOT_FORWARDED),
-                ("X-Request-Id", inbound.request_id),
-            ],
+            headers=[*headers, ("X-Request-Id", inbound.request_id)],
             body=body or None,
             length=length,
             ca_file=settings.ca_file,
+            upgrade=upgrade,
         )
         timeouts = settings.timeouts.without_end() if endless else settings.timeouts
         return Exchange(consumer, outbound, timeouts, self._watcher, self._clock)
@@ -92,3 +97,15 @@ def inbound_headers(environ: Mapping[str, Any]) -> list[tuple[str, str]]:
     if environ.get("CONTENT_TYPE"):
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     return headers
+
+
+def _with_origin(
+    headers: Iterable[tuple[str, str]], host: str, base_url: str
+) -> list[tuple[str, str]]:
+    """With the consumer's own origin where the client's is that of the broker, which shows the
+    consumer's pages: some consumers (ComfyUI) compare `Origin` with `Host`, which is their own."""
+    own = {f"http://{host}".lower(), f"https://{host}".lower()}
+    return [
+        (name, base_url if name == "Origin" and value.lower() in own else value)
+        for name, value in headers
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import io
 import ipaddress
 import os
@@ -11,7 +12,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import IO
 
@@ -53,7 +54,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         sock.setblocking(False)
-        self.close = sock.close
+        self.close: Callable[[], object] = sock.close
         self._sock = sock
         self._poll = select.poll()
         self.timeout = timeout
@@ -61,6 +62,7 @@ class Wire:
         self._head = HeadReader()
         self._body: Body | None = None
         self._content = b""
+        self._behind = b""
         self._fault: Exception | None = None
         self.status = 0
         self.reason = ""
@@ -80,6 +82,12 @@ class Wire:
         """The same connection once more, without TLS, and open when this one is closed."""
         return socket.socket(fileno=os.dup(self._sock.fileno()))
 
+    def hand_over(self) -> tuple[socket.socket, bytes]:
+        """After a 101: the socket, which does not block and is the caller's from now on, and what
+        has come on it behind the head. `close` does nothing any more."""
+        self.close = lambda: None
+        return self._sock, self._behind
+
     def shake_hands(self) -> None:
         """Begin TLS, where the connection has it. Raises OSError."""
         until = time.monotonic() + self.timeout
@@ -92,12 +100,16 @@ class Wire:
             except ssl.SSLWantWriteError:
                 self._await(select.POLLOUT, until)
 
-    def send(self, method: str, head: bytes, body: bytes | IO[bytes] | None) -> None:
+    def send(
+        self, method: str, head: bytes, body: bytes | IO[bytes] | None, *, upgrade: bool = False
+    ) -> None:
         """Send a request. Whatever comes meanwhile is taken in; once the head of the answer is
         complete, the rest is not sent: a consumer that answers before it has read all may read no
-        more. Raises as `await_head`, but not for a peer that closed its end: there may be an
-        answer."""
+        more. `upgrade`: it asks for another protocol, so that 101 is an answer. Raises as
+        `await_head`, but not for a peer that closed its end: there may be an answer."""
         self._method = method
+        if upgrade:
+            self._head = HeadReader(upgrade=True)
         source = io.BytesIO(body or b"") if body is None or isinstance(body, bytes) else body
         piece = head + source.read(max(0, PIECE_BYTES - len(head)))
         rest = memoryview(piece)
@@ -198,7 +210,9 @@ class Wire:
             if not rest:
                 return
             data = rest
-        if body.left != 0:
+        if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self._behind += data  # in the other protocol
+        elif body.left != 0:
             self._content += body.feed(data)
             left, self._fault = body.left, body.fault
             self.length_remaining = None if left is None else left + len(self._content)

@@ -4,6 +4,8 @@ calls, and never on a thread that waits for a slow reader."""
 from __future__ import annotations
 
 import logging
+import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
@@ -28,6 +30,32 @@ class Remainder:
 
     def __len__(self) -> int:
         return self._size
+
+
+class Switch:
+    """What the body of an answer 101 yields instead of bytes. Once the head of that answer is
+    sent, `take` is called, on the server's loop, with the client's connection, which the server has
+    forgotten, and with what has come on it behind the request; or `drop`, if it never comes to
+    that. `take` closes the connection when it is over."""
+
+    def __init__(
+        self,
+        protocol: str,
+        take: Callable[[socket.socket, bytes], object],
+        drop: Callable[[], object],
+    ) -> None:
+        self.protocol = protocol
+        self.take = take
+        self.drop = drop
+        self.promised = False
+
+    def __len__(self) -> int:
+        return 1  # waitress asks; an empty piece would not be written
+
+    def end_of_request(self) -> None:
+        """Drop it, unless its answer was written."""
+        if not self.promised:
+            self.drop()
 
 
 class JsonErrorTask(ErrorTask):
@@ -94,10 +122,13 @@ class OneSendTask(WSGITask):
                 channel.end_with_reset()
             raise
 
-    def write(self, data: bytes | Remainder) -> None:
+    def write(self, data: bytes | Remainder | Switch) -> None:
         """As WSGI's `write`."""
         if isinstance(data, Remainder):
             self._hand_over(data)
+            return
+        if isinstance(data, Switch):
+            self._switch(data)
             return
         whole = self.content_length
         plain = self.complete and whole is not None and len(data) <= whole and self.has_body
@@ -108,6 +139,16 @@ class OneSendTask(WSGITask):
         self.wrote_header = True
         self.content_bytes_written += len(data)
         self.channel.write_soon(head + data)
+
+    def _switch(self, switch: Switch) -> None:
+        channel: Any = self.channel
+        switching = [("Connection", "Upgrade"), ("Upgrade", switch.protocol)]
+        self.response_headers = [*self.response_headers, *switching]
+        self.close_on_finish = True  # or waitress would have the head say that it closes
+        head = self.build_response_header()
+        self.close_on_finish = False
+        self.wrote_header = True
+        channel.switch(head, switch)
 
     def _hand_over(self, rest: Remainder) -> None:
         try:

@@ -15,7 +15,7 @@ from waitress.channel import HTTPChannel
 from waitress.utilities import Error, InternalServerError
 
 from gpumanager.errors import BrokerError
-from gpumanager.web.answering import JsonErrorTask, OneSendTask
+from gpumanager.web.answering import JsonErrorTask, OneSendTask, Switch
 from gpumanager.web.parsing import Admitted, StrictRequestParser, TookTooLong
 from gpumanager.web.record import LOCAL_ADDRESS
 
@@ -57,6 +57,8 @@ class Connection(HTTPChannel):
     - takes no body of a request that will be refused, and lets its client read why;
     - makes way for a new one when there are as many as there may be;
     - notices that a client left that had sent the next request already;
+    - reads nothing behind a request that asks for a WebSocket before that is answered, and
+      leaves the main loop, open, if the answer is that it is one;
     - never ends in mid-answer with what looks like an orderly end.
     """
 
@@ -76,6 +78,8 @@ class Connection(HTTPChannel):
         self._abandoned = False
         self._deaf = False
         self._linger_until: float | None = None
+        self._asking: StrictRequestParser | None = None
+        self._switch: Switch | None = None
         self.local_address = ""
         with suppress(OSError):  # it may be gone already
             name = sock.getsockname()
@@ -102,6 +106,10 @@ class Connection(HTTPChannel):
             self._look(now)
         if self._deaf:
             return self.connected
+        if self._asking is not None:
+            if self.requests or self._switch is not None:
+                return False
+            self._go_on_in_http(self._asking)
         reads = self.connected and bool(super().readable())
         if self._head_since is not None and (self.requests or not reads):
             self._head_since = now  # it may well wait for an answer first
@@ -139,6 +147,8 @@ class Connection(HTTPChannel):
         # Not among the requests: a thread may have answered it already.
         self._deaf = self._deaf or (self._parser is not None and self._parser.is_last)
         if request is None:
+            if self._parser is not None and self._parser.behind is not None:
+                self._asking = self._parser
             self._parser = None
         return taken
 
@@ -146,6 +156,9 @@ class Connection(HTTPChannel):
         """Send; after a refusal half-close, and wait for the client to read it."""
         if self.socket is None:
             return  # the read just before has closed it
+        if self._is_to_leave:
+            self._leave()
+            return
         if not (self._deaf and self.close_when_flushed):
             super().handle_write()
             return
@@ -161,13 +174,38 @@ class Connection(HTTPChannel):
 
     def writable(self) -> bool:
         """Whether the main loop is to send."""
-        return self.socket is not None and not self._flushing and bool(super().writable())
+        if self.socket is None or self._flushing:
+            return False
+        return self._is_to_leave or bool(super().writable())
 
     def handle_close(self) -> None:
         """Close it; with a reset, if not all of an answer was sent."""
         if self.total_outbufs_len:
             self.end_with_reset()
         super().handle_close()
+        if self._switch is not None:
+            self._switch.drop()
+
+    @property
+    def _is_to_leave(self) -> bool:
+        return self._switch is not None and not self.requests
+
+    def _leave(self) -> None:
+        """Send what there is to send, then give the connection away and forget it."""
+        self._flush_exception(self._flush_some)  # type: ignore[attr-defined]  # not in its stubs
+        sock, switch, asking = self.socket, self._switch, self._asking
+        if self.will_close:
+            self.handle_close()
+        elif sock is not None and switch is not None and not self.total_outbufs_len:
+            self.socket = self._switch = self._asking = None
+            super().handle_close()  # which then has no socket to close, but forgets it
+            switch.take(sock, b"" if asking is None else asking.behind or b"")
+
+    def _go_on_in_http(self, asking: StrictRequestParser) -> None:
+        """Take up what came behind a request that asked for a WebSocket, and got none."""
+        self._asking = None
+        if asking.behind:
+            self.received(asking.behind)
 
     def _look(self, now: float) -> None:
         request: Any = self.request
@@ -234,6 +272,14 @@ class Connection(HTTPChannel):
 
     # -- any thread ------------------------------------------------------------------------
 
+    def switch(self, head: bytes, switch: Switch) -> None:
+        """Send the head of an answer, and nothing more: then leave. Raises ClientDisconnected."""
+        self.write_soon(head)
+        self._switch = switch
+        switch.promised = True
+        if not self.connected:
+            switch.drop()
+
     def abandon(self) -> None:
         """Send nothing more, and have it end with a reset: what was to be sent is not whole."""
         self._abandoned = True
@@ -247,8 +293,9 @@ class Connection(HTTPChannel):
 
     def check_client_disconnected(self) -> bool:  # type: ignore[override]  # its stub says None
         """Whether the client left. The main loop sees that when it reads, which it does not while
-        the next request is there already."""
-        if self.connected and len(self.requests) > 1 and self._hung_up():
+        the next request is there already, or may be none of HTTP."""
+        unread = len(self.requests) > 1 or self._asking is not None
+        if self.connected and unread and self._hung_up():
             self.connected = False  # as the main loop would; so that the next one is not begun
         return not self.connected
 

@@ -16,6 +16,7 @@ from waitress.utilities import BadRequest, Error
 
 from gpumanager.errors import BrokerError
 from gpumanager.keys import Role
+from gpumanager.web.record import asks_websocket
 
 _FOLDED = re.compile(rb"\n[ \t]")
 _CODINGS = re.compile(rb"\ntransfer-encoding:([^\n]*)", re.IGNORECASE)
@@ -65,7 +66,8 @@ class StrictRequestParser(HTTPRequestParser):
 
     The authority of an absolute target takes the place of `Host`. Before any of a body is taken,
     `admit` is asked. It returns why not, if not; then the request ends here, without a body.
-    Behind one that `is_last` nothing more is taken on its connection.
+    Behind one that `is_last` nothing more is taken on its connection. Behind one that asks for
+    a WebSocket it is kept, in `behind`, until it is known whether that is still HTTP.
     """
 
     # Waitress leaves these unset in what it cannot parse, and then logs them.
@@ -75,6 +77,7 @@ class StrictRequestParser(HTTPRequestParser):
     admit: Admit | None = None
     admitted: Admitted | BrokerError | None = None
     is_last = False
+    behind: bytes | None = None
 
     def received(self, data: bytes) -> int:
         """Take what belongs to this request; returns how many bytes that were. Of what comes
@@ -90,7 +93,20 @@ class StrictRequestParser(HTTPRequestParser):
             self.expect_continue = False  # there is nothing to go on with
             if self.error is not None:
                 self.is_last = True
-        return len(data) if self.is_last else consumed
+            elif not self.is_last and "UPGRADE" in self.headers and self._asks_websocket():
+                self.behind = data[consumed:]
+        return consumed if self.behind is None and not self.is_last else len(data)
+
+    def _asks_websocket(self) -> bool:
+        given = {f"HTTP_{name}": value for name, value in self.headers.items()}
+        return asks_websocket(
+            {
+                **given,
+                "REQUEST_METHOD": self.command.upper(),
+                "SERVER_PROTOCOL": f"HTTP/{self.version}",
+                "CONTENT_LENGTH": given.get("HTTP_CONTENT_LENGTH"),
+            }
+        )
 
     def give_up(self, why: Error) -> None:
         """End it, incomplete as it is."""

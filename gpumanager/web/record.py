@@ -44,3 +44,18 @@ def shown(text: str) -> str:
 
 record_of: Callable[[Mapping[str, Any]], RequestRecord] = itemgetter(RECORD_KEY)
 """The record of the request that an environ belongs to."""
+
+
+def asks_websocket(environ: Mapping[str, Any]) -> bool:
+    """Whether a request would rather speak WebSocket (RFC 6455, 4.2.1) from its answer on."""
+    return (
+        environ.get("REQUEST_METHOD") == "GET"
+        and environ.get("SERVER_PROTOCOL", "HTTP/1.1") == "HTTP/1.1"
+        and environ.get("CONTENT_LENGTH") in (None, "", "0")
+        and _names(environ.get("HTTP_UPGRADE", ""), "websocket")
+        and _names(environ.get("HTTP_CONNECTION", ""), "upgrade")
+    )
+
+
+def _names(header: str, token: str) -> bool:
+    return token in (each.strip(" \t").lower() for each in header.split(","))

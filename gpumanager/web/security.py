@@ -26,7 +26,7 @@ from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
 from gpumanager.web.parsing import Admitted
-from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, record_of
+from gpumanager.web.record import ADMITTED, LOCAL_ADDRESS, asks_websocket, record_of
 from gpumanager.web.roles import SAFE_METHODS, check_role
 
 if TYPE_CHECKING:
@@ -166,8 +166,10 @@ def check_host(environ: WSGIEnvironment, allowed: frozenset[str]) -> None:
 
 
 def check_origin(environ: WSGIEnvironment) -> None:
-    """Refuse what a page of another site has a browser send. Raises Forbidden."""
-    if environ["REQUEST_METHOD"] in SAFE_METHODS:
+    """Refuse what a page of another site has a browser send. Raises Forbidden. What only reads is
+    let through, since no page of another origin sees the answer; but it would see all that comes
+    over a WebSocket."""
+    if environ["REQUEST_METHOD"] in SAFE_METHODS and not asks_websocket(environ):
         return
     site = environ.get("HTTP_SEC_FETCH_SITE", "none")
     origin = environ.get("HTTP_ORIGIN")

@@ -103,7 +103,7 @@ def set_defaults(config: Config) -> None:
     making.ThreadedTaskDispatcher = GrowingDispatcher  # what `create_server` makes
     making.Adjustments = _with_ports(config)
     BaseWSGIServer.channel_class = Connection
-    _raise_descriptor_limit(2 * connections + SPARE_DESCRIPTORS)
+    _raise_descriptor_limit(2 * (connections + config.max_websockets) + SPARE_DESCRIPTORS)
 
 
 class CannotListen(Exception):
@@ -177,6 +177,11 @@ def run(app: Any, when_listening: Callable[[], object]) -> None:
     when_listening()
     making.print_listen("Serving on http://{}:{}")
     making.run()
+
+
+def can_switch(environ: WSGIEnvironment) -> bool:
+    """Whether the server can give a connection away, for another protocol to be spoken on it."""
+    return isinstance(_channel(environ), Connection)
 
 
 def close_after_answer(environ: WSGIEnvironment) -> None:

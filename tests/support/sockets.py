@@ -61,6 +61,11 @@ class Connection:
         received.body, self._buffer = bytes(came[:length]), bytes(came[length:])
         return received
 
+    def rest(self) -> bytes:
+        """What came behind the last request, which is its no more."""
+        rest, self._buffer = self._buffer, b""
+        return rest
+
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
