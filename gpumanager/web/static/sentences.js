@@ -92,6 +92,7 @@ const SENTENCES = {
   answer_truncated: (e) => [`An answer of ${e.consumer ?? "a consumer"} broke off: ${e.reason}.`, "Look at the consumer's own log."],
   quarantined: (e) => [`${e.consumer} does not release its memory by any eviction method: ${e.reason}.`,
     "Restart it, or unload it here to try once more."],
+  websocket_ended: (e) => [`A WebSocket to ${e.consumer} was closed after ${lasting(e.ms)}: ${e.reason}.`, ""],
   still_busy: (e) => [`${e.consumer} still worked on a job at its time-out; the next job got the GPU.`,
     "Raise timeouts.total, if such jobs take so long."],
   cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The job holds the GPU until it is done."],
