@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A consumer's answer whose head is there. Who hands it on calls `on_end` as soon as the
-    consumer is done or its answer broke off, and `on_break` before that with the reason if it
-    did."""
+    consumer is done, unless it is already, or its answer broke off, and `on_break` before that with
+    the reason if it did."""
 
     exchange: Exchange
     on_end: Callable[[], None]
@@ -175,8 +175,8 @@ class JobRunner:
 
     def _may_be_followed(self, consumer: ConsumerConfig, exchange: Exchange) -> bool:
         """Whether the consumer only takes such a job, and works on it after its answer."""
-        method, path = exchange.request_line(consumer.base_path)
-        return consumer.done is not None and consumer.done.matches(method, path)
+        done = consumer.done
+        return done is not None and done.matches(*exchange.request_line(consumer.base_path))
 
     def _taken(self, consumer: ConsumerConfig, exchange: Exchange) -> str | None:
         """The id of the job, if the consumer has taken it."""

@@ -49,16 +49,16 @@ class RelayedResponse(Response):
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         answer, exchange = self._answer, self._answer.exchange
-        try:
-            if not exchange.consumer_done:
+        if not exchange.consumer_done:
+            try:
                 exchange.take_in()
-        except BrokerError as error:
-            # It broke off before its first byte, and nothing was handed on: an envelope can be.
-            answer.on_break(error)
-            answer.on_end()
-            return error_response(error, environ)(environ, start_response)
-        if exchange.consumer_done:
-            answer.on_end()
+            except BrokerError as error:
+                # It broke off before its first byte, and nothing was handed on: an envelope can be.
+                answer.on_break(error)
+                answer.on_end()
+                return error_response(error, environ)(environ, start_response)
+            if exchange.consumer_done:
+                answer.on_end()
         write = start_response(f"{exchange.status} {exchange.reason}", exchange.headers)
         if exchange.consumer_done:
             return exchange.rest()
