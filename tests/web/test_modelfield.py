@@ -79,6 +79,15 @@ def test_nothing_else_of_the_bytes_changes() -> None:
     assert changed == body.replace(b'"a\\u00e9"', b'"b"')
 
 
+@pytest.mark.parametrize("padding", [0, modelfield.WHOLE_BYTES])
+def test_a_key_and_a_text_may_be_escaped(padding: int) -> None:
+    body = b'{"s": "\\\\", "t": "\\"", "mod\\u0065l": "a", "x": "' + b"x" * padding + b'"}'
+    request = inbound(body)
+    field = find_model(request)
+    assert field.model == "a"
+    assert json.loads(read(with_model(request, field, "b")))["model"] == "b"
+
+
 @pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b'{"x": {"model": "inner"}}'])
 def test_a_body_may_name_none(body: bytes) -> None:
     assert find_model(inbound(body)).model is None
@@ -109,7 +118,9 @@ def test_a_body_that_cannot_be_told_is_refused(body: bytes, why: str) -> None:
         (b"[1" + b" " * modelfield.WHOLE_BYTES, "JSON object"),
         (b'{"model": 3, "x": "' + b"x" * modelfield.WHOLE_BYTES + b'"}', None),
         (b'{"model": {"a": 1}, "x": "' + b"x" * modelfield.WHOLE_BYTES + b'"}', "must be a text"),
-        (b'{"model": "a", "x": "' + b"x" * modelfield.WHOLE_BYTES + b'"', "ends within"),
+        (b'{"model": "a", "x": "' + b"x" * modelfield.WHOLE_BYTES + b'"', "ends within an object"),
+        (b'{"model": "a", "x": "' + b"x" * modelfield.WHOLE_BYTES, "ends within a text"),
+        (b'{"model": "' + b"m" * modelfield.WHOLE_BYTES + b'"}', "at most 512"),
     ],
 )
 def test_a_large_one_too(body: bytes, why: str | None) -> None:
