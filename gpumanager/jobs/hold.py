@@ -23,12 +23,11 @@ from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
-from gpumanager.errors import BrokerError, ClientGone, ConsumerTimeout, ConsumerUnreachable
+from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.jobs.cancellation import Cancellation, StopsJobs
 from gpumanager.jobs.place import Place
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.model import ConsumerState, Job
-from gpumanager.scheduling.interface import Ticket
+from gpumanager.model import ConsumerState
 from gpumanager.telemetry.events import Emit, JobEnded
 from gpumanager.upstream.exchange import Exchange
 
@@ -75,7 +74,6 @@ class Hold:
         self._record = record
         self._name = place.name
         self._state = _State.WAITING
-        self._ticket: Ticket | None = None
         self._began = 0.0
         self._before: ConsumerState | None = None
         self._exchanges: list[Exchange] = []
@@ -91,11 +89,6 @@ class Hold:
     def begun(self) -> bool:
         """True once it runs."""
         return self._state is not _State.WAITING
-
-    def take_ticket(self, job: Job) -> Ticket:
-        """Join the queue. Raises what `Scheduler.enqueue` raises."""
-        self._ticket = self._place.take_ticket(job)
-        return self._ticket
 
     def begin(self, exchange: Exchange) -> None:
         """The GPU was granted: the job is about to be sent with `exchange`. Raises
@@ -182,7 +175,7 @@ class Hold:
             self._place.give_up()
         elif self._state is _State.RUNNING:
             if not self.cancellation.exchange.consumer_done and self._failure is None:
-                gone = ClientGone("the client left", consumer=self._name)
+                gone = self._place.client_left()
                 self._record.failure = gone.code
                 self.failed(gone)
             self._settle_and_give_back()
@@ -240,7 +233,7 @@ class Hold:
         means.after_job(self._name)
 
     def _note(self, seconds: float) -> None:
-        ticket = self._ticket
+        ticket = self._place.ticket
         assert ticket is not None  # noqa: S101  # it has begun
         job = ticket.job
         self._means.emit(

@@ -9,7 +9,7 @@ from gpumanager.clock import Clock
 from gpumanager.config import Config
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
-from gpumanager.errors import ClientGone, NoConsumer, NotFound
+from gpumanager.errors import NoConsumer, NotFound
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.record import RequestRecord
@@ -184,9 +184,6 @@ class Operations:
                 key=record.key,
                 settings=place.config,
             )
-            ticket = place.take_ticket(job)
-            client.when_gone(lambda: ticket.cancel(ClientGone("the client left", consumer=name)))
-            ticket.wait()
-            return act(ticket)
+            return act(place.wait_turn(job, client))
         finally:
             place.give_up()

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.registry import Registry
-from gpumanager.errors import NoConsumer
+from gpumanager.errors import ClientGone, NoConsumer
+from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.routing import Choice
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Scheduler, Ticket
@@ -28,36 +29,55 @@ class Shares(Protocol):
 class Place:
     """One request's: its consumer, which no reload removes or moves meanwhile, its share of what
     its key may have in the queue, and its ticket, once it was taken. `config` are the consumer's
-    settings as of when the place was opened: they stay the request's own to its end. Safe from any
-    thread."""
+    settings as of when the place was opened: they stay the request's own to its end. `leave`, which
+    never raises, lets go of the consumer. Safe from any thread."""
 
     def __init__(
-        self, name: str, config: ConsumerConfig, scheduler: Scheduler, shares: Shares
+        self,
+        name: str,
+        config: ConsumerConfig,
+        scheduler: Scheduler,
+        shares: Shares,
+        leave: Callable[[], object],
     ) -> None:
         self.name = name
         self.config = config
+        self.ticket: Ticket | None = None
         self._scheduler = scheduler
         self._shares = shares
         self._lock = threading.Lock()
-        self._held: list[Callable[[], object]] = []
+        self._held = [leave]
 
-    def when_given_up(self, undo: Callable[[], object]) -> None:
-        """Have `undo`, which never raises, called then; the latest first."""
-        self._held.append(undo)
+    def wait_turn(
+        self, job: Job, client: ClientWatch, begin: Callable[[], bool] | None = None
+    ) -> Ticket:
+        """Join the queue, and return when it is the job's turn. If its client leaves before, it
+        does, too. `begin` is for `Ticket.when_granted`. Raises what `take_ticket` and `Ticket.wait`
+        raise."""
+        ticket = self.take_ticket(job)
+        if begin is not None:
+            ticket.when_granted(begin)
+        client.when_gone(lambda: ticket.cancel(self.client_left()))
+        ticket.wait()
+        return ticket
+
+    def client_left(self) -> ClientGone:
+        """The error of a job whose client has left."""
+        return ClientGone("the client left", consumer=self.name)
 
     def take_ticket(self, job: Job) -> Ticket:
         """Join the queue. Raises QueueFull if the job's key has too many in it, and what
         `Scheduler.enqueue` raises."""
         if job.key is not None:
             self._shares.enter(job.key)
-            self.when_given_up(partial(self._shares.leave, job.key))
-        ticket = self._scheduler.enqueue(job)
-        self.when_given_up(ticket.close)
+            self._held.append(partial(self._shares.leave, job.key))
+        self.ticket = ticket = self._scheduler.enqueue(job)
+        self._held.append(ticket.close)
         return ticket
 
     def give_up(self) -> None:
-        """Leave the queue, or give the GPU back, and let go of the consumer. Idempotent, never
-        raises."""
+        """Leave the queue, or give the GPU back, and let go of the consumer, in that order.
+        Idempotent, never raises."""
         with self._lock:
             held, self._held = self._held, []
         for undo in reversed(held):
@@ -93,6 +113,5 @@ class Places:
         return self._place(name, self._registry.enter(name).config)
 
     def _place(self, name: str, config: Config) -> Place:
-        place = Place(name, config.consumers[name], self._scheduler, self._shares)
-        place.when_given_up(partial(self._registry.leave, name))
-        return place
+        leave = partial(self._registry.leave, name)
+        return Place(name, config.consumers[name], self._scheduler, self._shares, leave)

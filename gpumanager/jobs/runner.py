@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpumanager.config import ConsumerConfig
-from gpumanager.errors import BrokerError, ClientGone, SchedulerError
+from gpumanager.errors import BrokerError, SchedulerError
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
-from gpumanager.jobs.place import Places
+from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.jobs.routing import Choice
@@ -89,7 +89,7 @@ class JobRunner:
                 key=record.key,
                 settings=consumer,
             )
-            ticket = self._wait(hold, job, exchange, client, record)
+            ticket = self._wait(place, hold, job, exchange, client, record)
         except BaseException:
             hold.end()
             raise
@@ -107,7 +107,7 @@ class JobRunner:
             send(exchange)
             shortage = self._shortages.in_answer(name, consumer, exchange)
             if shortage is not None:
-                client.when_gone(lambda: ticket.cancel(_gone(name)))
+                client.when_gone(lambda: ticket.cancel(place.client_left()))
                 again = exchange.again() if consumer.out_of_memory.retry else None
                 if again is None:
                     self._shortages.not_retried(shortage)
@@ -135,6 +135,7 @@ class JobRunner:
 
     def _wait(
         self,
+        place: Place,
         hold: Hold,
         job: Job,
         exchange: Exchange,
@@ -152,13 +153,11 @@ class JobRunner:
             return True
 
         try:
-            ticket = hold.take_ticket(job)
-            ticket.when_granted(begin_early)
-            client.when_gone(lambda: ticket.cancel(_gone(job.consumer)))
             try:
-                ticket.wait()
+                ticket = place.wait_turn(job, client, begin_early)
             finally:
-                record.waited_s = ticket.waited_s
+                if place.ticket is not None:
+                    record.waited_s = place.ticket.waited_s
             record.prepared_s = ticket.prepared_s
         except BrokerError as error:
             if isinstance(error, CONSUMERS_FAULTS):
@@ -215,7 +214,3 @@ class JobRunner:
             return
         if not hold.was_loaded or not self._means.learned.knows_enough(name):
             self._look()
-
-
-def _gone(name: str) -> ClientGone:
-    return ClientGone("the client left", consumer=name)

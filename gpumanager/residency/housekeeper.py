@@ -4,6 +4,7 @@ be resident."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
@@ -114,13 +115,12 @@ class Housekeeper:
     def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:
         """Wait in line, and act; what goes wrong is only told of."""
         try:
-            with self._registry.using(job.consumer):
-                ticket = self._scheduler.enqueue(job)
-                try:
-                    ticket.wait()
-                    act(ticket)
-                finally:
-                    ticket.close()
+            with (
+                self._registry.using(job.consumer),
+                closing(self._scheduler.enqueue(job)) as ticket,
+            ):
+                ticket.wait()
+                act(ticket)
         except BrokerError as error:
             self._emit(
                 HousekeepingFailed(consumer=job.consumer, kind=job.kind, reason=error.message)

@@ -124,7 +124,7 @@ class RoomMaker:
             and (state.loaded or snapshot.consumers[consumer].load is None)
             and state.healthy is not False
             and self._holds_enough(consumer)
-            and not self._impossible(consumer)
+            and (snapshot.gpu.reading is not None or not self._impossible(consumer))
         )
 
     def relieve(self, ticket: Granted) -> bool:

@@ -56,8 +56,9 @@ class Held:
         places = Places(self.registry, self.scheduler, Keyring([]))
         self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0, ignore)
         self.exchange: Any = FakeExchange()
-        self.hold = Hold(means, places.open("m"), self.record)
-        self.hold.take_ticket(Job("m", "tts")).wait()
+        place = places.open("m")
+        self.hold = Hold(means, place, self.record)
+        place.take_ticket(Job("m", "tts")).wait()
 
     def begin(self) -> Held:
         self.hold.begin(self.exchange)
