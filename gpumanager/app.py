@@ -179,14 +179,16 @@ class Broker:
         self.events.listen(metrics.take_note)
         proxy = Proxy(self._live, self.watcher, self._clock)
         router = Router(self.registry, self._catalogue)
-        self.websockets = WebSockets(proxy, self.tunnels, self.watcher, self._draining.is_set)
+        websockets = WebSockets(proxy, self.tunnels, self.watcher, self._draining.is_set)
         runner = self._runner(places, shortages)
         forward = Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS)
         self.ways = Ways(self._live, router, self._admission, proxy, runner)
         return Services(
             config=self._live,
             ways=self.ways,
-            mounts=Mounts(self._live, self._admission, proxy, runner, forward, self._emit),
+            mounts=Mounts(
+                self._live, self._admission, proxy, runner, forward, websockets, self._emit
+            ),
             router=router,
             models=ModelLists(self.registry, self._catalogue),
             forward=forward,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -68,16 +68,14 @@ class Proxy:
         body: bytes | IO[bytes] | None = inbound.body
         if inbound.body is not None and length is not None and length <= SMALL_BODY_BYTES:
             body = inbound.body.read(length)
-        headers = end_to_end(inbound.headers, without=_NOT_FORWARDED)
-        if any(name == "Origin" for name, _ in headers):
-            headers = _with_origin(
-                headers, dict(inbound.headers).get("Host", ""), settings.base_url
-            )
         outbound = Outbound(
             method=method,
             base_url=settings.base_url,
             target=target,
-            headers=[*headers, ("X-Request-Id", inbound.request_id)],
+            headers=[
+                *end_to_end(inbound.headers, without=_NOT_FORWARDED),
+                ("X-Request-Id", inbound.request_id),
+            ],
             body=body or None,
             length=length,
             ca_file=settings.ca_file,
@@ -97,15 +95,3 @@ def inbound_headers(environ: Mapping[str, Any]) -> list[tuple[str, str]]:
     if environ.get("CONTENT_TYPE"):
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     return headers
-
-
-def _with_origin(
-    headers: Iterable[tuple[str, str]], host: str, base_url: str
-) -> list[tuple[str, str]]:
-    """With the consumer's own origin where the client's is that of the broker, which shows the
-    consumer's pages: some consumers (ComfyUI) compare `Origin` with `Host`, which is their own."""
-    own = {f"http://{host}".lower(), f"https://{host}".lower()}
-    return [
-        (name, base_url if name == "Origin" and value.lower() in own else value)
-        for name, value in headers
-    ]

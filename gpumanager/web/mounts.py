@@ -26,6 +26,7 @@ from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.websockets import WebSockets
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -56,6 +57,7 @@ class Mounts:
         proxy: Proxy,
         jobs: JobRunner,
         forward: Forwarder,
+        websockets: WebSockets,
         emit: Emit,
     ) -> None:
         self._config = config
@@ -63,6 +65,7 @@ class Mounts:
         self._proxy = proxy
         self._jobs = jobs
         self._forward = forward
+        self._websockets = websockets
         self._emit = emit
         self._seen: set[tuple[str, str, str]] = set()
 
@@ -99,6 +102,8 @@ class Mounts:
             work = method not in _HARMLESS
         if work:
             answer = self._run(environ, name, inbound, path)
+        elif self._websockets.wanted(environ):
+            answer = self._websockets.answer(environ, name, path, inbound)
         else:
             answer = self._forward(environ, name, path, inbound)
         return _Mended(answer, consumer, root)

@@ -12,11 +12,10 @@ from flask import Response
 from gpumanager.errors import ClientGone, ShuttingDown
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.runner import Answer
-from gpumanager.upstream.proxy import Proxy
+from gpumanager.upstream.proxy import Inbound, Proxy
 from gpumanager.upstream.tunnels import Tunnels, Whose
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.web.answering import Switch
-from gpumanager.web.inbound import inbound_of
 from gpumanager.web.record import asks_websocket, record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.server import can_switch
@@ -45,7 +44,9 @@ class WebSockets:
         header is dropped, as RFC 9110 (7.8) has it."""
         return asks_websocket(environ) and can_switch(environ)
 
-    def answer(self, environ: WSGIEnvironment, consumer: str, path: str) -> Response:
+    def answer(
+        self, environ: WSGIEnvironment, consumer: str, path: str, inbound: Inbound
+    ) -> Response:
         """What the consumer answers at `path`, which is sent to the letter: 101 and all that comes
         after it, or anything else.
 
@@ -60,7 +61,7 @@ class WebSockets:
         tunnel = self._tunnels.reserve(consumer, whose)
         switch = Switch(PROTOCOL, tunnel.open, tunnel.drop)
         record.stack.callback(switch.end_of_request)
-        exchange = self._proxy.prepare(consumer, inbound_of(environ), path, upgrade=PROTOCOL)
+        exchange = self._proxy.prepare(consumer, inbound, path, upgrade=PROTOCOL)
         record.stack.callback(exchange.close)
         client = ClientWatch(record, self._watcher)
         record.stack.callback(client.stop)

@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 import trustme
-from flask import Response
 
 from gpumanager.config import parse_config
-from gpumanager.errors import BrokerError
 from gpumanager.keys import ApiKey
 from gpumanager.telemetry.events import WebsocketEnded
-from gpumanager.web.boundary import error_response
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.ports import free_port
 from tests.support.sockets import Connection, Received, Script, ScriptedConsumer, answer
@@ -40,6 +37,7 @@ from tests.support.websockets import (
     websocket_script,
 )
 
+MOUNT = "/consumers/mvoice"
 KEYS = (ApiKey("anna", "sesame"),)
 
 
@@ -47,33 +45,11 @@ KEYS = (ApiKey("anna", "sesame"),)
 def behind_broker(
     script: Script, *, tls: ssl.SSLContext | None = None, keys: Any = (), **changes: Any
 ) -> Iterator[tuple[LiveBroker, ScriptedConsumer]]:
-    """A broker that passes `/ws/…` on to a consumer's `/…`."""
+    """A broker that passes what is below MOUNT on to a consumer."""
     with ScriptedConsumer(script, tls=tls) as consumer:
         path = changes.pop("base_path", "")
         with live_broker(config_for(consumer.url + path, **changes), keys=keys) as live:
-            mount(live)
             yield live, consumer
-
-
-def mount(live: LiveBroker) -> None:
-    sockets, guard = live.broker.websockets, live.broker.guard
-    inner: Any = guard._app
-
-    def app(environ: Any, start_response: Any) -> Any:
-        path = environ["PATH_INFO"]
-        if not path.startswith("/ws/"):
-            return inner(environ, start_response)
-        try:
-            inner._check(environ)
-            if sockets.wanted(environ):
-                found = sockets.answer(environ, "mvoice", path.removeprefix("/ws"))
-            else:
-                found = Response("plain")
-        except BrokerError as error:
-            found = error_response(error, environ)
-        return found(environ, start_response)
-
-    guard._app = app
 
 
 def ends(live: LiveBroker) -> list[WebsocketEnded]:
@@ -100,7 +76,7 @@ def test_messages_of_every_size_go_both_ways_unchanged(
     echoing: tuple[LiveBroker, ScriptedConsumer],
 ) -> None:
     live, _ = echoing
-    with open_websocket(live.port, "/ws/socket") as client:
+    with open_websocket(live.port, f"{MOUNT}/socket") as client:
         for size in (0, 1, 125, 126, 65535, 65536, 1_000_000):
             payload = bytes(i % 251 for i in range(size))
             sent = Outcome(lambda p=payload: client.send(p, BINARY))  # type: ignore[misc]
@@ -120,7 +96,7 @@ def test_the_consumer_sees_the_handshake_and_its_own_address(
         "Cookie: c=1",
         f"Origin: http://localhost:{live.port}",
     )
-    head = handshake("/ws/a/b?clientId=1%202", *headers).replace(
+    head = handshake(f"{MOUNT}/a/b?clientId=1%202", *headers).replace(
         b"Host: localhost", b"Host: localhost:%d" % live.port
     )
     with socket.create_connection(("127.0.0.1", live.port), PATIENCE_S) as sock:
@@ -139,16 +115,6 @@ def test_the_consumer_sees_the_handshake_and_its_own_address(
     assert got["cookie"] == "c=1"
 
 
-def test_only_the_origin_of_the_brokers_own_pages_becomes_the_consumers() -> None:
-    with behind_broker(lambda c, _: c.send(answer())) as (live, consumer):
-        own = {"Origin": live.url}
-        assert live.post("/v1/tts", json={}, headers=own).status_code == 200
-        elsewhere = {"Origin": "https://elsewhere.example"}
-        assert live.get("/audio/x.wav", headers=elsewhere).status_code == 200
-        told = [received.header("origin") for received in consumer.requests]
-        assert told == [consumer.url, "https://elsewhere.example"]
-
-
 def test_the_head_of_the_answer_is_the_consumers() -> None:
     def script(connection: Connection, received: Received) -> None:
         connection.send(switching(received, "Sec-WebSocket-Protocol: b", "X-Own: yes"))
@@ -158,7 +124,7 @@ def test_the_head_of_the_answer_is_the_consumers() -> None:
         behind_broker(script) as (live, _),
         socket.create_connection(("127.0.0.1", live.port), PATIENCE_S) as sock,
     ):
-        sock.sendall(handshake("/ws/x"))
+        sock.sendall(handshake(f"{MOUNT}/x"))
         lines = sock.recv(65536).decode().lower().split("\r\n")
         assert lines[0] == "http/1.1 101 switching protocols"
         assert "upgrade: websocket" in lines
@@ -172,7 +138,7 @@ def test_the_head_of_the_answer_is_the_consumers() -> None:
 
 def test_the_path_of_the_consumers_url_stands_before_its_paths() -> None:
     with behind_broker(websocket_script(echo), base_path="/base/") as (live, consumer):
-        with open_websocket(live.port, "/ws/socket?x=1") as client:
+        with open_websocket(live.port, f"{MOUNT}/socket?x=1") as client:
             client.send(b"hello")
             assert client.text() == b"hello"
         assert consumer.requests[0].line == b"GET /base/socket?x=1 HTTP/1.1"
@@ -185,7 +151,7 @@ def test_what_either_side_says_behind_its_head_is_not_lost() -> None:
 
     with behind_broker(script) as (live, _):
         ahead = frame(b"early", masked=True) + frame(b"bird", masked=True)
-        with open_websocket(live.port, "/ws/x", ahead=ahead) as client:
+        with open_websocket(live.port, f"{MOUNT}/x", ahead=ahead) as client:
             assert [client.text() for _ in range(3)] == [b"welcome", b"early", b"bird"]
 
 
@@ -198,7 +164,7 @@ def test_a_consumer_behind_tls() -> None:
         more = {"ca_file": ca_file}
         with behind_broker(script, tls=context, consumer=more) as (live, consumer):
             ended = ends(live)
-            with open_websocket(live.port, "/ws/x") as client:
+            with open_websocket(live.port, f"{MOUNT}/x") as client:
                 for size in (10, 16_384, 500_000):
                     payload = b"x" * size
                     sent = Outcome(lambda p=payload: client.send(p))  # type: ignore[misc]
@@ -222,7 +188,7 @@ def test_a_close_goes_through_and_leaves_nothing_behind(
     live, _ = echoing
     ended = ends(live)
     caplog.set_level(logging.INFO)
-    with open_websocket(live.port, "/ws/x", "X-Request-Id: mine") as client:
+    with open_websocket(live.port, f"{MOUNT}/x", "X-Request-Id: mine") as client:
         client.send(b"hello")
         assert client.text() == b"hello"
         assert len(live.broker.tunnels) == 1
@@ -238,7 +204,7 @@ def test_a_close_goes_through_and_leaves_nothing_behind(
     assert end.consumer_bytes == len(frame(b"hello")) + len(frame(b"12345"))
     assert end.reason == "the consumer ended it"
     logged = [vars(record) for record in caplog.records if record.name == "gpumanager.access"]
-    (line,) = [fields for fields in logged if fields["path"] == "/ws/x"]
+    (line,) = [fields for fields in logged if fields["path"] == f"{MOUNT}/x"]
     assert (line["status"], line["consumer"], line["request_id"]) == (101, "mvoice", "mine")
     metrics = live.get("/metrics").text
     assert 'gpumanager_websockets_open{consumer="mvoice"} 0.0' in metrics
@@ -256,7 +222,7 @@ def test_each_side_may_go_on_for_a_while_after_the_other_has_ended() -> None:
         peer.send(b"a last word")
 
     with behind_broker(websocket_script(talk)) as (live, _):
-        with open_websocket(live.port, "/ws/x") as client:
+        with open_websocket(live.port, f"{MOUNT}/x") as client:
             client.send(b"that is all")
             client.sock.shutdown(socket.SHUT_WR)
             assert client.text() == b"a last word"
@@ -279,7 +245,7 @@ def test_one_that_breaks_off_ends_the_other(who: str) -> None:
 
     with behind_broker(websocket_script(talk)) as (live, _):
         ended = ends(live)
-        with open_websocket(live.port, "/ws/x") as client:
+        with open_websocket(live.port, f"{MOUNT}/x") as client:
             client.send(b"hello")
             if who == "client":
                 Connection(client.sock).reset()
@@ -316,10 +282,10 @@ def test_a_side_that_does_not_read_holds_up_the_other_and_nobody_else() -> None:
 
     with (
         behind_broker(websocket_script(talk)) as (live, _),
-        open_websocket(live.port, "/ws/x") as flooded,
+        open_websocket(live.port, f"{MOUNT}/x") as flooded,
     ):
         flooded.send(b"flood")
-        with open_websocket(live.port, "/ws/x") as other:
+        with open_websocket(live.port, f"{MOUNT}/x") as other:
             other.send(b"are you there")
             assert other.text() == b"here"
         assert may_read.wait(PATIENCE_S)
@@ -339,20 +305,20 @@ def test_a_thousand_idle_ones_are_harmless() -> None:
     with behind_broker(idling(), max_websockets=many + 1) as (live, _), ExitStack() as stack:
         before = threading.active_count()
         for _ in range(many):
-            stack.enter_context(open_websocket(live.port, "/ws/x"))
+            stack.enter_context(open_websocket(live.port, f"{MOUNT}/x"))
         assert len(live.broker.tunnels) == many
         mine = [t for t in threading.enumerate() if t.name == "websockets"]
         assert len(mine) == 1
         waitress_threads = [t for t in threading.enumerate() if t.name.startswith("waitress")]
         assert len(waitress_threads) <= 24
         assert threading.active_count() - before < 60
-        client = stack.enter_context(open_websocket(live.port, "/ws/x"))
+        client = stack.enter_context(open_websocket(live.port, f"{MOUNT}/x"))
         for _ in range(100):
             client.send(b"quick")
             assert client.text() == b"quick"
         assert live.get("/healthz").status_code == 200
         with pytest.raises(Refused) as refused:
-            open_websocket(live.port, "/ws/x")
+            open_websocket(live.port, f"{MOUNT}/x")
         assert refused.value.status == 503
     assert not [t for t in threading.enumerate() if t.name == "websockets"]
 
@@ -396,7 +362,7 @@ def test_the_drain_says_good_bye_to_both_sides() -> None:
 
     with behind_broker(websocket_script(talk)) as (live, _):
         ended = ends(live)
-        with open_websocket(live.port, "/ws/x") as client:
+        with open_websocket(live.port, f"{MOUNT}/x") as client:
             client.send(b"hello")
             assert client.text() == b"hello"
             draining = Outcome(live.broker.lifecycle.drain)
@@ -405,7 +371,7 @@ def test_the_drain_says_good_bye_to_both_sides() -> None:
             assert (message.code, message.masked) == (1001, False)
             assert client.receive() is None
             with pytest.raises(Refused) as refused:
-                open_websocket(live.port, "/ws/x")
+                open_websocket(live.port, f"{MOUNT}/x")
             assert refused.value.status == 503
             assert b"shutting_down" in refused.value.rest
         assert draining.result()
@@ -430,7 +396,7 @@ def test_the_drain_waits_for_the_end_of_a_frame() -> None:
 
     with (
         behind_broker(websocket_script(talk)) as (live, _),
-        open_websocket(live.port, "/ws/x") as client,
+        open_websocket(live.port, f"{MOUNT}/x") as client,
     ):
         assert half_sent.wait(PATIENCE_S)
         while len(client.buffer) < 5000:
@@ -452,7 +418,7 @@ def silent(peer: Peer) -> None:
 def test_the_drain_does_not_wait_for_one_that_says_nothing() -> None:
     with (
         behind_broker(websocket_script(silent)) as (live, _),
-        open_websocket(live.port, "/ws/x") as client,
+        open_websocket(live.port, f"{MOUNT}/x") as client,
     ):
         assert live.broker.lifecycle.drain()  # it has two seconds
         message = client.receive()
@@ -474,7 +440,7 @@ def test_a_reload_closes_those_of_a_consumer_that_is_no_longer_there(new: str, r
     with behind_broker(websocket_script(echo), audio_proxy=None) as (live, _):
         ended = ends(live)
         live.broker.reloading.read = lambda: parse_config(new)
-        with open_websocket(live.port, "/ws/x") as client:
+        with open_websocket(live.port, f"{MOUNT}/x") as client:
             assert live.post("/v1/reload").status_code == 200
             message = client.receive()
             assert message is not None
@@ -506,7 +472,7 @@ def test_a_page_of_another_site_opens_none(
 
 def status_of(live: LiveBroker, *headers: str) -> int:
     try:
-        open_websocket(live.port, "/ws/x", *headers).sock.close()
+        open_websocket(live.port, f"{MOUNT}/x", *headers).sock.close()
     except Refused as refused:
         return refused.status
     return 101
@@ -530,7 +496,7 @@ def test_a_refusal_of_the_consumers_is_a_normal_answer_and_the_connection_goes_o
 
     with behind_broker(script) as (live, _), live.raw() as client:
         second = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        client.send(handshake("/ws/x") + second)
+        client.send(handshake(f"{MOUNT}/x") + second)
         first, _, then = client.until(b'"ok"').partition(b"no such room")
         assert first.startswith(b"HTTP/1.1 404 Not Found\r\n")
         assert then.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -549,7 +515,7 @@ def test_a_refusal_of_the_consumers_is_a_normal_answer_and_the_connection_goes_o
 def test_a_switch_to_anything_else_is_refused(said: bytes) -> None:
     with behind_broker(lambda connection, _: connection.send(said)) as (live, _):
         with pytest.raises(Refused) as refused:
-            open_websocket(live.port, "/ws/x")
+            open_websocket(live.port, f"{MOUNT}/x")
         assert refused.value.status == 502
         assert b"does not switch to websocket" in refused.value.rest
         eventually(lambda: not len(live.broker.tunnels))
@@ -557,9 +523,8 @@ def test_a_switch_to_anything_else_is_refused(said: bytes) -> None:
 
 def test_a_consumer_that_is_not_there() -> None:
     with live_broker(config_for(f"http://127.0.0.1:{free_port()}")) as live:
-        mount(live)
         with pytest.raises(Refused) as refused:
-            open_websocket(live.port, "/ws/x")
+            open_websocket(live.port, f"{MOUNT}/x")
         assert refused.value.status == 502
         eventually(lambda: not len(live.broker.tunnels))
 
@@ -571,34 +536,60 @@ def test_a_consumer_that_is_not_there() -> None:
         (b"Upgrade: websocket", b"Upgrade: spdy/3"),
         (b"Connection: Upgrade", b"Connection: keep-alive"),
         (b"HTTP/1.1", b"HTTP/1.0"),
-        (b"GET /ws/x", b"HEAD /ws/x"),
+        (b"GET ", b"HEAD "),
         (b"Connection: Upgrade", b"Connection: Upgrade\r\nContent-Length: 5"),
     ],
 )
-def test_an_upgrade_to_anything_else_is_plain_http(
-    echoing: tuple[LiveBroker, ScriptedConsumer], change: tuple[bytes, bytes]
-) -> None:
-    live, consumer = echoing
-    with live.raw() as client:
-        client.send(handshake("/ws/x").replace(*change) + b"abcde")
-        assert client.until(b"\r\n\r\n").startswith((b"HTTP/1.1 200", b"HTTP/1.0 200"))
-    assert not consumer.requests
+def test_an_upgrade_to_anything_else_is_plain_http(change: tuple[bytes, bytes]) -> None:
+    with behind_broker(lambda c, _: c.send(answer(b"plain"))) as (live, consumer):
+        with live.raw() as client:
+            client.send(handshake(f"{MOUNT}/x").replace(*change) + b"abcde")
+            assert b" 200 OK\r\n" in client.until(b"\r\n\r\n")
+        (received,) = consumer.requests
+        assert received.header("upgrade") is None
+        assert received.header("connection") == "close"
+
+
+def test_gpu_work_takes_its_turn_and_opens_none() -> None:
+    """There is no telling when a job that is a conversation would be over."""
+    work = {"gpu_work": [{"path": "/x", "method": "GET"}]}
+    with behind_broker(lambda c, _: c.send(answer(b"plain")), consumer=work) as (live, consumer):
+        with pytest.raises(Refused) as refused:
+            open_websocket(live.port, f"{MOUNT}/x")
+        assert (refused.value.status, refused.value.rest) == (200, b"plain")
+        assert consumer.requests[0].header("upgrade") is None
+        live.await_idle()
+        assert live.get("/v1/status").json()["scheduler"]["total_jobs"] == 1
+
+
+def test_a_port_of_its_own_has_them_too() -> None:
+    port = free_port()
+    ports = {port: "mvoice"}
+    with behind_broker(websocket_script(echo), ports=ports) as (_, consumer):
+        origin = f"Origin: http://localhost:{port}"
+        with pytest.raises(Refused):
+            open_websocket(port, "/ws", origin)  # its Host is localhost
+        with open_websocket(port, "/ws?clientId=1", "Origin: http://localhost") as client:
+            client.send(b"hello")
+            assert client.text() == b"hello"
+        assert consumer.requests[0].line == b"GET /ws?clientId=1 HTTP/1.1"
+        assert consumer.requests[0].header("origin") == consumer.url
 
 
 def test_no_more_than_max_websockets() -> None:
     with (
         behind_broker(websocket_script(echo), max_websockets=2) as (live, _),
-        open_websocket(live.port, "/ws/x"),
-        open_websocket(live.port, "/ws/x") as second,
+        open_websocket(live.port, f"{MOUNT}/x"),
+        open_websocket(live.port, f"{MOUNT}/x") as second,
     ):
         with pytest.raises(Refused) as refused:
-            open_websocket(live.port, "/ws/x")
+            open_websocket(live.port, f"{MOUNT}/x")
         assert refused.value.status == 503
         assert "retry-after: 1" in refused.value.head.lower()
         assert b"2 WebSockets are open; max_websockets allows no more" in refused.value.rest
         second.sock.close()
         eventually(lambda: len(live.broker.tunnels) == 1)
-        with open_websocket(live.port, "/ws/x") as third:
+        with open_websocket(live.port, f"{MOUNT}/x") as third:
             third.send(b"hello")
             assert third.text() == b"hello"
 
@@ -613,7 +604,7 @@ def test_a_client_that_leaves_during_the_handshake_leaves_nothing_behind() -> No
 
     with behind_broker(script) as (live, _):
         with socket.create_connection(("127.0.0.1", live.port)) as sock:
-            sock.sendall(handshake("/ws/x"))
+            sock.sendall(handshake(f"{MOUNT}/x"))
             assert asked.wait(PATIENCE_S)
             assert len(live.broker.tunnels) == 1
         assert gone.wait(PATIENCE_S)
@@ -623,7 +614,7 @@ def test_a_client_that_leaves_during_the_handshake_leaves_nothing_behind() -> No
 def test_jobs_go_on_beside_it(echoing: tuple[LiveBroker, ScriptedConsumer]) -> None:
     """The connection has left the server: its number of connections, its loop, its threads."""
     live, _ = echoing
-    with open_websocket(live.port, "/ws/x") as client:
+    with open_websocket(live.port, f"{MOUNT}/x") as client:
         eventually(lambda: not [c for c in live.channels.values() if c.addr[1] == port_of(client)])
         client.send(b"still here", PONG)
         assert client.receive() == Message(PONG, b"still here", masked=False)
