@@ -21,6 +21,7 @@ from gpumanager.config import (
     parse_config,
 )
 from gpumanager.config.presets import names
+from tests.support.sdk_calls import CALLS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -134,3 +135,13 @@ def test_every_picture_that_is_shown_is_there_and_no_other() -> None:
         for name in re.findall(r"!\[[^]]*\]\((?:docs/)?([\w-]+\.png)\)", text)
     }
     assert shown == {path.name for path in (ROOT / "docs").glob("*.png")}
+
+
+def test_the_page_of_clients_names_tests_that_exist_and_every_call() -> None:
+    text = (ROOT / "docs" / "clients.md").read_text()
+    folder = ROOT / "tests" / "integration"
+    code = "".join((folder / name).read_text() for name in ("test_sdks.py", "test_sdk_errors.py"))
+    named = re.findall(r"`(test_\w+)(?:\[(.+?)\])?`", text)
+    for test, _ in named:
+        assert f"\ndef {test}(" in code, test
+    assert {call for _, call in named if call} == set(CALLS)

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from tests.support import protocol_answers, sdk_calls
 from tests.support.broker import live_broker
 from tests.support.comfyui import picture
+from tests.support.protocol_server import ProtocolServer
 from tests.support.scene import scene
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 
@@ -137,29 +138,51 @@ def test_python_does_not_try_again_what_cannot_get_better() -> None:
     assert "no_consumer" in done.stderr
 
 
-def test_the_openai_sdk_goes_through_the_broker() -> None:
-    asked: list[dict[str, Any]] = []
+DROP_IN = {
+    "openai_sdk.py": ("/v1/chat/completions", sdk_calls.LLM),
+    "anthropic_sdk.py": ("/v1/messages", sdk_calls.LLM),
+    "ollama_sdk.py": ("/api/chat", sdk_calls.OLLAMA),
+    "chat.sh": ("/v1/chat/completions", sdk_calls.LLM),
+}
+"""What asks over a protocol that its users know already: its path, and a model."""
 
-    def chunk(word: str) -> bytes:
-        choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-        about = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-        return b"data: " + json.dumps({**about, "choices": [choice]}).encode() + b"\n\n"
+needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 
-    def chat(peer: Connection, request: Received) -> None:
-        asked.append(json.loads(request.body))
-        body = chunk("Blue") + chunk(" light") + b"data: [DONE]\n\n"
-        peer.send(answer(body, headers=("Content-Type: text/event-stream",)))
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_jq) if n.endswith(".sh") else n for n in DROP_IN]
+)
+def test_a_program_that_people_have_already_goes_through_the_broker(name: str) -> None:
+    path, model = DROP_IN[name]
     with (
-        ScriptedConsumer(chat) as consumer,
-        live_broker(config(consumer.url, llm="/v1/chat/completions")) as broker,
+        ProtocolServer(protocol_answers.every_protocol) as server,
+        live_broker(
+            yaml.safe_dump(
+                {
+                    "routing": {"llm": "it"},
+                    "consumers": {"it": {"url": server.url, "paths": {"llm": path}}},
+                }
+            )
+        ) as broker,
     ):
-        done = run("openai_sdk.py", "Why?", url=broker.url, MODEL="m")
-    assert (done.returncode, done.stdout) == (0, "Blue light\n"), done.stderr
-    assert asked[0]["stream"] is True
+        done = run(name, "Why?", url=broker.url, MODEL=model)
+        assert (done.returncode, done.stdout) == (0, f"{protocol_answers.TEXT}\n"), done.stderr
+        (asked,) = server.requests
+        assert (asked.path, asked.json["model"]) == (path, model)
+        assert asked.json["messages"] == [{"role": "user", "content": "Why?"}]
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_jq) if n.endswith(".sh") else n for n in DROP_IN]
+)
+def test_a_program_says_what_the_broker_said(name: str) -> None:
+    with live_broker("{}") as broker:
+        done = run(name, "Why?", url=broker.url)
+    assert done.returncode == 1
+    assert "no consumer" in done.stderr, done.stderr
+
+
+@needs_jq
 def test_a_comfyui_workflow_is_rendered_and_fetched(tmp_path: Path) -> None:
     workflow = tmp_path / "workflow.json"
     workflow.write_text('{"1": {"class_type": "KSampler"}}')
