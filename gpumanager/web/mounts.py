@@ -26,6 +26,7 @@ from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.security import refuse_other_sites
 from gpumanager.web.websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Mounts:
             self._note(name, method, path)
             work = method not in _HARMLESS
         if work:
+            refuse_other_sites(environ)  # a page could have a GET run by an image of it
             answer = self._run(environ, name, inbound, path)
         elif self._websockets.wanted(environ):
             answer = self._websockets.answer(environ, name, path, inbound)

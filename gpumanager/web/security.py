@@ -171,6 +171,11 @@ def check_origin(environ: WSGIEnvironment) -> None:
     over a WebSocket."""
     if environ["REQUEST_METHOD"] in SAFE_METHODS and not asks_websocket(environ):
         return
+    refuse_other_sites(environ)
+
+
+def refuse_other_sites(environ: WSGIEnvironment) -> None:
+    """The same, whatever the method: for a GET that does something. Raises Forbidden."""
     site = environ.get("HTTP_SEC_FETCH_SITE", "none")
     origin = environ.get("HTTP_ORIGIN")
     if site not in ("none", "same-origin"):

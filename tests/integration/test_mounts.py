@@ -163,6 +163,13 @@ def test_a_page_is_told_its_own_origin_and_where_it_is_mounted(broker: LiveBroke
     assert refused.status_code == 403
 
 
+def test_a_page_of_another_site_cannot_have_a_get_run(broker: LiveBroker) -> None:
+    elsewhere = {"Sec-Fetch-Site": "cross-site"}
+    assert broker.get(f"{ROOT}/render/a", headers=elsewhere).status_code == 403
+    assert broker.get(f"{ROOT}/view", headers=elsewhere).status_code == 200
+    assert broker.stats.total_jobs == 0
+
+
 def test_the_mount_itself_leads_to_its_root(broker: LiveBroker) -> None:
     found = broker.get(f"{ROOT}?a=1", allow_redirects=False)
     assert (found.status_code, found.headers["Location"]) == (308, f"{ROOT}/?a=1")
