@@ -34,6 +34,7 @@ from gpumanager.jobs.runner import JobRunner
 from gpumanager.jobs.shortage import Shortages
 from gpumanager.keys import ApiKey
 from gpumanager.lifecycle import Lifecycle
+from gpumanager.model import ModelListing
 from gpumanager.reloading import Reloading
 from gpumanager.telemetry import tracing
 from gpumanager.telemetry.eventfile import EventFile
@@ -104,7 +105,7 @@ class Broker:
         self.breakers = Breakers(self._clock, self._emit)
         self._admission = Admission(self.registry, self.breakers, retry_s=config.health_interval)
         self.watcher = Watcher()
-        self._calls = ControlCalls(self._live, self.watcher, self._clock)
+        self._calls = ControlCalls(self.watcher, self._clock)
         table = SystemProcesses()
         processes = ConsumerProcesses(self._live, table)
         self.card = GpuCard(
@@ -120,7 +121,7 @@ class Broker:
             card,
         )
         self._completions = Completions(self._calls, self._clock, self._emit)
-        self._catalogue = ModelCatalogue(self._calls.models, self._clock)
+        self._catalogue = ModelCatalogue(self._models_of, self._clock)
         self._draining = threading.Event()
         self.tunnels = Tunnels(self._live, self._clock, self._emit)
         self.flask = create_app(self._services())
@@ -229,6 +230,10 @@ class Broker:
         )
         look = self.card.sampler.look
         return JobRunner(means, places, self._completions, self.watcher, shortages, look=look)
+
+    def _models_of(self, name: str) -> ModelListing | None:
+        consumer = self.config.consumers.get(name)  # a reload may have removed it
+        return None if consumer is None else self._calls.models(name, consumer)
 
     def _prober(self, name: str) -> Prober:
         interval = self.config.health_interval

@@ -54,7 +54,6 @@ class GpuCard:
         self.history = MemoryHistory(registry, clock)
         self.stopping = Stopping(config, listening=consumers.of, on_card=self._pids)
         self.room = RoomMaker(
-            config,
             registry,
             learned,
             calls,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
@@ -15,7 +16,7 @@ from gpumanager.telemetry.events import CameBack, Emit, Healthy, OnCpu, Unhealth
 class Probes(Protocol):
     """The calls a prober makes. They raise BrokerError on failure."""
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, consumer: ConsumerConfig) -> ProbeReport:
         """Ask health, and residency where the consumer can tell."""
 
 
@@ -43,9 +44,10 @@ class Prober:
 
     def probe(self) -> float:
         """Probe once; returns the seconds until the next."""
-        before = self._registry.get(self._name)
+        snapshot = self._registry.now
+        before = snapshot.states[self._name]
         try:
-            report = self._probes.probe(self._name)
+            report = self._probes.probe(self._name, snapshot.consumers[self._name])
         except BrokerError as error:
             self._failed(error, was_busy=_is_busy(before))
         else:

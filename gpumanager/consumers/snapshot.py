@@ -9,7 +9,7 @@ from types import MappingProxyType
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.learning import NOTHING, Figures
-from gpumanager.model import ConsumerState, GpuState, MemoryReading
+from gpumanager.model import ConsumerState, GpuState, Job, MemoryReading
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,19 @@ class Snapshot:
         """The same, with these states of the consumers."""
         return replace(self, states=states)
 
-    def with_settings(self, name: str, settings: ConsumerConfig) -> Snapshot:
-        """The same, with these settings of one consumer: those of when a job of it was admitted.
+    def settings(self, job: Job) -> ConsumerConfig:
+        """Those of a job's consumer: as of its admission, if it was told."""
+        admitted = job.settings
+        if isinstance(admitted, ConsumerConfig):
+            return admitted
+        return self.config.consumers[job.consumer]
+
+    def of(self, job: Job | None) -> Snapshot:
+        """The same, as it is for a job: with the settings of its consumer as of its admission.
         What a reload has changed of them since is for the jobs after it."""
+        if job is None:
+            return self
+        name, settings = job.consumer, self.settings(job)
         consumers = self.config.consumers
         if consumers.get(name) is settings:
             return self

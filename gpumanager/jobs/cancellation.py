@@ -27,10 +27,10 @@ END_AFTER_TOLD_S = 30.0
 class StopsJobs(Protocol):
     """The calls that stop a consumer's running job, or ask for it. They raise BrokerError."""
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, consumer: ConsumerConfig) -> None:
         """Tell the consumer to stop."""
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
         """Whether it works on something; None if it does not tell."""
 
 
@@ -58,6 +58,7 @@ class Cancellation:
     ) -> None:
         self.exchange = exchange
         self._name = name
+        self._consumer = consumer
         self._calls = calls
         self._clock = clock
         self._emit = emit
@@ -149,7 +150,7 @@ class Cancellation:
         pause = threading.Event()
         while True:
             try:
-                if not self._calls.busy(self._name):
+                if not self._calls.busy(self._name, self._consumer):
                     return True
             except ConsumerUnreachable as error:
                 if error.nothing_listens:
@@ -182,6 +183,6 @@ class Cancellation:
 
     def _cancel(self) -> None:
         try:
-            self._calls.cancel(self._name)
+            self._calls.cancel(self._name, self._consumer)
         except BrokerError as error:
             self._emit(CancelFailed(consumer=self._name, reason=error.message))

@@ -36,13 +36,15 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class FollowsJobs(Protocol):
     """The calls about one asynchronous job. They raise BrokerError on failure."""
 
-    def job_result(self, name: str, done: Done, job_id: str) -> bytes | None:
+    def job_result(
+        self, name: str, consumer: ConsumerConfig, done: Done, job_id: str
+    ) -> bytes | None:
         """What the consumer says of the job, once it is over; None before."""
 
-    def job_listed(self, name: str, lost: Lost, job_id: str) -> bool:
+    def job_listed(self, name: str, consumer: ConsumerConfig, lost: Lost, job_id: str) -> bool:
         """Whether it still has the job in work."""
 
-    def cancel_job(self, name: str, done: Done, job_id: str) -> None:
+    def cancel_job(self, name: str, consumer: ConsumerConfig, done: Done, job_id: str) -> None:
         """Make the calls that stop it."""
 
 
@@ -88,6 +90,7 @@ class Completions:
             self._emit,
             self._stopped,
             name,
+            consumer,
             consumer.done,
             job_id,
             ended,
@@ -116,6 +119,7 @@ class _Following:
         emit: Emit,
         stopped: threading.Event,
         name: str,
+        consumer: ConsumerConfig,
         done: Done,
         job_id: str,
         ended: Callable[[bytes | None, bool], object],
@@ -125,6 +129,7 @@ class _Following:
         self._emit = emit
         self._stopped = stopped
         self._name = name
+        self._consumer = consumer
         self._done = done
         self._job_id = job_id
         self._ended = ended
@@ -172,19 +177,19 @@ class _Following:
         return False
 
     def _is_over(self) -> bool:
-        self._said = self._calls.job_result(self._name, self._done, self._job_id)
+        self._said = self._calls.job_result(self._name, self._consumer, self._done, self._job_id)
         if self._said is not None:
             return True
         if self._done.lost is None:
             return False
         # Between the two looks it may have ended, so that it is in neither: look once more.
-        listed = self._calls.job_listed(self._name, self._done.lost, self._job_id)
+        listed = self._calls.job_listed(self._name, self._consumer, self._done.lost, self._job_id)
         self._unlisted = 0 if listed else self._unlisted + 1
         return self._unlisted >= 2
 
     def _tell(self) -> None:
         try:
-            self._calls.cancel_job(self._name, self._done, self._job_id)
+            self._calls.cancel_job(self._name, self._consumer, self._done, self._job_id)
         except BrokerError as error:
             reason = error.message
             self._emit(CancelFailed(consumer=self._name, job=self._job_id, reason=reason))

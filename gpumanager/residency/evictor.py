@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, EvictionMethod
+from gpumanager.config import ConsumerConfig, EvictionMethod
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerUnreachable
@@ -44,22 +44,22 @@ GAP_S = 60.0
 class Controls(Protocol):
     """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer load its model; returns when it says so."""
 
-    def warm(self, name: str) -> None:
+    def warm(self, name: str, consumer: ConsumerConfig) -> None:
         """As `load`, for a consumer that loads with its first job."""
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer drop its model; returns when it says so, which is not yet proof."""
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
         """Whether it says that it works on something; None if it does not tell."""
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, consumer: ConsumerConfig) -> ProbeReport:
         """Ask it how it is, and what it holds."""
 
 
@@ -78,7 +78,6 @@ class Evictor:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         learned: Learned,
         controls: Controls,
@@ -87,7 +86,6 @@ class Evictor:
         clock: Clock,
         emit: Emit,
     ) -> None:
-        self._config = config
         self._registry = registry
         self._learned = learned
         self._controls = controls
@@ -96,11 +94,12 @@ class Evictor:
         self._clock = clock
         self._emit = emit
         self._rest = Rest(controls, measure, clock)
-        self._settling = Settling(config, registry, controls, self._rest, measure, clock)
+        self._settling = Settling(registry, controls, self._rest, measure, clock)
 
     def evict(
         self,
         name: str,
+        consumer: ConsumerConfig,
         held_mib: int,
         floor_mib: int,
         ticket: Ticket,
@@ -119,7 +118,6 @@ class Evictor:
         """
         release: Release | None = None
         tried = []
-        consumer = self._config.consumers[name]
         if elsewhere is not None and self._rest.is_busy(name, consumer) and elsewhere():
             return self._left_alone(name, ticket)
         eviction_methods = list(
@@ -132,8 +130,8 @@ class Evictor:
             try:
                 self._rest.wait(name, consumer, method, ticket)
                 before = self._measure() or self._last_seen()
-                holds = self._what_it_holds(name, before)
-                self._carry_out(name, method)
+                holds = self._what_it_holds(name, consumer, before)
+                self._carry_out(name, consumer, method)
             except BrokerError as error:
                 if self._gone(name, error):
                     return Release("gone")
@@ -151,6 +149,7 @@ class Evictor:
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
             unloaded = Unloaded(
                 name,
+                consumer,
                 before,
                 expected,
                 certain=holds is not None,
@@ -200,7 +199,9 @@ class Evictor:
         self._emit(EvictionSkipped(consumer=name, target=ticket.job.consumer))
         return Release("busy")
 
-    def _what_it_holds(self, name: str, before: MemoryReading | None) -> int | None:
+    def _what_it_holds(
+        self, name: str, consumer: ConsumerConfig, before: MemoryReading | None
+    ) -> int | None:
         """MiB by the card's figures for its processes, else by its own word of this moment; None
         if neither tells, so that there is only what was declared."""
         if before is None:
@@ -209,14 +210,14 @@ class Evictor:
         if own is not None:
             return own
         try:
-            return self._controls.probe(name).resident_mib
+            return self._controls.probe(name, consumer).resident_mib
         except BrokerError:
             return None
 
-    def _carry_out(self, name: str, method: EvictionMethod) -> None:
+    def _carry_out(self, name: str, consumer: ConsumerConfig, method: EvictionMethod) -> None:
         with self._registry.busy(name):
             if method.http:
-                self._controls.unload(name)
+                self._controls.unload(name, consumer)
                 self._registry.set_loaded(name, False)
             else:
                 self._registry.mark_stopped(name, self._stops.stop(name, method))

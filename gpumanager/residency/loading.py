@@ -9,10 +9,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
+from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout
+from gpumanager.model import Job
 from gpumanager.residency.evictor import Controls, Stops
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.telemetry.events import Emit, Loaded, Resumed
@@ -25,7 +26,6 @@ class Loader:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         learned: Learned,
         controls: Controls,
@@ -34,7 +34,6 @@ class Loader:
         emit: Emit,
         loading: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._config = config
         self._registry = registry
         self._learned = learned
         self._controls = controls
@@ -43,36 +42,42 @@ class Loader:
         self._emit = emit
         self._loading = loading
 
-    def bring_back(self, target: str, ticket: Ticket) -> None:
-        """Start the target again, if the broker has stopped it, and wait until it is ready. Raises
-        BrokerError, and the error the ticket was cancelled with."""
-        stopped_by = self._registry.get(target).stopped_by
+    def bring_back(self, ticket: Ticket) -> None:
+        """Start the ticket's consumer again, if the broker has stopped it, and wait until it is
+        ready. Raises BrokerError, and the error the ticket was cancelled with."""
+        now, target = self._registry.now, ticket.job.consumer
+        stopped_by = now.states[target].stopped_by
         if stopped_by is None:
             return
         began = self._clock.monotonic()
         with self._loading(target), self._registry.busy(target):
             resumed = self._stops.bring_back(target, stopped_by)
             if not resumed:
-                self._await_ready(target, ticket)
+                self._await_ready(target, now.settings(ticket.job), ticket)
         self._registry.mark_started(target, resumed=resumed)
         self._emit(Resumed(consumer=target, ms=self._note(target, began)))
 
-    def load(self, target: str) -> None:
-        """Make its `load` call, if it has one and is not loaded. Raises BrokerError."""
-        if self._config.consumers[target].load is not None:
-            self._call(target, self._controls.load)
+    def load(self, job: Job) -> None:
+        """Make the `load` call of the job's consumer, if it has one and is not loaded. Raises
+        BrokerError."""
+        now = self._registry.now
+        consumer = now.settings(job)
+        if consumer.load is not None and not now.states[job.consumer].loaded:
+            self._call(job.consumer, consumer, self._controls.load)
 
-    def warm(self, target: str) -> None:
+    def warm(self, job: Job) -> None:
         """The same with its `warm` call."""
-        if self._config.consumers[target].warm is not None:
-            self._call(target, self._controls.warm)
+        now = self._registry.now
+        consumer = now.settings(job)
+        if consumer.warm is not None and not now.states[job.consumer].loaded:
+            self._call(job.consumer, consumer, self._controls.warm)
 
-    def _await_ready(self, target: str, ticket: Ticket) -> None:
-        limit = self._config.consumers[target].ready_timeout
+    def _await_ready(self, target: str, consumer: ConsumerConfig, ticket: Ticket) -> None:
+        limit = consumer.ready_timeout
         deadline = self._clock.monotonic() + limit
         while True:
             try:
-                self._controls.probe(target)
+                self._controls.probe(target, consumer)
             except BrokerError as error:
                 if self._clock.monotonic() >= deadline:
                     raise ConsumerTimeout(
@@ -83,12 +88,15 @@ class Loader:
             else:
                 return
 
-    def _call(self, target: str, call: Callable[[str], None]) -> None:
-        if self._registry.get(target).loaded:
-            return
+    def _call(
+        self,
+        target: str,
+        consumer: ConsumerConfig,
+        call: Callable[[str, ConsumerConfig], None],
+    ) -> None:
         began = self._clock.monotonic()
         with self._loading(target), self._registry.busy(target):
-            call(target)
+            call(target, consumer)
         self._registry.set_loaded(target, True)
         self._emit(Loaded(consumer=target, ms=self._note(target, began)))
 

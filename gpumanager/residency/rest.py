@@ -27,7 +27,7 @@ QUIET_LIMIT_S = 10.0
 class Asks(Protocol):
     """What is asked of a consumer. Raises BrokerError."""
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
         """Whether it says that it works on something; None if it does not tell."""
 
 
@@ -46,7 +46,7 @@ class Rest:
         if not tells(consumer):
             return False
         try:
-            return self._asks.busy(name) is True
+            return self._asks.busy(name, consumer) is True
         except BrokerError:
             return False
 
@@ -64,20 +64,22 @@ class Rest:
         if method.http and (call is None or call.when_busy in ("drains", "refuses")):
             return
         if tells(consumer):
-            self._until_it_says_so(name, method, ticket)
+            self._until_it_says_so(name, consumer, method, ticket)
         elif method.http:
             self._until_the_card_is_quiet(ticket)
 
-    def _until_it_says_so(self, name: str, method: EvictionMethod, ticket: Ticket) -> None:
+    def _until_it_says_so(
+        self, name: str, consumer: ConsumerConfig, method: EvictionMethod, ticket: Ticket
+    ) -> None:
         deadline = self._clock.monotonic() + BUSY_LIMIT_S
-        while self._busy(name, method):
+        while self._busy(name, consumer, method):
             if self._clock.monotonic() >= deadline:
                 raise ConsumerTimeout(f"{name} is busy with a job of somebody else", consumer=name)
             ticket.pause(BUSY_POLL_S)
 
-    def _busy(self, name: str, method: EvictionMethod) -> bool:
+    def _busy(self, name: str, consumer: ConsumerConfig, method: EvictionMethod) -> bool:
         try:
-            return self._asks.busy(name) is True
+            return self._asks.busy(name, consumer) is True
         except BrokerError:
             if method.http:
                 raise

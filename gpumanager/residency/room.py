@@ -14,16 +14,16 @@ from functools import partial
 from typing import Literal
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
+from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import (
     ConsumerUnhealthy,
     ConsumerUnreachable,
     NoConsumer,
 )
 from gpumanager.gpu.inventory import holder
-from gpumanager.model import MemoryReading
+from gpumanager.model import Job, MemoryReading
 from gpumanager.residency.census import Census
 from gpumanager.residency.evictor import Controls, Evictor, Stops
 from gpumanager.residency.loading import Loader
@@ -33,7 +33,7 @@ from gpumanager.residency.settling import FIRST_POLL_S, LONGEST_POLL_S
 from gpumanager.scheduling.decision import MakeRoom, Refuse, Start, Wait
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
-from gpumanager.scheduling.memory import Look, can_be_made, is_room, look
+from gpumanager.scheduling.memory import Card, Look, can_be_made, is_room, look
 from gpumanager.scheduling.queue import Granted
 from gpumanager.scheduling.victims import Resident
 from gpumanager.telemetry.events import Emit, TriedAnyway
@@ -54,7 +54,6 @@ class RoomMaker:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         learned: Learned,
         controls: Controls,
@@ -65,7 +64,6 @@ class RoomMaker:
         emit: Emit,
         upcoming: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        self._config = config
         self._registry = registry
         self._learned = learned
         self._measure = measure
@@ -73,9 +71,9 @@ class RoomMaker:
         self._clock = clock
         self._emit = emit
         self._upcoming = upcoming
-        self._evictor = Evictor(config, registry, learned, controls, stops, measure, clock, emit)
+        self._evictor = Evictor(registry, learned, controls, stops, measure, clock, emit)
         self._loader = Loader(
-            config, registry, learned, controls, stops, clock, emit, partial(self._does, "load")
+            registry, learned, controls, stops, clock, emit, partial(self._does, "load")
         )
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
@@ -83,13 +81,9 @@ class RoomMaker:
         self._changed_at = -math.inf
         self._doing: Doing | None = None
 
-    def _census(self) -> Census:
-        """Of this moment, with the card as it was sampled last."""
-        return Census(self._registry.now, self._clock.monotonic())
-
-    def _measured_census(self) -> Census:
-        """Of this moment, with the card as it is measured now."""
-        snapshot = self._registry.now
+    def _measured_census(self, job: Job | None = None) -> Census:
+        """Of this moment, as it is for the job, with the card as it is measured now."""
+        snapshot = self._registry.now.of(job)
         return Census(snapshot.seeing(self._measure()), self._clock.monotonic())
 
     # -- for the holder of the GPU ---------------------------------------------------------
@@ -101,17 +95,18 @@ class RoomMaker:
         not suffice), ConsumerUnreachable, ConsumerTimeout, what `admit` raises, or the error the
         ticket was cancelled with.
         """
-        target = ticket.job.consumer
+        job, target = ticket.job, ticket.job.consumer
         if self._clock.monotonic() < self._probes_due:
             self._await_first_probes(ticket)
         # It may have died while the job was in line: unloading somebody for it would be in vain.
         self._admit(target)
-        for name in self._impossible(target):
+        now = self._registry.now.of(job)
+        for name in self._impossible(now, target):
             self._registry.drop_assumption(name)
-        if not self._holds_enough(target):
-            self._unload_others(target, ticket)
-        self._loader.bring_back(target, ticket)
-        self._loader.load(target)
+        if not self._holds_enough(now, target):
+            self._unload_others(ticket)
+        self._loader.bring_back(ticket)
+        self._loader.load(job)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
     def ready(self, consumer: str) -> bool:
@@ -123,15 +118,15 @@ class RoomMaker:
             and state.stopped_by is None
             and (state.loaded or snapshot.consumers[consumer].load is None)
             and state.healthy is not False
-            and self._holds_enough(consumer)
-            and (snapshot.gpu.reading is not None or not self._impossible(consumer))
+            and self._holds_enough(snapshot, consumer)
+            and (snapshot.gpu.reading is not None or not self._impossible(snapshot, consumer))
         )
 
     def relieve(self, ticket: Granted) -> bool:
         """Unload all others that may go, for a job that ran out of memory; True if that gave
         anything back. Raises the error the ticket was cancelled with."""
         released = 0
-        for other in ticket.idle_others(self._measured_census().card()):
+        for other in ticket.idle_others(self._measured_census(ticket.job).card()):
             release = self._evict(other, ticket)
             if release is not None and release.outcome == "unverified":
                 released += release.expected_mib
@@ -144,8 +139,7 @@ class RoomMaker:
         of somebody else. Raises NoConsumer if there is no way to,
         ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with the reasons in the
         log, if none of its ways worked."""
-        consumer = self._config.consumers[name]
-        if not consumer.eviction_methods:
+        if not self._registry.now.consumers[name].eviction_methods:
             raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
         if self._registry.get(name).active:  # only where nobody holds the GPU alone
             raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
@@ -156,10 +150,10 @@ class RoomMaker:
             raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
         return release
 
-    def load(self, name: str, ticket: Ticket) -> None:
+    def load(self, name: str, ticket: Ticket) -> None:  # noqa: ARG002  # it is the ticket's
         """Have a consumer loaded as its next job would, once `make_room` has been: with its
         `warm` call, where it has no `load`."""
-        self._loader.warm(name)
+        self._loader.warm(ticket.job)
         ticket.pause(0)
 
     # -- for anybody -----------------------------------------------------------------------
@@ -193,17 +187,19 @@ class RoomMaker:
 
     def outlook(self) -> Outlook:
         """What estimates are made of, by what is known already: makes no call."""
-        return self._census().outlook(self._doing)
+        now = self._clock.monotonic()
+        return Census(self._registry.now, now).outlook(self._doing)
 
     # -- inside ----------------------------------------------------------------------------
 
     def _await_first_probes(self, ticket: Ticket) -> None:
         """Just after the start nothing is known yet of what is loaded, and what is assumed may
         be far from it: give the first probes that matter for this job their time."""
-        target = self._config.consumers[ticket.job.consumer]
+        consumers = self._registry.now.consumers
+        target = consumers[ticket.job.consumer]
         probed = {
             name: consumer
-            for name, consumer in self._config.consumers.items()
+            for name, consumer in consumers.items()
             if consumer.health is not None or consumer.probe is not None
         }
         matter = [
@@ -221,11 +217,10 @@ class RoomMaker:
         if not any(map(unknown, probed)):
             self._probes_due = -math.inf
 
-    def _holds_enough(self, target: str) -> bool:
+    def _holds_enough(self, snapshot: Snapshot, target: str) -> bool:
         """Whether the consumer surely has all it needs already, as one that has just run does,
         without a question to the card: by a sample that is fresh, and younger than the last
         eviction; or, where the card cannot be measured, by the ledger."""
-        snapshot = self._registry.now
         state, gpu = snapshot.states[target], snapshot.gpu
         if gpu.reading is None:
             known = bool(gpu.err)
@@ -236,27 +231,28 @@ class RoomMaker:
             return False
         return snapshot.needed(target).mib <= holder(snapshot, target).surely_mib
 
-    def _impossible(self, target: str) -> Sequence[str]:
+    def _impossible(self, snapshot: Snapshot, target: str) -> Sequence[str]:
         """Those that cannot be loaded, as is assumed of them, where the accounting decides."""
-        snapshot = self._registry.now
         gpu, total_mib = snapshot.gpu, snapshot.config.gpu.total_mib
         if gpu.reading is not None or not gpu.err or not (total_mib or gpu.last):
             return ()
-        return self._census().impossible(target)
+        return Census(snapshot, self._clock.monotonic()).impossible(target)
 
-    def _unload_others(self, target: str, ticket: Granted) -> None:
-        done = Progress(self._config.gpu.release_timeout)
+    def _unload_others(self, ticket: Granted) -> None:
+        done = Progress(self._registry.now.config.gpu.release_timeout)
         while True:
-            card = self._seen().card()
+            census = self._seen(ticket.job)
+            card = census.card()
             step = ticket.next_step(card, done.so_far(self._clock.monotonic()))
             if isinstance(step, Start):
                 if step.attempt is not None:
-                    self._note_attempt(step.attempt)
+                    self._note_attempt(step.attempt, card)
                 return
             if isinstance(step, MakeRoom):
-                self._unload_first(step.victims, target, ticket, done)
+                self._unload_first(step.victims, ticket, done)
             elif isinstance(step, Refuse):
-                raise refusal(step.look, card, done.leaking, self._config.health_interval)
+                retry_after = census.snapshot.config.health_interval
+                raise refusal(step.look, card, done.leaking, retry_after)
             elif isinstance(step, Wait) and step.why == "work":
                 done.wait_for(step.consumers)
             else:
@@ -264,29 +260,27 @@ class RoomMaker:
                     done.waits(self._clock.monotonic())
                 ticket.pause(LONGEST_POLL_S)
 
-    def _unload_first(
-        self, victims: Sequence[Resident], target: str, ticket: Granted, done: Progress
-    ) -> None:
-        victim = victims[0]
+    def _unload_first(self, victims: Sequence[Resident], ticket: Granted, done: Progress) -> None:
+        job, victim = ticket.job, victims[0]
         done.tries(victim.name)
         last = len(victims) == 1
-        fits = (lambda: is_room(self._seen().card(), target)) if last else None
+        fits = (lambda: is_room(self._seen(job).card(), job.consumer)) if last else None
         others = None
         if victim.name not in done.waited_for:
-            others = partial(self._others_may_go, target, done.tried)
+            others = partial(self._others_may_go, job, done.tried)
         release = self._evict(victim, ticket, fits, others)
         if release is not None:
             done.unloaded(victim.name, release)
         ticket.pause(0)
 
-    def _seen(self) -> Census:
-        """As of now, with those in it that may be asked again from now on."""
+    def _seen(self, job: Job | None = None) -> Census:
+        """As of now and for the job, with those in it that may be asked again from now on."""
         self._registry.end_quarantines()
-        return self._measured_census()
+        return self._measured_census(job)
 
-    def _others_may_go(self, target: str, tried: Set[str]) -> bool:
+    def _others_may_go(self, job: Job, tried: Set[str]) -> bool:
         """Whether there would surely be room without those that were tried, too."""
-        return can_be_made(self._seen().card(), target, tried)
+        return can_be_made(self._seen(job).card(), job.consumer, tried)
 
     def _evict(
         self,
@@ -296,9 +290,15 @@ class RoomMaker:
         elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
         try:
-            with self._does("unload", victim.name), self._registry.using(victim.name):
+            with self._does("unload", victim.name), self._registry.using(victim.name) as now:
                 release = self._evictor.evict(
-                    victim.name, victim.held_mib, victim.floor_mib, ticket, fits, elsewhere
+                    victim.name,
+                    now.consumers[victim.name],
+                    victim.held_mib,
+                    victim.floor_mib,
+                    ticket,
+                    fits,
+                    elsewhere,
                 )
         except NoConsumer:  # a reload has just removed it
             return None
@@ -318,11 +318,11 @@ class RoomMaker:
         finally:
             self._doing = None
 
-    def _note_attempt(self, now: Look) -> None:
+    def _note_attempt(self, now: Look, card: Card) -> None:
         self._emit(
             TriedAnyway(
                 consumer=now.target,
                 needed_mib=now.needed_mib,
-                short_mib=short_mib(now, self._config.gpu.reserved_mib),
+                short_mib=short_mib(now, card.reserved_mib),
             )
         )

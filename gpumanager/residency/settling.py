@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, Settled
+from gpumanager.config import ConsumerConfig, Settled
 from gpumanager.consumers.registry import Registry
 from gpumanager.model import MemoryReading
 from gpumanager.residency.release import LEAKED_SHARE, judge
@@ -30,18 +30,19 @@ LONGEST_POLL_S = 0.1
 class Asks(Protocol):
     """What is asked of a consumer."""
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A consumer that was just unloaded. `before` is the card before that, None if it was out of
-    view; `expected_mib` what should come back, and `certain` whether that was measured rather than
-    declared; `call` the one that says when the unload is over. `again`: it may be asked to unload
-    once more, if somebody else has it load meanwhile."""
+    """A consumer that was just unloaded, by these `settings`. `before` is the card before that,
+    None if it was out of view; `expected_mib` what should come back, and `certain` whether that
+    was measured rather than declared; `call` the one that says when the unload is over. `again`:
+    it may be asked to unload once more, if somebody else has it load meanwhile."""
 
     name: str
+    settings: ConsumerConfig
     before: MemoryReading | None
     expected_mib: int
     certain: bool
@@ -54,14 +55,12 @@ class Settling:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         asks: Asks,
         rest: Rest,
         measure: Callable[[], MemoryReading | None],
         clock: Clock,
     ) -> None:
-        self._config = config
         self._registry = registry
         self._asks = asks
         self._rest = rest
@@ -89,7 +88,7 @@ class Settling:
         delay = FIRST_POLL_S
         while True:
             if watch.word.due(now):
-                given = self._asks.settled(unloaded.name)
+                given = self._asks.settled(unloaded.name, unloaded.settings)
                 watch.word.take(given, self._clock.monotonic())
             reading = None if unloaded.before is None else self._measure()
             now = self._clock.monotonic()
@@ -106,17 +105,17 @@ class Settling:
 
     def _limit(self, call: Settled | None) -> float:
         own = 0.0 if call is None else call.timeout
-        return max(self._config.gpu.release_timeout, own)
+        return max(self._registry.now.config.gpu.release_timeout, own)
 
-    def _works(self, name: str) -> bool:
-        return self._rest.is_busy(name, self._config.consumers[name])
+    def _works(self, unloaded: Unloaded) -> bool:
+        return self._rest.is_busy(unloaded.name, unloaded.settings)
 
     def _out_of_view(self, watch: _Watch, now: float) -> Release | None:
         """What the consumer says is all there is. If the card was in view just now, it may be
         again soon."""
         if not watch.said(now):
             return None
-        if now < watch.busy_deadline and self._works(watch.unloaded.name):
+        if now < watch.busy_deadline and self._works(watch.unloaded):
             return None
         return Release("unverified", expected_mib=watch.unloaded.expected_mib)
 
@@ -148,13 +147,13 @@ class Settling:
             return replace(more, outcome="partial")
         if watch.unloaded.again and not begun and now >= watch.look_at:
             watch.look_at = now + BUSY_POLL_S
-            if self._works(name):
+            if self._works(watch.unloaded):
                 watch.worked = True
             elif watch.worked or self._registry.get(name).loaded:
                 return replace(release, ask_again=True)
         if not watch.overdue(now):
             return None
-        if release.complete or not self._works(name):
+        if release.complete or not self._works(watch.unloaded):
             return release
         if now >= watch.busy_deadline or (elsewhere is not None and elsewhere()):
             return replace(more, outcome="busy")

@@ -12,7 +12,6 @@ from typing import Any
 from gpumanager.clock import Clock
 from gpumanager.config import (
     Call,
-    Config,
     ConsumerConfig,
     Done,
     Health,
@@ -45,63 +44,59 @@ _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
 
 class ControlCalls:
-    """Probes, loads and unloads consumers. Safe from any thread; raises BrokerError."""
+    """Probes, loads and unloads consumers. `consumer` are the settings of the one of that name: as
+    of a job's admission, or those in force. Safe from any thread; raises BrokerError."""
 
-    def __init__(self, config: Config, watcher: Watcher, clock: Clock) -> None:
-        self._config = config
+    def __init__(self, watcher: Watcher, clock: Clock) -> None:
         self._watcher = watcher
         self._clock = clock
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, consumer: ConsumerConfig) -> ProbeReport:
         """Ask the consumer how it is.
 
         An answer of `health` that is JSON with `loaded` and `gpu_resident_mib` is believed; a
         `probe` with expressions knows better where there is one. A consumer whose health is
         good but whose probe fails is healthy, with nothing known of its residency.
         """
-        consumer = self._config.consumers[name]
         report = ProbeReport()
         if consumer.health is not None:
-            report = self._ask_health(name, consumer.health)
+            report = self._ask_health(name, consumer, consumer.health)
         if consumer.probe is not None:
             try:
-                report = self._ask_probe(name, consumer.probe, report)
+                report = self._ask_probe(name, consumer, consumer.probe, report)
             except BrokerError:
                 if consumer.health is None:
                     raise
         return report
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer load its model. Raises if it has no `load` call or answers badly."""
-        consumer = self._config.consumers[name]
         if consumer.load is None:
             raise ConsumerUnreachable(f"{name} has no load call", consumer=name)
-        self._ok(name, consumer.load, LOAD_TIMEOUT_S)
+        self._ok(name, consumer, consumer.load, LOAD_TIMEOUT_S)
 
-    def warm(self, name: str) -> None:
+    def warm(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer load its model as its first job would, with its `warm` call."""
-        consumer = self._config.consumers[name]
         if consumer.warm is None:
             raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
-        self._ok(name, consumer.warm, LOAD_TIMEOUT_S)
+        self._ok(name, consumer, consumer.warm, LOAD_TIMEOUT_S)
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer drop its model, or each of the models its probe lists; again and
         again for a while, where it refuses for being busy. One model that cannot be unloaded, as
         one that was deleted, does not keep the others: only if none can, its error is raised."""
-        consumer = self._config.consumers[name]
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
         deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
         if call.for_each is None:
-            self._unload_once(name, call, deadline)
+            self._unload_once(name, consumer, call, deadline)
             return
         items = self._items(name, consumer)
         failed: list[tuple[str, BrokerError]] = []
         for item in items:
             try:
-                self._unload_once(name, call.for_item(item), deadline)
+                self._unload_once(name, consumer, call.for_item(item), deadline)
             except BrokerError as error:
                 gone = isinstance(error, ConsumerUnreachable) and error.nothing_listens
                 if gone or self._clock.monotonic() >= deadline:
@@ -113,63 +108,67 @@ class ControlCalls:
             extra = {"consumer": name, "model": item, "reason": why.message}
             log.warning("model not unloaded", extra=extra)
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
         """Whether the consumer's `settled` call says that its unload is over; True if it has
         none. One look; what it cannot say now is False."""
-        call = self._config.consumers[name].settled
+        call = consumer.settled
         if call is None:
             return True
         try:
             # Its own time-out is for all the looks together.
-            status, body = self._call(name, call, PROBE_TIMEOUT_S)
+            status, body = self._call(name, consumer, call, PROBE_TIMEOUT_S)
             self._accept(name, call, status, body)
         except BrokerError:
             return False
         return expressions.search(call.until, _parsed(body)) is True
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, consumer: ConsumerConfig) -> None:
         """Make the call of `on_disconnect`. Raises if there is none or it answers badly."""
-        call = self._config.consumers[name].on_disconnect
+        call = consumer.on_disconnect
         if not isinstance(call, Call):
             raise ConsumerUnreachable(f"{name} has no call to cancel a job", consumer=name)
-        self._ok(name, call, CANCEL_TIMEOUT_S)
+        self._ok(name, consumer, call, CANCEL_TIMEOUT_S)
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
         """Whether the consumer says that it works on something; None if it does not tell."""
-        probe = self._config.consumers[name].probe
+        probe = consumer.probe
         if probe is None or probe.busy is None:
             return None
         call: Call = probe
         if probe.busy.path is not None:
             call = Call(path=probe.busy.path, timeout=probe.timeout, headers=probe.headers)
-        busy = expressions.search(probe.busy.expr, self._json(name, call, PROBE_TIMEOUT_S))
+        busy = expressions.search(
+            probe.busy.expr, self._json(name, consumer, call, PROBE_TIMEOUT_S)
+        )
         return busy if isinstance(busy, bool) else None
 
-    def models(self, name: str) -> ModelListing | None:
+    def models(self, name: str, consumer: ConsumerConfig) -> ModelListing | None:
         """The models that the consumer lists, None where it gives no list."""
-        call = self._config.consumers[name].list_models or OPENAI_LIST
-        answer = self._json(name, call, PROBE_TIMEOUT_S)
+        call = consumer.list_models or OPENAI_LIST
+        answer = self._json(name, consumer, call, PROBE_TIMEOUT_S)
         names = _list(expressions.search(call.items, answer))
         return None if names is None else ModelListing(names, _details(answer, names))
 
     # -- asynchronous jobs -----------------------------------------------------------------
 
-    def job_result(self, name: str, done: Done, job_id: str) -> bytes | None:
+    def job_result(
+        self, name: str, consumer: ConsumerConfig, done: Done, job_id: str
+    ) -> bytes | None:
         """What the consumer says of the job, once that is over; None before."""
-        body = self._ok(name, done.poll.filled("id", job_id), PROBE_TIMEOUT_S)
+        body = self._ok(name, consumer, done.poll.filled("id", job_id), PROBE_TIMEOUT_S)
         return body if expressions.search(done.until, _parsed(body)) is True else None
 
-    def job_listed(self, name: str, lost: Lost, job_id: str) -> bool:
+    def job_listed(self, name: str, consumer: ConsumerConfig, lost: Lost, job_id: str) -> bool:
         """Whether the consumer still has the job in work; True if it does not say."""
-        listed = expressions.search(lost.listed, self._json(name, lost, PROBE_TIMEOUT_S))
+        listed = expressions.search(lost.listed, self._json(name, consumer, lost, PROBE_TIMEOUT_S))
         return not isinstance(listed, list) or job_id in listed
 
-    def cancel_job(self, name: str, done: Done, job_id: str) -> None:
+    def cancel_job(self, name: str, consumer: ConsumerConfig, done: Done, job_id: str) -> None:
         """Make all the calls that stop the job; raises the error of the first that failed."""
         failed: BrokerError | None = None
         for call in done.cancel:
             try:
-                self._ok(name, call.filled("id", job_id), CANCEL_TIMEOUT_S)
+                self._ok(name, consumer, call.filled("id", job_id), CANCEL_TIMEOUT_S)
             except BrokerError as error:
                 failed = failed or error
         if failed is not None:
@@ -177,9 +176,9 @@ class ControlCalls:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _ask_health(self, name: str, health: Health) -> ProbeReport:
+    def _ask_health(self, name: str, consumer: ConsumerConfig, health: Health) -> ProbeReport:
         if health.tcp is None:
-            return _contract_report(self._json(name, health, PROBE_TIMEOUT_S))
+            return _contract_report(self._json(name, consumer, health, PROBE_TIMEOUT_S))
         host, _, port = health.tcp.rpartition(":")
         timeout = health.timeout or PROBE_TIMEOUT_S
         try:
@@ -195,19 +194,23 @@ class ControlCalls:
             ) from None
         return ProbeReport()
 
-    def _ask_probe(self, name: str, probe: Probe, otherwise: ProbeReport) -> ProbeReport:
-        status, body = self._call(name, probe, probe.timeout or PROBE_TIMEOUT_S)
+    def _ask_probe(
+        self, name: str, consumer: ConsumerConfig, probe: Probe, otherwise: ProbeReport
+    ) -> ProbeReport:
+        status, body = self._call(name, consumer, probe, probe.timeout or PROBE_TIMEOUT_S)
         if status in probe.absent:
             return ProbeReport(loaded=False)
         self._accept(name, probe, status, body)
         return _probe_report(probe, _parsed(body), otherwise)
 
-    def _unload_once(self, name: str, call: UnloadCall, deadline: float) -> None:
+    def _unload_once(
+        self, name: str, consumer: ConsumerConfig, call: UnloadCall, deadline: float
+    ) -> None:
         """Make the call; again and again, where it may be refused for being busy."""
         pause = threading.Event()
         while True:
             try:
-                self._ok(name, call, UNLOAD_TIMEOUT_S)
+                self._ok(name, consumer, call, UNLOAD_TIMEOUT_S)
             except ConsumerUnreachable as error:
                 refused = call.when_busy == "refuses" and not error.nothing_listens
                 if not refused or self._clock.monotonic() >= deadline:
@@ -220,27 +223,29 @@ class ControlCalls:
         probe = consumer.probe
         if probe is None:
             return []
-        found = probe.find_items(self._json(name, probe, PROBE_TIMEOUT_S))
+        found = probe.find_items(self._json(name, consumer, probe, PROBE_TIMEOUT_S))
         if not isinstance(found, list):
             raise ConsumerUnreachable(
                 f"{name} does not tell what to unload: {probe.path} gave no list", consumer=name
             )
         return [item for item in found if isinstance(item, str)]
 
-    def _open_session(self, name: str, session: Session, timeout: float) -> str:
-        found = expressions.search(session.id, self._json(name, session, timeout))
+    def _open_session(
+        self, name: str, consumer: ConsumerConfig, session: Session, timeout: float
+    ) -> str:
+        found = expressions.search(session.id, self._json(name, consumer, session, timeout))
         if not isinstance(found, str):
             message = f"{name} opened no session: {session.path} gave no '{session.id}'"
             raise ConsumerUnreachable(message, consumer=name)
         return found
 
-    def _json(self, name: str, call: Call, timeout: float) -> Any:
+    def _json(self, name: str, consumer: ConsumerConfig, call: Call, timeout: float) -> Any:
         """The answer as JSON, None where it is none."""
-        return _parsed(self._ok(name, call, timeout))
+        return _parsed(self._ok(name, consumer, call, timeout))
 
-    def _ok(self, name: str, call: Call, timeout: float) -> bytes:
+    def _ok(self, name: str, consumer: ConsumerConfig, call: Call, timeout: float) -> bytes:
         """Make the call; the body of an answer that the call accepts."""
-        status, body = self._call(name, call, call.timeout or timeout)
+        status, body = self._call(name, consumer, call, call.timeout or timeout)
         self._accept(name, call, status, body)
         return body
 
@@ -253,12 +258,15 @@ class ControlCalls:
             message = f"{name} did not say '{call.expect}' to {call.method} {call.path}"
             raise ConsumerUnreachable(message, consumer=name)
 
-    def _call(self, name: str, call: Call, timeout: float) -> tuple[int, bytes]:
-        consumer = self._config.consumers[name]
+    def _call(
+        self, name: str, consumer: ConsumerConfig, call: Call, timeout: float
+    ) -> tuple[int, bytes]:
         if consumer.model is not None:
             call = call.filled("model", consumer.model)
         if consumer.session is not None and "{session}" in call.model_dump_json():
-            call = call.filled("session", self._open_session(name, consumer.session, timeout))
+            call = call.filled(
+                "session", self._open_session(name, consumer, consumer.session, timeout)
+            )
         body = None if call.json_body is None else json.dumps(call.json_body).encode()
         headers = list(call.headers.items())
         if body is not None:

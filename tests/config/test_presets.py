@@ -12,14 +12,12 @@ import pytest
 import responses
 import yaml
 
-from gpumanager.clock import SystemClock
 from gpumanager.config import Config, ConfigError, ConsumerConfig, parse_config
 from gpumanager.config.presets import names
 from gpumanager.errors import ConsumerUnreachable
 from gpumanager.jobs.polling import job_id
 from gpumanager.model import ProbeReport
-from gpumanager.upstream.calls import ControlCalls
-from gpumanager.upstream.watcher import Watcher
+from tests.support.calls import CallsOf
 
 URL = "http://127.0.0.1:8188"
 ANSWERS = Path(__file__).parent / "answers"
@@ -58,8 +56,8 @@ def consumer(preset: str, **keys: Any) -> ConsumerConfig:
     return config_of(preset, **keys).consumers["it"]
 
 
-def calls(preset: str) -> ControlCalls:
-    return ControlCalls(config_of(preset), Watcher(), SystemClock())
+def calls(preset: str) -> CallsOf:
+    return CallsOf(config_of(preset))
 
 
 @pytest.fixture
@@ -122,9 +120,7 @@ def test_the_health_answer_says_nothing_of_the_memory(
     filled = consumer(preset)
     assert filled.health is not None
     answer(server, "GET", filled.health.path, recorded(preset)["health"])
-    without_probe = ControlCalls(
-        config_of(preset, probe=None, unload=None), Watcher(), SystemClock()
-    )
+    without_probe = CallsOf(config_of(preset, probe=None, unload=None))
     assert without_probe.probe("it") == ProbeReport()
 
 

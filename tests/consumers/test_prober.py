@@ -31,7 +31,7 @@ class ScriptedProbes:
         self.answer: ProbeReport | BrokerError = ProbeReport()
         self.meanwhile: Callable[[], object] = lambda: None
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, consumer: object) -> ProbeReport:
         assert name == "mvoice"
         self.meanwhile()
         if isinstance(self.answer, BrokerError):

@@ -60,12 +60,12 @@ class FakeCalls:
         self.busy_answers: list[bool | BrokerError | None] = []
         self.told_of: list[Event] = []
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, consumer: ConsumerConfig) -> None:
         self.told.release()
         assert self.answer.wait(PATIENCE_S)
         raise ConsumerUnreachable("answered 500")  # which is only told of
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
         answer = self.busy_answers.pop(0)
         if isinstance(answer, BrokerError):
             raise answer

@@ -38,16 +38,18 @@ class FakeCalls:
         self.cancelled = threading.Event()
         self.on_cancel: Callable[[], None] = lambda: None
 
-    def job_result(self, name: str, done: Done, job_id: str) -> bytes | None:
+    def job_result(
+        self, name: str, consumer: ConsumerConfig, done: Done, job_id: str
+    ) -> bytes | None:
         said = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         if isinstance(said, BrokerError):
             raise said
         return said
 
-    def job_listed(self, name: str, lost: Lost, job_id: str) -> bool:
+    def job_listed(self, name: str, consumer: ConsumerConfig, lost: Lost, job_id: str) -> bool:
         return self.listed.pop(0) if len(self.listed) > 1 else self.listed[0]
 
-    def cancel_job(self, name: str, done: Done, job_id: str) -> None:
+    def cancel_job(self, name: str, consumer: ConsumerConfig, done: Done, job_id: str) -> None:
         self.cancelled.set()
         self.on_cancel()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gpumanager.config import EvictionMethod, parse_config
+from gpumanager.config import ConsumerConfig, EvictionMethod, parse_config
 from gpumanager.config.live import LiveConfig
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
@@ -107,7 +107,6 @@ class Bench:
         self.learned.publish(self.registry.learn)
         admission = Admission(self.registry, Breakers(self.clock, self.told.append), retry_s=5)
         self.room = RoomMaker(
-            self.config,
             self.registry,
             self.learned,
             self,
@@ -173,36 +172,36 @@ class Bench:
         self.holds[name] = self.config.consumers[name].vram_resident_mib
         return stopped_by.method == "checkpoint"
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, *_: object) -> ProbeReport:
         if self.registry.get(name).stopped_by is not None:
             self.calls.append(f"probe {name}")
         if self.not_ready:
             raise self.not_ready.pop(0)
         return ProbeReport(resident_mib=self.holds.get(name, 0) if self.reporting else None)
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, *_: object) -> bool | None:
         if name in self.mute:
             raise ConsumerTimeout(f"{name} does not answer")
         return self.clock.monotonic() < self.works_until.get(name, 0)
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, *_: object) -> bool:
         self.asked_at.append(self.clock.monotonic())
         if self.unsettled:
             self.unsettled -= 1
             return False
         return True
 
-    def warm(self, name: str) -> None:
+    def warm(self, name: str, *_: object) -> None:
         self.calls.append(f"warm {name}")
         self.holds[name] = self.config.consumers[name].vram_resident_mib
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, *_: object) -> None:
         self.calls.append(f"load {name}")
         if name in self.failing:
             raise self.failing[name]
         self.holds[name] = self.config.consumers[name].vram_resident_mib
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *_: object) -> None:
         self.calls.append(f"unload {name}")
         if name in self.failing:
             raise self.failing[name]
@@ -233,9 +232,17 @@ class Bench:
         new = self.registry.now.config.model_copy(update={"consumers": consumers})
         self.registry.reshape(new)
 
+    def reset(self, name: str, **settings: Any) -> None:
+        """Put a config in force that says something else of one consumer."""
+        config = self.registry.now.config
+        changed = config.consumers[name].model_copy(update=settings)
+        consumers = {**config.consumers, name: changed}
+        self.registry.reshape(config.model_copy(update={"consumers": consumers}))
+
     def ticket(self, name: str) -> Granted:
         """A ticket that was granted, and whose pauses pass at once."""
-        ticket = self.scheduler.enqueue(Job(name, "tts"))
+        settings = self.registry.now.consumers[name]
+        ticket = self.scheduler.enqueue(Job(name, "tts", settings=settings))
         behind = [self.scheduler.enqueue(Job(each, "tts")) for each in self.queue]
         bench = self
 
@@ -598,7 +605,7 @@ def test_a_card_that_is_lost_while_waiting_for_it_hands_over_to_the_ledger() -> 
     bench = Bench(THREE, total=9000)
     bench.resident("tts", used=50)
 
-    def lose_the_card(name: str) -> None:
+    def lose_the_card(name: str, *_: object) -> None:
         bench.calls.append(f"unload {name}")
         bench.measured = False
 
@@ -730,7 +737,7 @@ def late_by(bench: Bench, seconds: float) -> None:
     bench.lag = None
     unload = bench.unload
 
-    def note(name: str) -> None:
+    def note(name: str, *_: object) -> None:
         unload(name)
         due[name] = bench.clock.monotonic() + seconds
 
@@ -959,7 +966,7 @@ def in_two_steps(bench: Bench, slow: str, first: int, seconds: float) -> None:
     """From now on `slow` gives `first` MiB back at once, and the rest so much later."""
     unload = bench.unload
 
-    def begin(name: str) -> None:
+    def begin(name: str, *_: object) -> None:
         unload(name)
         if name != slow:
             return
@@ -1360,6 +1367,54 @@ def test_a_consumer_that_is_added_while_room_is_made_does_not_disturb_it() -> No
     assert added
 
 
+def test_room_is_made_by_the_settings_of_the_jobs_admission() -> None:
+    bench = Bench(THREE, total=8900)
+    bench.resident("llm", used=20)
+    bench.resident("stt", used=10)
+
+    def reload() -> None:
+        bench.on_measure = lambda: None
+        bench.reset("tts", vram_resident_mib=7000)
+
+    bench.on_measure = reload  # while the first look is taken
+    bench.make_room("tts")
+    assert bench.calls == ["unload llm"]
+    bench.make_room("tts")  # the next one is by the new ones
+    assert bench.calls == ["unload llm", "unload stt"]
+
+
+def test_a_job_loads_as_was_configured_at_its_admission() -> None:
+    bench = Bench({**THREE, "tts": {"vram_resident_mib": 3000, "load": "/before"}}, total=24000)
+    loaded_by: list[str] = []
+
+    def load(name: str, consumer: ConsumerConfig) -> None:
+        loaded_by.append("" if consumer.load is None else consumer.load.path)
+
+    def reload() -> None:
+        bench.on_measure = lambda: None
+        bench.reset("tts", load=None)
+
+    bench.load = load  # type: ignore[method-assign,assignment]
+    bench.on_measure = reload
+    bench.make_room("tts")
+    assert loaded_by == ["/before"]
+    bench.registry.set_loaded("tts", False)
+    bench.make_room("tts")  # it has no such call any more
+    assert loaded_by == ["/before"]
+
+
+def test_who_may_go_for_it_is_what_the_config_in_force_says() -> None:
+    """An operator's word that one is not to be evicted counts at once."""
+    bench = Bench(THREE, total=8000)
+    bench.resident("llm")
+    ticket = bench.ticket("tts")
+    bench.reset("llm", pinned=True)
+    with pytest.raises(InsufficientVram, match="held by llm 6000 MiB"):
+        bench.room.make_room(ticket)
+    ticket.close()
+    assert bench.calls == []
+
+
 def test_a_victim_is_not_removed_while_it_is_unloaded() -> None:
     bench = Bench(THREE, total=8000)
     bench.resident("llm")
@@ -1425,7 +1480,7 @@ def test_the_end_of_somebody_elses_job_is_waited_for(when_busy: str, measured: b
     asked_at: list[float] = []
     unload = bench.unload
 
-    def note(name: str) -> None:
+    def note(name: str, *_: object) -> None:
         asked_at.append(bench.clock.monotonic() - began)
         unload(name)
 
@@ -1460,7 +1515,7 @@ def test_one_that_somebody_elses_job_loads_again_is_asked_again_after_it() -> No
     bench.leaking = {"tts"}  # by the time it is looked at, it has loaded again
     unload = bench.unload
 
-    def come_right_after(name: str) -> None:
+    def come_right_after(name: str, *_: object) -> None:
         unload(name)
         if len(bench.calls) == 1:
             at_work(bench, "tts", 3)
@@ -1506,7 +1561,7 @@ def test_one_that_works_for_somebody_else_after_the_unload_is_asked_again(render
     bench.clock.advance(5)
     unload = bench.unload
 
-    def come_right_after(name: str) -> None:
+    def come_right_after(name: str, *_: object) -> None:
         bench.leaking = {"tts"} if len(bench.calls) < renders else set()
         unload(name)
         if bench.leaking:
@@ -1674,7 +1729,7 @@ def test_a_release_is_waited_out_through_a_gap() -> None:
     bench.resident("tts", used=5)
     unload = bench.unload
 
-    def go_blind(name: str) -> None:
+    def go_blind(name: str, *_: object) -> None:
         unload(name)
         blind(bench)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -182,13 +183,13 @@ class World:
         self.registry.set_gpu(GpuState(reading, now, last=reading))
         return reading
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, *_: object) -> None:
         self._call("load", name)
         self._take(name)
 
     warm = load
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *_: object) -> None:
         self._call("unload", name)
         if name not in self.leaks:
             self._coming.append((self.clock.monotonic() + self.lag[name], name))
@@ -202,13 +203,13 @@ class World:
         self._call("start", name)
         return False
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, *_: object) -> bool | None:
         return self._in(self.works[name])
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, *_: object) -> bool:
         return True
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, *_: object) -> ProbeReport:
         return ProbeReport(resident_mib=self.holds.get(name, 0))
 
     def admit(self, name: str) -> None:
@@ -246,9 +247,8 @@ class Rehearsal:
         self.world = world = World(seed)
         self.clock = world.clock
         self.log = world.log
-        make: Any = OldRoomMaker if old else RoomMaker
+        make: Any = partial(OldRoomMaker, world.config) if old else RoomMaker
         self.room = make(
-            world.config,
             world.registry,
             world.learned,
             world,

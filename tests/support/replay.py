@@ -112,7 +112,6 @@ class Replay:
         self.holds: dict[str, int] = {}
         self.queue = locked(max_queue=2000, max_wait=1e6, clock=self.clock, outlook=self.outlook)
         self.room = RoomMaker(
-            self.config,
             self.registry,
             self.learned,
             self,
@@ -148,23 +147,23 @@ class Replay:
         self.registry.set_gpu(GpuState(reading, self._sampled))
         return reading
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, *_: object) -> None:
         self._advance(self._about(self.servers[name].load_s))
         self.holds[name] = self.servers[name].mib
 
     warm = load
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *_: object) -> None:
         self._advance(self._about(self.servers[name].unload_s))
         self.holds.pop(name, None)
 
-    def busy(self, name: str) -> bool | None:
+    def busy(self, name: str, *_: object) -> bool | None:
         return None
 
-    def settled(self, name: str) -> bool:
+    def settled(self, name: str, *_: object) -> bool:
         return True
 
-    def probe(self, name: str) -> ProbeReport:
+    def probe(self, name: str, *_: object) -> ProbeReport:
         return ProbeReport()
 
     def stop(self, name: str, method: EvictionMethod) -> StoppedBy:

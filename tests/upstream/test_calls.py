@@ -12,12 +12,10 @@ import requests
 import responses
 import yaml
 
-from gpumanager.clock import SystemClock
 from gpumanager.config import Lost, parse_config
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ProbeReport
-from gpumanager.upstream.calls import ControlCalls
-from gpumanager.upstream.watcher import Watcher
+from tests.support.calls import CallsOf
 
 URL = "http://127.0.0.1:8766"
 
@@ -28,9 +26,9 @@ def mocked() -> Iterator[responses.RequestsMock]:
         yield mock
 
 
-def calls(**consumer: Any) -> ControlCalls:
+def calls(**consumer: Any) -> CallsOf:
     config = {"consumers": {"mvoice": {"url": URL, **consumer}}}
-    return ControlCalls(parse_config(yaml.safe_dump(config)), Watcher(), SystemClock())
+    return CallsOf(parse_config(yaml.safe_dump(config)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
+from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import (
@@ -80,7 +80,7 @@ class RoomMaker:
         self._clock = clock
         self._emit = emit
         self._upcoming = upcoming
-        self._evictor = Evictor(config, registry, learned, controls, stops, measure, clock, emit)
+        self._evictor = Evictor(registry, learned, controls, stops, measure, clock, emit)
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
         self._evictions = 0
@@ -287,7 +287,13 @@ class RoomMaker:
         try:
             with self._does("unload", victim.name), self._registry.using(victim.name):
                 release = self._evictor.evict(
-                    victim.name, victim.held_mib, victim.floor_mib, ticket, fits, elsewhere
+                    victim.name,
+                    self._config.consumers[victim.name],
+                    victim.held_mib,
+                    victim.floor_mib,
+                    ticket,
+                    fits,
+                    elsewhere,
                 )
         except NoConsumer:  # a reload has just removed it
             return None
@@ -325,7 +331,7 @@ class RoomMaker:
         deadline = self._clock.monotonic() + limit
         while True:
             try:
-                self._controls.probe(target)
+                self._controls.probe(target, self._config.consumers[target])
             except BrokerError as error:
                 if self._clock.monotonic() >= deadline:
                     raise ConsumerTimeout(
@@ -341,10 +347,10 @@ class RoomMaker:
             return
         self._timed_load(target, self._controls.load)
 
-    def _timed_load(self, target: str, call: Callable[[str], None]) -> None:
+    def _timed_load(self, target: str, call: Callable[[str, ConsumerConfig], None]) -> None:
         began = self._clock.monotonic()
         with self._does("load", target), self._registry.busy(target):
-            call(target)
+            call(target, self._config.consumers[target])
         self._registry.set_loaded(target, True)
         self._emit(Loaded(consumer=target, ms=self._note_load(target, began)))
 
