@@ -173,11 +173,10 @@ def _tokens(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:
         yield start, at
 
 
-def _find(data: bytes | mmap.mmap, piece: bytes, start: int) -> int:
-    """As `bytes.find`, which is many times as fast as a map's own."""
-    if isinstance(data, bytes):
-        return data.find(piece, start)
-    for at in range(start, len(data), _WINDOW_BYTES):
+def _find(data: bytes | mmap.mmap, piece: bytes, start: int, most: int | None = None) -> int:
+    """As `bytes.find`, in the next `most` bytes, which is many times as fast as a map's own."""
+    end = len(data) if most is None else min(len(data), start + most)
+    for at in range(start, end, _WINDOW_BYTES):
         found = data[at : at + _WINDOW_BYTES + len(piece) - 1].find(piece)
         if found >= 0:
             return at + found
@@ -185,31 +184,73 @@ def _find(data: bytes | mmap.mmap, piece: bytes, start: int) -> int:
 
 
 def _in_form(data: bytes | mmap.mmap, content_type: str) -> ModelField:
-    """The part `model` of a form, wherever it stands."""
+    """The part `model` of a form, wherever it stands. Clients send it before their file or behind
+    it, so a large part is only searched for its end where neither is so."""
     given = _BOUNDARY.search(content_type)
     if given is None:
         raise BadRequest("the form's Content-Type has no boundary")
-    line = b"--" + (given[1] or given[2]).encode("latin-1")
-    at = 0 if data[: len(line)] == line else _find(data, b"\r\n" + line, 0) + 2
-    if at == 1:
+    line = b"\r\n--" + (given[1] or given[2]).encode("latin-1")
+    at = -2 if data[: len(line) - 2] == line[2:] else _find(data, line, 0)
+    if at == -1:
         raise BadRequest("the body is no form: its boundary is not in it")
+    found, large = _forward(data, line, at, near=True)
+    if found is None and large is not None:
+        found = _backward(data, line, large)
+        if found is None:
+            found, _ = _forward(data, line, large, near=False)
+    return found or ModelField(None)
+
+
+def _forward(
+    data: bytes | mmap.mmap, line: bytes, at: int, *, near: bool
+) -> tuple[ModelField | None, int | None]:
+    """The part `model` behind the boundary at `at`; `near`: only up to the first large part, whose
+    boundary is the second result."""
     while data[at + len(line) : at + len(line) + 2] != b"--":
         begin = at + len(line)
         head_end = data.find(b"\r\n\r\n", begin, begin + _HEAD_BYTES)
-        value_end = _find(data, b"\r\n" + line, max(head_end + 2, begin))
-        if head_end < 0 or value_end < 0:
+        if head_end < 0:
             raise BadRequest("the form is cut off, or a part of it has no head")
-        if _NAME.search(data[begin : head_end + 2]):
-            start = head_end + 4
-            if value_end - start > 4 * LONGEST_NAME:
-                raise BadRequest(f"a model's name has at most {LONGEST_NAME} characters")
-            try:
-                name = data[start:value_end].decode()
-            except UnicodeDecodeError:
-                raise BadRequest("'model' must be a text in UTF-8") from None
-            return ModelField(_fits(name) or None, start, value_end, json=False)
-        at = value_end + 2
-    return ModelField(None)
+        end = _find(data, line, head_end + 2, _WINDOW_BYTES if near else None)
+        if end < 0 and near and len(data) - head_end > _WINDOW_BYTES:
+            return None, at
+        if end < 0:
+            raise BadRequest("the form is cut off")
+        found = _in_part(data, begin, head_end, end)
+        if found is not None:
+            return found, None
+        at = end
+    return None, None
+
+
+def _backward(data: bytes | mmap.mmap, line: bytes, stop: int) -> ModelField | None:
+    """The part `model` among the small ones at the form's end, none of them before `stop`."""
+    first = max(stop, len(data) - _WINDOW_BYTES)
+    tail = data[first:]
+    end = tail.rfind(line)
+    while (at := tail.rfind(line, 0, max(end, 0))) >= 0:
+        begin = at + len(line)
+        head_end = tail.find(b"\r\n\r\n", begin, min(end, begin + _HEAD_BYTES))
+        if head_end >= 0:
+            found = _in_part(data, first + begin, first + head_end, first + end)
+            if found is not None:
+                return found
+        end = at
+    return None
+
+
+def _in_part(data: bytes | mmap.mmap, begin: int, head_end: int, end: int) -> ModelField | None:
+    """The value of a part, if that is `model`: its head begins at `begin`."""
+    if not _NAME.search(data[begin : head_end + 2]):
+        return None
+    start = head_end + 4
+    if end - start > 4 * LONGEST_NAME:
+        raise BadRequest(f"a model's name has at most {LONGEST_NAME} characters")
+    try:
+        name = data[start:end].decode()
+    except UnicodeDecodeError:
+        raise BadRequest("'model' must be a text in UTF-8") from None
+    return ModelField(_fits(name) or None, start, end, json=False)
 
 
 def _fits(name: str) -> str:

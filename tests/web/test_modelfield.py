@@ -160,6 +160,18 @@ def test_a_model_behind_a_gigabyte_is_found_without_reading_that_into_memory() -
         assert b"\r\n\r\nlarge-v3\r\n--xYz--" in changed.body.read()
 
 
+@pytest.mark.parametrize("where", range(4))
+def test_a_form_of_large_parts_names_it_wherever_it_stands(where: int) -> None:
+    large = ("file", b"x" * (modelfield._WINDOW_BYTES + 100))
+    parts = [large, ("prompt", b"y"), large]
+    parts.insert(where, ("model", b"whisper-1"))
+    request = inbound(form(*parts), FORM)
+    field = find_model(request)
+    assert field.model == "whisper-1"
+    assert read(with_model(request, field, "w")) == form(*parts).replace(b"whisper-1", b"w")
+    assert find_model(inbound(form(large, ("prompt", b"y"), large), FORM)).model is None
+
+
 def test_an_unquoted_name_and_a_quoted_boundary_will_do() -> None:
     body = b"--a b\r\ncontent-disposition:form-data; name=model\r\n\r\nw\r\n--a b--"
     assert find_model(inbound(body, 'multipart/form-data; boundary="a b"')).model == "w"
@@ -176,6 +188,7 @@ def test_a_form_may_name_none() -> None:
         (b"x", "multipart/form-data", "no boundary"),
         (b"hello", FORM, "its boundary is not in it"),
         (b"--xYz\r\nContent-Disposition: form-data; name=model\r\n\r\nw", FORM, "cut off"),
+        (form(("file", b"x" * 2**21))[:-9], FORM, "cut off"),
         (b"--xYz\r\nw\r\n--xYz--", FORM, "cut off, or a part of it has no head"),
         (form(("model", b"m" * 10_000)), FORM, "at most 512"),
         (form(("model", b"\xff")), FORM, "UTF-8"),
