@@ -16,11 +16,11 @@ from gpumanager.telemetry.events import Emit, HousekeepingFailed
 
 INTERVAL_S = 1.0
 PATIENCE_S = 1.0
-"""Longest wait in line: if a job came first after all, it is quiet no longer."""
+"""Longest wait in the queue: if a job came first after all, it is quiet no longer."""
 
 
 class Housekeeper:
-    """`tidy` is the body of a periodic worker. Whatever it does, it waits in line for."""
+    """`tidy` is the body of a periodic worker. Whatever it does, it waits for in the queue."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Housekeeper:
         )
 
     def tidy(self) -> float:
-        """Do the one thing that is due, if nobody is in line; returns the seconds until the next
+        """Do the one thing that is due, if the queue is empty; returns the seconds until the next
         look."""
         if not self._scheduler.queue():
             for name, consumer in self._config.consumers.items():
@@ -113,7 +113,7 @@ class Housekeeper:
         self._in_turn(job, lambda ticket: self._moves.load(name, ticket))
 
     def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:
-        """Wait in line, and act; what goes wrong is only told of."""
+        """Wait in the queue, and act; what goes wrong is only told of."""
         try:
             with (
                 self._registry.using(job.consumer),

@@ -122,6 +122,8 @@ def decide(picture: Picture, policy: Policy) -> Decision:
                 return Prepare(chosen.ticket)
             return _make_room(_granted(picture, chosen), chosen.ticket)
         started = (*started, chosen.ticket)
+        if len(waiting) == 1:
+            break
         running = (*running, Running(chosen.ticket, chosen.job, picture.now))
         waiting = [place for place in waiting if place is not chosen]
     return Start(started) if started else Wait("running")

@@ -16,7 +16,7 @@ from gpumanager.model import Job, Outcome, QueueEntry, Stats, Turn
 
 
 class Ticket(Protocol):
-    """One job's place in the line, then its hold on the GPU.
+    """One job's place in the queue, then its hold on the GPU.
 
     The owner calls `wait`, works, and calls `close` in a `finally`, whatever happened; any
     thread may call `cancel`.
@@ -32,7 +32,7 @@ class Ticket(Protocol):
 
     @property
     def waited_s(self) -> float:
-        """Seconds in line so far, or until the grant."""
+        """Seconds in the queue so far, or until the grant."""
 
     @property
     def prepared_s(self) -> float:
@@ -46,7 +46,7 @@ class Ticket(Protocol):
         """Sleep that `cancel` interrupts; then, or if cancelled before, its error is raised."""
 
     def cancel(self, error: BrokerError) -> bool:
-        """Have `wait` and `pause` raise `error`. A waiting ticket leaves the line at once; a
+        """Have `wait` and `pause` raise `error`. A waiting ticket leaves the queue at once; a
         running one keeps the GPU until it is closed. False if it was closed already."""
 
     def when_cancelled(self, action: Callable[[BrokerError], object]) -> None:
@@ -66,15 +66,11 @@ class Ticket(Protocol):
         by `wait`, but goes to `when_cancelled`."""
 
     def close(self) -> None:
-        """Leave the line, or give the GPU back. Idempotent, never raises."""
+        """Leave the queue, or give the GPU back. Idempotent, never raises."""
 
 
 class Scheduler(Protocol):
     """Decides which jobs run. Safe from any thread."""
-
-    @property
-    def exclusive(self) -> bool:
-        """True if a running job has the whole GPU to itself."""
 
     def enqueue(self, job: Job) -> Ticket:
         """Take a ticket. Raises QueueFull or ShuttingDown."""
@@ -96,7 +92,7 @@ class Scheduler(Protocol):
         """The counters, as of one instant."""
 
     def drain(self) -> None:
-        """Refuse new jobs and those in line with ShuttingDown; running ones go on."""
+        """Refuse new jobs and those in the queue with ShuttingDown; running ones go on."""
 
     def wait_idle(self, timeout: float) -> bool:
         """True as soon as nothing runs; False after `timeout` seconds."""

@@ -96,7 +96,6 @@ class Queue:
     ) -> None:
         if room is not None and policy.limit != 1:
             raise ValueError("eviction needs a policy that runs one job at a time")
-        self.exclusive = policy.limit == 1
         self._policy = policy
         self._outlook = outlook
         self._room = room

@@ -12,6 +12,7 @@ import pytest
 
 from gpumanager.clock import SystemClock
 from gpumanager.model import Job, MemoryReading
+from gpumanager.residency.census import Census
 from gpumanager.scheduling.decision import (
     MakeRoom,
     Picture,
@@ -28,6 +29,7 @@ from gpumanager.scheduling.memory import Card, Standing
 from gpumanager.scheduling.policy import FirstComeFirstServed, Running, Waiting
 from gpumanager.scheduling.queue import Granted
 from gpumanager.scheduling.victims import Demand, Resident
+from tests.support.cards import NOW, situation
 
 ONE = FirstComeFirstServed()
 SEVERAL = FirstComeFirstServed(limit=4, looks_at=4)
@@ -191,6 +193,23 @@ def test_a_job_that_may_fit_after_all_is_tried() -> None:
     assert isinstance(decision, Start)
     assert decision.attempt is not None
     assert decision.attempt.needed_mib == 11_000
+
+
+def test_it_is_the_same_decision_whether_or_not_the_card_was_looked_at_before() -> None:
+    """The broker grants, looks at the card, and asks again; a simulation asks once."""
+    seen = set()
+    for seed in range(100):
+        snapshot, cases = situation(seed)
+        known = Census(snapshot, NOW).card()
+        for case in cases:
+            places = waiting(case.target, *case.queue)
+            at_once = decide(Picture(places, card=known, now=NOW), ONE)
+            assert decide(Picture(places, now=NOW), ONE) == Prepare(1)
+            granted = Running(1, places[0].job, since=NOW)
+            later = Picture(places[1:], (granted,), card=known, preparing=1, now=NOW)
+            assert decide(later, ONE) == at_once, (seed, case)
+            seen.add(type(at_once))
+    assert seen == {Start, MakeRoom, Wait, Refuse}
 
 
 # -- what it costs -----------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Evicting:
     exclusive = True
 
     def __init__(self, inner: Scheduler, room: MakesRoom, clock: Clock) -> None:
-        if not inner.exclusive:
+        if not inner.exclusive:  # type: ignore[attr-defined]
             raise ValueError("eviction needs a scheduler that runs one job at a time")
         self._inner = inner
         self._room = room
