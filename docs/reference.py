@@ -149,6 +149,7 @@ _KINDS_OF_TEXT = {
     "systemd-unit": "the name of a systemd unit",
     "container": "the name or id of a container",
     "consumer": "a consumer's name",
+    "route": "a route",
     "new-name": "a name",
 }
 
@@ -226,8 +227,9 @@ def presets_page() -> str:
         "# Presets\n",
         "`preset: NAME` fills in what is known of a server; any key that you set wins. They are "
         "data files, each tested on recorded answers of the server (`tests/config/answers`). "
-        "They were written from the servers' source and documents. What the keys mean: "
-        "[config.md](config.md).\n",
+        "They were written from the servers' source and documents. How these servers were chosen, "
+        "and what to use instead of others: [vram.md](vram.md#which-servers-have-a-preset). What "
+        "the keys mean: [config.md](config.md).\n",
     ]
     for name in presets.names():
         text = files("gpumanager.config").joinpath("presets", f"{name}.yaml").read_text("utf-8")
@@ -237,13 +239,16 @@ def presets_page() -> str:
         )
         config = parse_config(example + "}\n").consumers[name]
         kinds = ", ".join(f"`{kind}` → `{route.path}`" for kind, route in config.paths.items())
+        drop_in = ", ".join(f"`{path}`" for path in config.routes or ())
         unloads = (
             "by a call" if config.unload else "not by a call: give it an eviction method (`evict`)"
         )
         parts += [
             f"## {name}\n",
             f"{head}\n",
-            f"- Routes: {kinds}",
+            f"- Kinds of jobs: {kinds}",
+            f"- Routes of OpenAI's, Anthropic's and Ollama's protocols: {drop_in or 'none'}",
+            f"- Names of models: {_names_of_models(config)}",
             f"- Unloads: {unloads}",
             *(
                 ["- Its jobs are answered at once; the GPU is held until they are over"]
@@ -255,6 +260,12 @@ def presets_page() -> str:
             f"<details><summary>What it fills in</summary>\n\n```yaml\n{rules}```\n\n</details>\n",
         ]
     return "\n".join(parts)
+
+
+def _names_of_models(config: schema.ConsumerConfig) -> str:
+    listed = config.list_models
+    known = "it lists none" if listed is None else f"those that it lists at `{listed.path}`"
+    return known + (", and it takes any other" if config.any_model else "")
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -54,6 +54,8 @@ _SHORT_FORMS: dict[Any, Callable[[JsonSchemaValue], JsonSchemaValue]] = {
     values.bare_expression: _or(_EXPRESSION),
     values.bare_method: _or({"const": "http"}),
     values.listed: _one_or_list,
+    values.bare_model: _or({"type": "string"}),
+    values.same_paths: _or({"type": "array", "items": {"type": "string", "format": "route"}}),
 }
 
 

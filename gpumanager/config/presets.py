@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-_MERGED = ("paths", "timeouts")
+from gpumanager.config.values import same_paths
+
+_MERGED = ("paths", "routes", "timeouts")
 """Keys whose entries are filled in one by one; any other key is taken whole or not at all."""
 
 
@@ -31,8 +33,9 @@ def filled_in(consumer: dict[str, Any]) -> dict[str, Any]:
         preset = {key: value for key, value in preset.items() if not names_model(value)}
     merged = {**preset, **consumer}
     for key in _MERGED:
-        if isinstance(preset.get(key), dict) and isinstance(consumer.get(key), dict):
-            merged[key] = {**preset[key], **consumer[key]}
+        filled = same_paths(preset.get(key))
+        if isinstance(filled, dict) and isinstance(consumer.get(key), dict):
+            merged[key] = {**filled, **consumer[key]}
     return merged
 
 

@@ -125,13 +125,15 @@ class ConsumerConfig(Model):
     """The path of each kind of job that it serves."""
     routes: _Routes | None = None
     """The routes of OpenAI's, Anthropic's and Ollama's protocols that it serves, each with its own
-    path for it; a list stands for the same paths. None: all of them, at the same paths."""
+    path for it; a list stands for the same paths. None: all of them, at the same paths. Beside a
+    preset, a mapping adds to the preset's, and a list replaces them."""
     models: tuple[_Model, ...] | None = None
     """The models that it serves; none: those that it lists itself."""
     list_models: ModelList | None = None
     """The call that lists its models; none: a GET of `/v1/models`, as OpenAI has it."""
     any_model: StrictBool = False
-    """It answers with the model that it has, whatever name a client asks for."""
+    """It takes whatever name a client asks for: it answers with the model that it has, or knows
+    more names than it lists. A consumer that has a model by its name comes first."""
     gpu_work: tuple[_CallMatch, ...] = ()
     """Of what is called below `/consumers/NAME/`, or on its own port: the calls that are GPU work
     and take their turn, beside its `paths`, `routes` and `done.match`."""

@@ -17,7 +17,8 @@ from gpumanager.model import ModelListing
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a consumer serves: the models that its config names, or else those that it lists. Where
-    both are None, it is not known, and it may serve any; with `any_model` it does."""
+    both are None, it is not known, and it may serve any; with `any_model` it is given what nobody
+    has."""
 
     consumer: str
     declared: tuple[ModelEntry, ...] | None = None
@@ -126,7 +127,7 @@ class Router:
         return self._registry.now.consumers[name]
 
     def _offer(self, name: str, consumer: ConsumerConfig, wanted: str | None) -> Offer:
-        asks = wanted is not None and consumer.models is None and not consumer.any_model
+        asks = wanted is not None and consumer.models is None
         listed = self._catalogue.listed(name, wanted=wanted) if asks else None
         names = None if listed is None else listed.names
         return Offer(name, consumer.models, names, consumer.any_model)

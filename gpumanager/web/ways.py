@@ -43,8 +43,8 @@ class Way:
         """Where the consumer takes such a job; None if it does not."""
         if not self.drop_in:
             return consumer.paths.get(kind)
-        if consumer.routes is None and self.path == f"/v1/{kind}":
-            return consumer.paths.get(kind, Route(path=self.path))
+        if self.path == f"/v1/{kind}" and kind in consumer.paths:
+            return consumer.paths[kind]
         return consumer.route_for(self.path)
 
 

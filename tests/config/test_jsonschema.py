@@ -51,8 +51,10 @@ def test_every_preset_is_valid_by_it(name: str) -> None:
         one(timeouts={"total": "15m", "idle": 90}, idle_unload="1h", unload="/free"),
         one(evict="http", unload="/free"),
         one(probe={"path": "/ps", "busy": "running"}),
+        one(routes=["/v1/audio/speech"], models=["a", {"name": "b", "served_as": "c"}]),
+        one(routes={"/v1/audio/speech": "/say"}),
     ],
-    ids=["bare paths", "durations", "a bare eviction method", "a bare expression"],
+    ids=["paths", "durations", "an eviction method", "an expression", "lists", "routes"],
 )
 def test_short_forms_are_valid_in_both(config: dict[str, Any]) -> None:
     VALIDATOR.validate(config)

@@ -14,6 +14,7 @@ import yaml
 
 from gpumanager.config import Config, ConfigError, ConsumerConfig, parse_config
 from gpumanager.config.presets import names
+from gpumanager.config.values import DROP_IN_ROUTES
 from gpumanager.errors import ConsumerUnreachable
 from gpumanager.jobs.polling import job_id
 from gpumanager.model import ProbeReport
@@ -25,7 +26,8 @@ PROMISED = (
     "ollama comfyui a1111 forge llama-server llama-router vllm sglang localai llama-swap tabby "
     "tgwui koboldcpp speaches whispercpp kokoro triton invokeai tgi tei openedai-speech xtts "
     "alltalk lmstudio docker-model-runner mistralrs swarmui sdnext faster-whisper-server piper "
-    "sdcpp xinference lemonade chatterbox"
+    "sdcpp xinference lemonade chatterbox llama-cpp-python infinity chatterbox-tts-api "
+    "orpheus-fastapi whisper-asr"
 )
 
 
@@ -262,6 +264,56 @@ def test_asynchronous_jobs(
     ]
 
 
+# -- the routes of other protocols, and their models ----------------------------------------------
+
+
+@pytest.mark.parametrize("preset", names())
+def test_the_routes_are_those_that_the_server_has(preset: str) -> None:
+    """Nothing that it does not have, and all that it has."""
+    routes, posts = consumer(preset).routes, recorded(preset)["posts"]
+    assert routes is not None
+    goes_to = {route.path for route in routes.values()}
+    assert goes_to <= set(posts)
+    assert {path for path in posts if path in DROP_IN_ROUTES} <= goes_to | set(routes)
+
+
+@pytest.mark.parametrize("preset", names())
+def test_a_kind_that_its_routes_serve_has_a_path_too(preset: str) -> None:
+    """So that it can be routed, and /v1/{kind} works."""
+    filled = consumer(preset)
+    kinds = {
+        "/v1/chat/completions": "llm",
+        "/v1/embeddings": "embed",
+        "/v1/rerank": "rerank",
+        "/v1/audio/speech": "tts",
+        "/v1/audio/transcriptions": "stt",
+        "/v1/images/generations": "image",
+    }
+    assert filled.routes is not None
+    assert {kinds[path] for path in filled.routes if path in kinds} <= set(filled.paths) | {
+        "llm" if preset == "speaches" else ""  # it passes chats on to another server
+    }
+
+
+@pytest.mark.parametrize("preset", names())
+def test_the_list_of_models_finds_their_names(server: responses.RequestsMock, preset: str) -> None:
+    call, example = consumer(preset).list_models, recorded(preset).get("models")
+    assert (call is None) == (example is None)
+    if call is None or example is None:
+        return
+    answer(server, "GET", call.path, example["answer"])
+    found = calls(preset).models("it")
+    assert found is not None
+    assert list(found.names) == example["names"]
+
+
+def test_who_lists_nothing_takes_any_name_or_none() -> None:
+    """A client that names a model is not refused by a server that does not care."""
+    for preset in names():
+        filled = consumer(preset)
+        assert not filled.routes or filled.list_models is not None or filled.any_model, preset
+
+
 # -- overriding ----------------------------------------------------------------------------------
 
 
@@ -281,7 +333,18 @@ def test_any_key_can_be_overridden() -> None:
 
 
 def test_a_path_of_ones_own_leaves_the_presets_others() -> None:
-    assert set(consumer("ollama", paths={"image": "/x"}).paths) == {"image", "llm"}
+    assert set(consumer("piper", paths={"image": "/x"}).paths) == {"image", "tts"}
+
+
+def test_routes_of_ones_own_add_to_the_presets_and_a_list_replaces_them() -> None:
+    preset = consumer("tabby").routes
+    assert preset is not None
+    more = consumer("tabby", routes={"/v1/responses": "/r"}).routes
+    assert more is not None
+    assert set(more) == {*preset, "/v1/responses"}
+    only = consumer("tabby", routes=["/v1/completions"]).routes
+    assert only is not None
+    assert set(only) == {"/v1/completions"}
 
 
 def test_what_is_about_a_model_needs_one() -> None:

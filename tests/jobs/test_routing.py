@@ -55,6 +55,27 @@ def test_who_may_serve_any_model_gets_what_nobody_names() -> None:
     assert choose("llm", [Offer("e", any_model=True), *OFFERS], "gemma3").consumer == "c"
 
 
+def test_of_two_that_take_any_name_the_one_that_lists_it_gets_it() -> None:
+    two = """
+routing: {llm: [small, big]}
+consumers:
+  small: {url: "http://127.0.0.1:1", any_model: true}
+  big: {url: "http://127.0.0.1:2", any_model: true}
+"""
+    it = Router(Registry(parse_config(two), FakeClock()), ListsOf(small=("s",), big=("b",)))
+    assert it.choose(("llm",), lambda: "b").consumer == "big"
+    assert it.choose(("llm",), lambda: "s").consumer == "small"
+    assert it.choose(("llm",), lambda: "gpt-4o").consumer == "small"
+
+
+class ListsOf:
+    def __init__(self, **names: tuple[str, ...]) -> None:
+        self._names = names
+
+    def listed(self, name: str, *, wanted: str | None = None) -> ModelListing | None:
+        return ModelListing(self._names[name])
+
+
 CONFIG = """
 routing: {llm: [ollama, vllm], tts: voice, rerank: tei}
 consumers:

@@ -116,6 +116,40 @@ def openapi(title: str, *paths: str) -> dict[str, Any]:
         ),
         ("llama-server", {"/": b"<html>llama.cpp</html>", "/props": LLAMA_PROPS}),
         (
+            "llama-server",  # with an API key
+            {
+                "/props": (401, {"error": {"code": 401}}),
+                "/v1/models": {"data": [{"id": "m", "owned_by": "llamacpp"}]},
+            },
+        ),
+        (
+            "koboldcpp",  # which speaks ComfyUI's and Ollama's protocols, too
+            {
+                "/api/extra/version": {"result": "KoboldCpp", "version": "1.98"},
+                "/system_stats": {"system": {"python_version": "3.10"}, "devices": [{"index": 0}]},
+                "/api/tags": {"models": [{"name": "koboldcpp"}]},
+                "/api/version": {"version": "0.7.0"},
+            },
+        ),
+        (
+            "chatterbox-tts-api",
+            {
+                "/openapi.json": openapi("Chatterbox TTS API", "/audio/speech"),
+                "/health": {"status": "ready", "model_loaded": False, "initialization_state": "x"},
+            },
+        ),
+        ("chatterbox", {"/openapi.json": openapi("Chatterbox TTS Server", "/tts")}),
+        ("orpheus-fastapi", {"/openapi.json": openapi("Orpheus-FASTAPI", "/v1/audio/speech")}),
+        (
+            "infinity",
+            {
+                "/openapi.json": openapi(
+                    "♾️ Infinity - Embedding Inference Server", "/embeddings", "/rerank"
+                )
+            },
+        ),
+        ("whisper-asr", {"/openapi.json": openapi("Whisper Asr Webservice", "/asr")}),
+        (
             "llama-cpp-python",
             {
                 "/openapi.json": openapi("🦙 llama.cpp Python API", "/v1/chat/completions"),
