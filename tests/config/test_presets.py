@@ -314,6 +314,21 @@ def test_who_lists_nothing_takes_any_name_or_none() -> None:
         assert not filled.routes or filled.list_models is not None or filled.any_model, preset
 
 
+@pytest.mark.parametrize(("preset", "call"), having("calls"))
+def test_which_calls_take_their_turn(preset: str, call: tuple[str, str, bool | None]) -> None:
+    method, path, expected = call
+    assert consumer(preset).is_gpu_work(method, path) is expected
+
+
+@pytest.mark.parametrize("preset", names())
+def test_no_call_that_the_broker_makes_to_look_is_gpu_work(preset: str) -> None:
+    """What it asks every few seconds, a page may ask, too."""
+    filled = consumer(preset)
+    for call in (filled.health, filled.probe, filled.settled, filled.list_models):
+        if call is not None:
+            assert not filled.is_gpu_work(call.method, call.path.partition("?")[0]), call.path
+
+
 # -- overriding ----------------------------------------------------------------------------------
 
 
