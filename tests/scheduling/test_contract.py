@@ -16,7 +16,8 @@ from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
 from gpumanager.scheduling.policy import FirstComeFirstServed
-from gpumanager.scheduling.queue import Granted, Queue, QueueTicket
+from gpumanager.scheduling.queue import Granted, Queue
+from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
 from tests.support.threads import Outcome
@@ -703,6 +704,29 @@ def test_a_job_that_needs_room_is_not_begun_before_there_is_some() -> None:
     second.wait()
     assert made == ["b"]
     second.close()
+
+
+def test_a_fault_in_the_look_at_who_is_ready_costs_nobody_the_turn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made: list[str] = []
+
+    class Faulty(NoRoomNeeded):
+        def ready(self, consumer: str) -> bool:
+            raise ValueError("a fault")
+
+        def make_room(self, ticket: Granted) -> None:
+            made.append(ticket.job.consumer)
+
+    scheduler = build(locked, room=Faulty())
+    first, second = scheduler.enqueue(job("a")), scheduler.enqueue(job("b"))
+    first.wait()
+    first.close()
+    second.wait()
+    second.close()
+    assert made == ["a", "b"]  # by the card itself, then
+    assert scheduler.stats().in_flight == 0
+    assert "looking at who is ready failed" in caplog.text
 
 
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:

@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 from gpumanager.errors import BrokerError, Cancelled, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job
 from gpumanager.scheduling.policy import FirstComeFirstServed
-from gpumanager.scheduling.queue import Queue, QueueTicket
+from gpumanager.scheduling.queue import Queue
+from gpumanager.scheduling.ticket import QueueTicket
 from tests.support.clock import FakeClock
 
 MAX_WAIT = 10.0
