@@ -194,7 +194,6 @@ class Broker:
             models=ModelLists(self.registry, self._catalogue),
             forward=forward,
             operations=Operations(
-                self._live,
                 places,
                 router,
                 self.registry,
@@ -291,7 +290,7 @@ class Broker:
 
     def _after_job(self, name: str) -> None:
         """A model that went to the CPU shows only while it is loaded: ask at once."""
-        consumer = self.config.consumers.get(name)  # a reload may have removed it meanwhile
+        consumer = self.registry.now.config.consumers.get(name)  # a reload may have removed it
         if (
             consumer is not None
             and consumer.probe is not None

@@ -65,7 +65,7 @@ class GpuCard:
             self._upcoming,
         )
         self.scheduler = build_scheduler(config.scheduler, self.room, self.room.outlook, clock)
-        self.housekeeper = Housekeeper(config, registry, self.scheduler, self.room, clock, emit)
+        self.housekeeper = Housekeeper(registry, self.scheduler, self.room, clock, emit)
 
     def workers(self) -> list[PeriodicWorker]:
         """The threads that it always needs, not started."""

@@ -75,21 +75,23 @@ class Needs:
 
     def of(self, declared: Declared) -> Figure:
         """What it needs to be resident and work."""
-        found = _declared(declared.mib) if declared.elastic else self._seen(declared.mib)
+        found = None if declared.elastic else self._seen(declared.mib)
+        found = found or Figure(declared.mib, "declared")
         if self.raised is not None and self.raised.mib > found.mib:
             found = Figure(self.raised.mib, "out-of-memory", self.raised.at)
         if declared.max_mib is not None and found.mib > declared.max_mib:
             return Figure(declared.max_mib, "declared")
         return found
 
-    def _seen(self, declared_mib: int) -> Figure:
+    def _seen(self, declared_mib: int) -> Figure | None:
+        """What counts in the place of a declaration, if anything does."""
         if self.measured is not None:
             counts = self.known or self.measured.mib > declared_mib
-            return self.measured if counts else _declared(declared_mib)
+            return self.measured if counts else None
         # Its own figure leaves out what the driver adds: a declaration that is higher stands.
         if self.reported is not None and self.reported.mib > declared_mib:
             return self.reported
-        return _declared(declared_mib)
+        return None
 
 
 class Footprint:
@@ -181,7 +183,9 @@ class Footprint:
     def needs(self, now: float) -> Needs:
         """What that follows from."""
         self._forget_raised(now)
-        measured, reported = self._figure("measured"), self._figure("reported")
+        measured = self._figure("measured")
+        # Nobody asks for what it reports where that was measured.
+        reported = self._figure("reported") if measured is None else None
         return Needs(measured, reported, len(self._peaks["measured"]), self._raised)
 
     def _figure(self, source: Seen) -> Figure | None:
@@ -263,10 +267,6 @@ class Footprint:
             )
         footprint._patience = min(LONGEST_PATIENCE, max(PATIENCE, count(data["patience"])))
         return footprint
-
-
-def _declared(mib: int) -> Figure:
-    return Figure(mib, "declared")
 
 
 def _quantile(values: Iterable[int]) -> int:

@@ -38,7 +38,8 @@ class Snapshot:
     def needed(self, name: str) -> Figure:
         """What a consumer of the config needs to be resident and work. It is a guess, unless it is
         declared: it may cost others an eviction, but refuses nothing."""
-        return self.figures(name).needed(self.config.consumers[name].declared)
+        known = self.learned.get(name, NOTHING)
+        return known.needs.of(self.config.consumers[name].declared)
 
     def seeing(self, reading: MemoryReading | None) -> Snapshot:
         """The same, with this reading of the card."""

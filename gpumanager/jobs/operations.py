@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import NoConsumer, NotFound
@@ -27,7 +26,6 @@ class Operations:
 
     def __init__(
         self,
-        config: Config,
         places: Places,
         router: Router,
         registry: Registry,
@@ -38,7 +36,6 @@ class Operations:
         clock: Clock,
         emit: Emit,
     ) -> None:
-        self._config = config
         self._places = places
         self._router = router
         self._registry = registry
@@ -112,7 +109,7 @@ class Operations:
             "needed_mib": now.needed_mib,
             "held_mib": now.held_mib,
             "free_mib": now.balance.free_mib,
-            "reserved_mib": self._config.gpu.reserved_mib,
+            "reserved_mib": self._registry.now.config.gpu.reserved_mib,
             "short_mib": now.short_mib,
             "source": now.balance.source,
             "victims": [
@@ -140,7 +137,7 @@ class Operations:
             idle = f"idle for {self._clock.monotonic() - victim.last_used:.0f} s"
         if victim.wanted is not None:
             return f"its next job is number {victim.wanted} in the queue, {idle}"
-        if self._config.eviction == "cost":
+        if self._registry.now.config.eviction == "cost":
             return f"costs least to reload: {victim.reload_s:.1f} s, {idle}"
         return f"least recently used: {idle}"
 
@@ -157,7 +154,7 @@ class Operations:
         try:
             return self._places.open(name)
         except NoConsumer:
-            known = ", ".join(sorted(self._config.consumers)) or "none"
+            known = ", ".join(sorted(self._registry.now.config.consumers)) or "none"
             raise NotFound(f"there is no consumer '{name}'; known: {known}") from None
 
     def _in_turn(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import closing
 
 from gpumanager.clock import Clock
-from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.registry import Registry
+from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import BrokerError, NoConsumer
 from gpumanager.model import ConsumerState, Job
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
@@ -24,14 +24,12 @@ class Housekeeper:
 
     def __init__(
         self,
-        config: Config,
         registry: Registry,
         scheduler: Scheduler,
         moves: Moves,
         clock: Clock,
         emit: Emit,
     ) -> None:
-        self._config = config
         self._registry = registry
         self._scheduler = scheduler
         self._moves = moves
@@ -44,28 +42,31 @@ class Housekeeper:
     @property
     def needed(self) -> bool:
         """Whether the config asks for anything of it."""
-        return bool(self._config.default_resident) or any(
-            consumer.idle_unload is not None for consumer in self._config.consumers.values()
+        config = self._registry.now.config
+        return bool(config.default_resident) or any(
+            consumer.idle_unload is not None for consumer in config.consumers.values()
         )
 
     def tidy(self) -> float:
         """Do the one thing that is due, if the queue is empty; returns the seconds until the next
         look."""
         if not self._scheduler.queue():
-            for name, consumer in self._config.consumers.items():
-                if self._is_idle(name, consumer):
-                    self._unload(name, consumer)
+            now = self._registry.now
+            for name in now.consumers:
+                if self._is_idle(name, now):
+                    self._unload(name)
                     return INTERVAL_S
-            for name in self._config.default_resident:
-                if self._is_missed(name):
+            for name in now.config.default_resident:
+                if self._is_missed(name, now):
                     self._restore(name)
                     return INTERVAL_S
         return INTERVAL_S
 
-    def _is_idle(self, name: str, consumer: ConsumerConfig) -> bool:
+    def _is_idle(self, name: str, snapshot: Snapshot) -> bool:
         """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
         yet, for longer than it was seen loaded."""
-        limit, state = consumer.idle_unload, self._registry.get(name)
+        consumer, state = snapshot.consumers[name], snapshot.states[name]
+        limit = consumer.idle_unload
         if state.is_pinned(consumer.pinned):
             limit = None
         if limit is None or not _is_at_rest(state) or not state.loaded or state.quarantine:
@@ -75,17 +76,16 @@ class Housekeeper:
         since = self._seen_idle.setdefault(name, now)
         return now - max(since, state.last_used or since) >= limit
 
-    def _is_missed(self, name: str) -> bool:
+    def _is_missed(self, name: str, snapshot: Snapshot) -> bool:
         """Not loaded, and nobody had a job for longer than `restore_after`. Tried once in each
         quiet time, and never at the cost of another one that is to be resident."""
-        quiet_since = self._quiet_since()
-        state = self._registry.get(name)
+        quiet_since, state = self._quiet_since(), snapshot.states[name]
         if (
             state.loaded
             or not _is_at_rest(state)
             or state.healthy is False
             or self._restored_after.get(name) == quiet_since
-            or self._clock.monotonic() - quiet_since < self._config.restore_after
+            or self._clock.monotonic() - quiet_since < snapshot.config.restore_after
         ):
             return False
         try:
@@ -93,15 +93,16 @@ class Housekeeper:
                 victims = {victim.name for victim in self._moves.preview(name).victims}
         except NoConsumer:  # a reload has just removed it
             return False
-        return victims.isdisjoint(self._config.default_resident)
+        return victims.isdisjoint(snapshot.config.default_resident)
 
     def _quiet_since(self) -> float:
         used = [state.last_used for state in self._registry.now.states.values()]
         return max((each for each in used if each is not None), default=self._started)
 
-    def _unload(self, name: str, consumer: ConsumerConfig) -> None:
+    def _unload(self, name: str) -> None:
         def unless_used(ticket: Ticket) -> None:
-            if self._is_idle(name, consumer):  # a job may have come first after all
+            # A job may have come first after all, or another config.
+            if self._is_idle(name, self._registry.now):
                 self._moves.unload(name, ticket, patient=False)
 
         self._in_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False), unless_used)

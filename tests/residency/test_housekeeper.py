@@ -33,9 +33,7 @@ class House:
         config = parse_config(yaml.safe_dump({"consumers": filled, **top}))
         self.registry = Registry(config, self.clock, lambda consumer: False)
         self.line = locked(max_queue=9, max_wait=60, clock=self.clock, room=self)
-        self.keeper = Housekeeper(
-            config, self.registry, self.line, self, self.clock, self.told.append
-        )
+        self.keeper = Housekeeper(self.registry, self.line, self, self.clock, self.told.append)
         self.did: list[str] = []
         self.failing: BrokerError | None = None
         self.victims: tuple[str, ...] = ()
@@ -171,6 +169,27 @@ def test_who_was_used_before_the_turn_came_is_not_idle() -> None:
     house.keeper._scheduler = scheduler
     assert (wait, house.did) == (["idle-unload"], [])
     assert house.pass_time(59) == []
+
+
+def test_a_reload_before_its_turn_counts() -> None:
+    """What is not to be unloaded for being idle any more stays loaded."""
+    house = House(IDLE)
+    house.used("tts")
+    assert house.pass_time(59) == []
+    line, enqueue = house.line, house.line.enqueue
+
+    def late(job: Job) -> Ticket:
+        config = house.registry.now.config
+        kept = config.consumers["tts"].model_copy(update={"idle_unload": None})
+        consumers = {**config.consumers, "tts": kept}
+        house.registry.reshape(config.model_copy(update={"consumers": consumers}))
+        return enqueue(job)
+
+    line.enqueue = late  # type: ignore[method-assign,assignment]
+    house.clock.advance(2)
+    house.keeper.tidy()
+    assert house.registry.now.consumers["tts"].idle_unload is None  # its turn came
+    assert house.did == []
 
 
 def test_an_unload_that_fails_is_told_and_put_off() -> None:
