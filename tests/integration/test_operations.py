@@ -301,7 +301,9 @@ def test_the_command_line_tells_why_it_cannot(broker: LiveBroker) -> None:
         1,
         "http://127.0.0.1:1 cannot be asked: nobody listens there\n",
     )
-    assert run("plan", "video").exit_code == 2
+    result = run("plan", "video", "--url", broker.url)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("there is no kind 'video'; there are tts, stt, ")
 
 
 def test_the_command_line_shows_a_key(card: SimulatedCard, voice: Running, ollama: Running) -> None:
