@@ -12,7 +12,7 @@ KEY_ENV = "GPUMANAGER_API_KEY"
 
 TIMEOUT_S = 10.0
 LONG_TIMEOUT_S = 3600.0
-"""For what waits in line: unloading, loading."""
+"""For what waits in the queue: unloading, loading."""
 
 UNAUTHORIZED = 401
 

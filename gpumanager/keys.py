@@ -25,8 +25,8 @@ _SHAPE = "NAME KEY [max_queued=N] [role=admin|client]"
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key by the name it has in logs. `max_queued` bounds its jobs in the line, running ones
-    included; None leaves them to the line's own bound. A key that was given no `role` may do
+    """A key by the name it has in logs. `max_queued` bounds its jobs in the queue, running ones
+    included; None leaves them to the queue's own bound. A key that was given no `role` may do
     everything, as all keys could before there were roles."""
 
     name: str

@@ -56,7 +56,7 @@ class Lifecycle:
         self._when_idle = action
 
     def drain(self) -> bool:
-        """Refuse new jobs and those in line, let running ones finish within `drain_timeout`
+        """Refuse new jobs and those in the queue, let running ones finish within `drain_timeout`
         seconds, and the last answers reach their clients. True if nothing was cut off."""
         self._draining.set()
         self._when_draining()

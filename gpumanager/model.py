@@ -21,7 +21,7 @@ Outcome = Literal["released", "partial", "leaked", "stolen", "unverified", "gone
 class Job:
     """One request for the GPU.
 
-    `max_wait` is the longest the client is willing to wait in line, in seconds; None leaves
+    `max_wait` is the longest the client is willing to wait in the queue, in seconds; None leaves
     it to the scheduler's own bound. `makes_room` is False for what needs the GPU to itself, but
     no memory of it, as an unload; `runs` for what ends as soon as its consumer is loaded. `key` is
     the name of the API key it came with, where keys are in use. `settings` is the consumer's

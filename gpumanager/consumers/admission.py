@@ -1,6 +1,6 @@
 """May a job of this consumer be tried at all? Asked before it waits, and again when its turn has
-come, so that neither a place in line nor an eviction is spent on a consumer that is known to be
-broken."""
+come, so that neither a place in the queue nor an eviction is spent on a consumer that is known to
+be broken."""
 
 from __future__ import annotations
 

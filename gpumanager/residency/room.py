@@ -98,7 +98,7 @@ class RoomMaker:
         job, target = ticket.job, ticket.job.consumer
         if self._clock.monotonic() < self._probes_due:
             self._await_first_probes(ticket)
-        # It may have died while the job was in line: unloading somebody for it would be in vain.
+        # It may have died while the job waited: unloading somebody for it would be in vain.
         self._admit(target)
         now = self._registry.now.of(job)
         for name in self._impossible(now, target):

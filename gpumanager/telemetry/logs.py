@@ -30,7 +30,7 @@ def configure(settings: LogConfig) -> None:
     logging.getLogger("gpumanager.access").setLevel(settings.level.upper())
     # Waitress says "Serving on …" at INFO, which is worth having, but logs a trace for every
     # answer that has to be cut short, which the broker has logged already, and each wait for a
-    # free thread, which the line shows better.
+    # free thread, which the queue shows better.
     logging.getLogger("waitress").addFilter(_not_truncated)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
 

@@ -77,7 +77,7 @@ class Keyring:
         return found.name, found.role
 
     def enter(self, name: str) -> None:
-        """Count a job of the key's in the line. Raises QueueFull over its `max_queued`."""
+        """Count a job of the key's in the queue. Raises QueueFull over its `max_queued`."""
         limit = next((key.max_queued for key in self._keys if key.name == name), None)
         with self._lock:
             queued = self._queued.get(name, 0)

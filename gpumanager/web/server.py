@@ -83,7 +83,7 @@ class GrowingDispatcher(ThreadedTaskDispatcher):
 
 
 def set_defaults(config: Config) -> None:
-    """Make waitress serve the broker properly by default: a thread for every place in the line
+    """Make waitress serve the broker properly by default: a thread for every place in the queue
     and some to spare, clients that leave noticed, poll instead of select."""
     threads = config.scheduler.max_queue + 1 + AUDIO_THREADS + CONTROL_THREADS
     connections = threads + SPARE_CONNECTIONS

@@ -72,7 +72,7 @@ class StatusView:
         ]
 
     def key_of(self, ticket: int) -> str | None:
-        """The key of the job with that ticket. Raises KeyError if there is none in the line."""
+        """The key of the job with that ticket. Raises KeyError if there is none in the queue."""
         return {entry.ticket: entry.job.key for entry in self._scheduler.queue()}[ticket]
 
     def _gpu(self, snapshot: Snapshot, figures: Balance) -> dict[str, Any]:

@@ -196,18 +196,18 @@ def test_a_return_that_was_seen_too_late_undoes_no_job() -> None:
 
 # -- stopped by the broker, and in quarantine ----------------------------------------------------
 
-PARKED = StoppedBy("unit")
+STOPPED = StoppedBy("unit")
 
 
 def test_who_was_stopped_is_not_unhealthy_for_not_answering() -> None:
     registry, _ = make()
     probe(registry)
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     assert not registry.probe_failed("mvoice", "refused", process_gone=True)
     state = registry.get("mvoice")
     assert (state.healthy, state.stopped_by, state.loaded, state.last_error) == (
         None,
-        PARKED,
+        STOPPED,
         False,
         "",
     )
@@ -225,7 +225,7 @@ def test_who_goes_on_where_it_was_has_its_model() -> None:
 
 def test_who_was_started_by_somebody_else_is_back() -> None:
     registry, _ = make()
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     assert probe(registry, True, 100)
     assert registry.get("mvoice").stopped_by is None
 
@@ -233,10 +233,10 @@ def test_who_was_started_by_somebody_else_is_back() -> None:
 def test_an_answer_from_just_before_it_was_stopped_brings_nobody_back() -> None:
     registry, _ = make()
     seen = registry.get("mvoice").residency_version
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     registry.probe_succeeded("mvoice", ProbeReport(True, 2800), seen_version=seen)
     state = registry.get("mvoice")
-    assert (state.stopped_by, state.loaded, state.healthy) == (PARKED, False, None)
+    assert (state.stopped_by, state.loaded, state.healthy) == (STOPPED, False, None)
 
 
 @pytest.mark.parametrize("how", ["probe", "job", "stop"])
@@ -251,7 +251,7 @@ def test_a_quarantine_ends_with_the_process(how: str) -> None:
         registry.job_started("mvoice")
         registry.job_finished("mvoice", process_gone=True)
     else:
-        registry.mark_stopped("mvoice", PARKED)
+        registry.mark_stopped("mvoice", STOPPED)
     assert registry.get("mvoice").quarantine == ""
 
 
@@ -358,7 +358,7 @@ def test_a_fresh_process_is_known_as_little_as_at_the_start() -> None:
     assert registry.get("mvoice").assumed is None
     registry.process_returned("mvoice", seen_version=registry.get("mvoice").residency_version)
     assert registry.get("mvoice").assumed is not None
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     assert registry.get("mvoice").assumed is None
     registry.mark_started("mvoice", resumed=False)
     assert registry.get("mvoice").assumed is not None
@@ -366,7 +366,7 @@ def test_a_fresh_process_is_known_as_little_as_at_the_start() -> None:
 
 def test_one_that_somebody_else_started_may_have_its_model() -> None:
     registry, _ = make()
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     probe(registry)
     state = registry.get("mvoice")
     assert (state.loaded, state.assumed is not None) == (True, True)
@@ -446,7 +446,7 @@ def test_since_when_its_memory_may_be_on_its_way_back() -> None:
     assert registry.get("mvoice").unloaded_at == at
     registry.set_loaded("mvoice", True)
     assert registry.get("mvoice").unloaded_at is None
-    registry.mark_stopped("mvoice", PARKED)
+    registry.mark_stopped("mvoice", STOPPED)
     assert registry.get("mvoice").unloaded_at == clock.monotonic()
     registry.mark_started("mvoice", resumed=True)
     assert registry.get("mvoice").unloaded_at is None
