@@ -56,6 +56,7 @@ TITLES = {
     "EvictionMethod": "one of `consumers.NAME.evict`",
     "Done": "`consumers.NAME.done`",
     "Match": "`consumers.NAME.done.match`",
+    "StopCall": "one of `consumers.NAME.stops`",
     "CallMatch": "one of `consumers.NAME.gpu_work` and `not_gpu_work`",
     "Poll": "`consumers.NAME.done.poll`",
     "Lost": "`consumers.NAME.done.lost`",

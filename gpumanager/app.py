@@ -27,6 +27,7 @@ from gpumanager.gpu.device import Card
 from gpumanager.host.processes import ConsumerProcesses, SystemProcesses
 from gpumanager.jobs.hold import Means
 from gpumanager.jobs.operations import Operations
+from gpumanager.jobs.owners import Owners
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.polling import Completions
 from gpumanager.jobs.routing import Router
@@ -121,6 +122,7 @@ class Broker:
             card,
         )
         self._completions = Completions(self._calls, self._clock, self._emit)
+        self._owners = Owners()
         self._catalogue = ModelCatalogue(self._models_of, self._clock)
         self._draining = threading.Event()
         self.tunnels = Tunnels(self._live, self._clock, self._emit)
@@ -188,7 +190,14 @@ class Broker:
             config=self._live,
             ways=self.ways,
             mounts=Mounts(
-                self._live, self._admission, proxy, runner, forward, websockets, self._emit
+                self._live,
+                self._admission,
+                proxy,
+                runner,
+                forward,
+                websockets,
+                self._owners,
+                self._emit,
             ),
             router=router,
             models=ModelLists(self.registry, self._catalogue),
@@ -228,7 +237,9 @@ class Broker:
             after_job=self._after_job,
         )
         look = self.card.sampler.look
-        return JobRunner(means, places, self._completions, self.watcher, shortages, look=look)
+        return JobRunner(
+            means, places, self._completions, self.watcher, shortages, self._owners, look=look
+        )
 
     def _models_of(self, name: str) -> ModelListing | None:
         consumer = self.config.consumers.get(name)  # a reload may have removed it

@@ -139,8 +139,10 @@ def test_every_picture_that_is_shown_is_there_and_no_other() -> None:
 
 def test_the_page_of_clients_names_tests_that_exist_and_every_call() -> None:
     text = (ROOT / "docs" / "clients.md").read_text()
-    folder = ROOT / "tests" / "integration"
-    code = "".join((folder / name).read_text() for name in ("test_sdks.py", "test_sdk_errors.py"))
+    names = ("sdks", "sdk_errors", "websockets", "stops", "mounts")
+    files = [ROOT / "tests" / "integration" / f"test_{name}.py" for name in names]
+    files.append(ROOT / "tests" / "browser" / "test_comfyui.py")
+    code = "".join(file.read_text() for file in files)
     named = re.findall(r"`(test_\w+)(?:\[(.+?)\])?`", text)
     for test, _ in named:
         assert f"\ndef {test}(" in code, test

@@ -255,6 +255,26 @@ class CallMatch(Model):
         return self.method in (None, method) and any(fnmatchcase(path, each) for each in self.path)
 
 
+class StopCall(CallMatch):
+    """Calls that stop jobs at the consumer. Where API keys are in use, a key with the role client
+    may stop its own jobs only."""
+
+    ids: Expression
+    """Finds in the call's body the id, or the list of ids, of the jobs that it stops. If it finds
+    none, the call stops whatever the consumer works on."""
+    all: Expression | None = None
+    """Gives `true` for a body that stops all jobs, whatever ids it names."""
+
+    def jobs(self, body: Any) -> list[str] | None:
+        """The ids of the jobs that a call with this body stops; None: whatever there is."""
+        found = expressions.search(self.ids, body)
+        listed = found if isinstance(found, list) else [found]
+        ids = [each for each in listed if isinstance(each, str)]
+        if not ids or len(ids) < len(listed) or expressions.search(self.all, body):
+            return None
+        return ids
+
+
 class Poll(Call):
     """A call that the broker repeats."""
 

@@ -49,6 +49,7 @@ from gpumanager.config.calls import (
     Seconds,
     Session,
     Settled,
+    StopCall,
     UnloadCall,
     Url,
 )
@@ -140,6 +141,9 @@ class ConsumerConfig(Model):
     not_gpu_work: tuple[_CallMatch, ...] = ()
     """And those that are not. What neither names is forwarded at once if it is a GET, HEAD or
     OPTIONS, and takes its turn otherwise."""
+    stops: tuple[StopCall, ...] = ()
+    """Calls by which a client stops jobs at the consumer: with a key of the role client its own
+    only."""
     vram_resident_mib: Mib = 0
     """The memory that it needs while it is loaded and works."""
     max_mib: Mib | None = None

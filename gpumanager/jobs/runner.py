@@ -11,6 +11,7 @@ from gpumanager.config import ConsumerConfig
 from gpumanager.errors import BrokerError, SchedulerError
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
+from gpumanager.jobs.owners import Owners
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
 from gpumanager.jobs.record import RequestRecord
@@ -45,6 +46,7 @@ class JobRunner:
         completions: Completions,
         watcher: Watcher,
         shortages: Shortages,
+        owners: Owners,
         *,
         look: Callable[[], object],
     ) -> None:
@@ -54,6 +56,7 @@ class JobRunner:
         self._completions = completions
         self._watcher = watcher
         self._shortages = shortages
+        self._owners = owners
         self._look = look
 
     def run(
@@ -129,6 +132,7 @@ class JobRunner:
         hold.succeeded(exchange)
         if job_id is not None:
             request = exchange.request_text(LARGEST_REQUEST_BYTES)
+            self._owners.began(name, job_id, record.key)
             self._follow(name, consumer, job_id, request, ticket, hold)
         hold.answered()  # before the answer is even begun, if all of it is there
         return Answer(exchange, hold.answered, hold.failed)
@@ -194,6 +198,7 @@ class JobRunner:
         hold: Hold,
     ) -> None:
         def ended(said: bytes | None, process_gone: bool) -> None:
+            self._owners.ended(name, job)
             failure = None
             try:
                 self._see_what_it_holds(name, hold)

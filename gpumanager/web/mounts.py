@@ -17,6 +17,7 @@ from flask import Response
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.admission import Admission
 from gpumanager.errors import NotFound
+from gpumanager.jobs.owners import Owners
 from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.runner import JobRunner
 from gpumanager.telemetry.events import CallUnclassified, Emit
@@ -27,6 +28,7 @@ from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.security import refuse_other_sites
+from gpumanager.web.stops import checked
 from gpumanager.web.websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ _MOST_SEEN = 200
 """Unclassified calls that are told of, once each."""
 
 _LONGEST_PATH = 100
+
+_NEEDLESS = re.compile("%(2[DE]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)", re.IGNORECASE)
+"""What need not be percent-encoded, and means the same if it is: letters, digits, `-._~`."""
 
 _COOKIE_PATH = re.compile(r"(;\s*path\s*=\s*)(/[^;]*)", re.IGNORECASE)
 _COOKIE_DOMAIN = re.compile(r";\s*domain\s*=[^;]*", re.IGNORECASE)
@@ -59,6 +64,7 @@ class Mounts:
         jobs: JobRunner,
         forward: Forwarder,
         websockets: WebSockets,
+        owners: Owners,
         emit: Emit,
     ) -> None:
         self._config = config
@@ -67,6 +73,7 @@ class Mounts:
         self._jobs = jobs
         self._forward = forward
         self._websockets = websockets
+        self._owners = owners
         self._emit = emit
         self._seen: set[tuple[str, str, str]] = set()
 
@@ -95,8 +102,9 @@ class Mounts:
 
     def _answer(self, environ: WSGIEnvironment, name: str, root: str) -> WSGIApplication:
         consumer = self._consumer(name)
-        method, path = environ["REQUEST_METHOD"], raw_path(environ, root)[len(root) - 1 :]
+        method, path = environ["REQUEST_METHOD"], _plain(raw_path(environ, root)[len(root) - 1 :])
         inbound = _as_its_own(inbound_of(environ), environ, consumer, root)
+        inbound = checked(record_of(environ), name, consumer, path, inbound, self._owners)
         work = consumer.is_gpu_work(method, path)
         if work is None:
             self._note(name, method, path)
@@ -172,6 +180,12 @@ class _Mended:
         if own and (path == own or path.startswith(f"{own}/")):
             path = path[len(own) :] or "/"
         return self._root + path
+
+
+def _plain(path: str) -> str:
+    """The same path (RFC 3986, 6.2.2.2), with no letter or digit percent-encoded: a call is told by
+    its path, whoever wrote it how."""
+    return _NEEDLESS.sub(lambda found: chr(int(found[1], 16)), path)
 
 
 def _port(environ: WSGIEnvironment) -> int:
