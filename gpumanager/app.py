@@ -158,7 +158,7 @@ class Broker:
         )
 
     def _services(self) -> Services:
-        """What the routes serve."""
+        """What the routes serve, each object once; made after the card and before the guard."""
         card = self.card
         places = Places(self.registry, card.scheduler, self._keyring)
         shortages = Shortages(self.registry, self.learned, card.sampler.look, self._emit)
@@ -293,7 +293,7 @@ class Broker:
                 self._state.save()
 
     def reload(self) -> Mapping[str, Any]:
-        """See `Reloading.reload`."""
+        """Read the config again and apply it: `Reloading.reload` says what that gives."""
         return self.reloading.reload()
 
     def _end(self) -> None:

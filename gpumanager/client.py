@@ -35,11 +35,11 @@ class BrokerClient:
         self._headers = {} if key is None else {"X-Api-Key": key.encode()}
 
     def get(self, path: str, **query: int | str) -> Any:
-        """What is there."""
+        """The JSON that a GET of `path` is answered with. Raises BrokerUnavailable."""
         return self._call("GET", path, query, TIMEOUT_S)
 
     def post(self, path: str) -> Any:
-        """Have something done."""
+        """The JSON that a POST to `path` is answered with. Raises BrokerUnavailable."""
         return self._call("POST", path, {}, LONG_TIMEOUT_S)
 
     def job(self, kind: str, body: Mapping[str, Any]) -> tuple[int, bytes]:

@@ -109,7 +109,7 @@ def _plainness(consumer: Mapping[str, Any]) -> int:
 
 
 def event_line(event: Mapping[str, Any]) -> str:
-    """One event on one line."""
+    """An event as `events` prints it: time, name, and its fields as `name=value`."""
     if event["event"] == "missed":
         return f"… {event['count']} events were missed"
     at = event["time"][:19].replace("T", " ")

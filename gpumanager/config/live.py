@@ -58,7 +58,7 @@ class Changes:
     fixed: tuple[str, ...] = ()
 
     def as_json(self) -> Mapping[str, Any]:
-        """For an answer."""
+        """As the answer of `/v1/reload` has it: lists of names."""
         return {
             "added": list(self.added),
             "removed": list(self.removed),
@@ -68,7 +68,7 @@ class Changes:
 
 
 def changes(old: Config, new: Config) -> Changes:
-    """What differs."""
+    """What a reload from `old` to `new` would change."""
     differing = [
         name
         for name in Config.model_fields

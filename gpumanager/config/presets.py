@@ -16,7 +16,7 @@ _MERGED = ("paths", "routes", "timeouts")
 
 @cache
 def names() -> tuple[str, ...]:
-    """The presets there are."""
+    """The names that `preset` may have, sorted."""
     folder = files("gpumanager.config").joinpath("presets")
     found = (entry.name.removesuffix(".yaml") for entry in folder.iterdir())
     return tuple(sorted(name for name in found if not name.startswith("_")))

@@ -85,7 +85,7 @@ class Breakers:
             return refused
 
     def succeeded(self, name: str) -> None:
-        """The consumer answered."""
+        """The consumer answered a job: its failures are forgotten, and an open breaker closes."""
         with self._lock:
             was = self._circuits.pop(name, _CLOSED)
         if was.opened_at is not None:

@@ -227,7 +227,7 @@ class Footprint:
     # -- over restarts ---------------------------------------------------------------------
 
     def as_data(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """What the state file keeps of it, as plain data."""
         raised = self._raised
         return {
             **{

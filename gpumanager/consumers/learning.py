@@ -208,7 +208,7 @@ class Learned:
             self._changed(name)
 
     def loaded(self, name: str, seconds: float) -> None:
-        """It was loaded."""
+        """Note how many seconds a load took."""
         with self._lock:
             self._records[name].times["load_s"].append(seconds)
             self._changed(name)
@@ -273,7 +273,7 @@ class Learned:
         return self._changes
 
     def as_data(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """What the state file keeps of all consumers, as plain data."""
         with self._lock:
             return {
                 name: {

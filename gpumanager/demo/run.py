@@ -104,7 +104,7 @@ def config_text(listen: str, card: SimulatedCard, speech_url: str) -> str:
 
 
 def banner(listen: str) -> str:
-    """What to try."""
+    """The lines that the demo prints: its address, and commands to try."""
     url = f"http://{listen}"
     return f"""
 The broker is on {url}. In another terminal:

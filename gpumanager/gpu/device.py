@@ -37,7 +37,7 @@ class Card(Protocol):
     thread at a time."""
 
     def read(self) -> MemoryReading:
-        """A fresh reading."""
+        """Read the card now: totals, and who holds what. Raises GpuUnavailable."""
 
     def close(self) -> None:
         """Forget every handle, so that the next `read` starts anew."""

@@ -26,7 +26,7 @@ class Notifier:
         self.watchdog_s = _watchdog_s(environ)
 
     def tell(self, state: str) -> None:
-        """Send one state."""
+        """Send one of the states above, if systemd asked for them."""
         if not self._address:
             return
         try:

@@ -27,7 +27,7 @@ class ClientWatch:
             action()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop looking whether the client has left. Idempotent."""
         if self._stop is not None:
             self._stop()
 

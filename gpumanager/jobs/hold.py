@@ -111,7 +111,7 @@ class Hold:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the job began, on the monotonic clock."""
         return self._means.clock.monotonic() - self._began
 
     def succeeded(self, exchange: Exchange) -> None:

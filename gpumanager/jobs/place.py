@@ -85,7 +85,7 @@ class Place:
 
 
 class Places:
-    """Opens them."""
+    """Opens a place for each request, by the config and the queue of the moment."""
 
     def __init__(self, registry: Registry, scheduler: Scheduler, shares: Shares) -> None:
         self._registry = registry

@@ -107,7 +107,7 @@ class Completions:
         return None
 
     def stop(self) -> None:
-        """Follow no more."""
+        """Stop following: the threads end within one poll. Idempotent."""
         self._stopped.set()
 
 

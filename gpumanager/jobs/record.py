@@ -49,7 +49,7 @@ class RequestRecord:
         return self.key if self.role == "client" else None
 
     def truncated(self, reason: str) -> None:
-        """Its answer broke off."""
+        """Tell that the answer broke off, and why."""
         request_id, name = self.request_id, self.consumer
         self.emit(AnswerTruncated(consumer=name, request_id=request_id, reason=reason))
 

@@ -41,7 +41,7 @@ class Choice:
 
 
 class Catalogue(Protocol):
-    """What consumers list."""
+    """The models that consumers say they offer, as far as is known."""
 
     def listed(self, name: str, *, wanted: str | None = None) -> ModelListing | None:
         """The models that the consumer lists, None if that is not known. `wanted`: the one that

@@ -75,7 +75,7 @@ class Shortages:
 
     @property
     def failures(self) -> MemoryFailures:
-        """So far."""
+        """How many jobs ran out of memory since the start, and how many of them were healed."""
         return self._failures
 
     def in_answer(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> Shortage | None:

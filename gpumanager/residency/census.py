@@ -181,7 +181,7 @@ class Census:
         hopeful: bool = False,
         reload_s: float = 0.0,
     ) -> Resident:
-        """One of them."""
+        """The consumer of this name, as the decision sees it."""
         consumer, state = self.snapshot.consumers[name], self.snapshot.states[name]
         return Resident(
             name=name,

@@ -104,7 +104,8 @@ Decision = Start | Prepare | MakeRoom | Wait | Refuse
 
 
 def decide(picture: Picture, policy: Policy) -> Decision:
-    """What to do now."""
+    """What to do now: start jobs, make room for one, wait, or refuse one. Pure; the caller carries
+    it out and asks again."""
     if picture.preparing is not None:
         return _make_room(picture, picture.preparing)
     waiting, running = picture.waiting, picture.running

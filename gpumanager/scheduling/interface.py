@@ -28,7 +28,7 @@ class Ticket(Protocol):
 
     @property
     def job(self) -> Job:
-        """What was enqueued."""
+        """The job that this ticket stands for."""
 
     @property
     def waited_s(self) -> float:

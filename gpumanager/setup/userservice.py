@@ -65,11 +65,11 @@ class UserService:
 
     @property
     def file(self) -> Path:
-        """Where the unit lies."""
+        """The path of the unit's file, whether it is there or not."""
         return config_folder(self.environ) / "systemd" / "user" / UNIT
 
     def text(self, config: Path, drain_s: float) -> str:
-        """The unit for a config."""
+        """The text of a unit that serves a config."""
         return TEMPLATE.format(
             mark=MARK,
             python=_quoted(sys.executable),
@@ -79,7 +79,7 @@ class UserService:
 
     @property
     def active(self) -> bool:
-        """Whether the unit runs."""
+        """Whether systemd says that the unit is active."""
         try:
             self._systemctl("is-active", UNIT)
         except ServiceError:

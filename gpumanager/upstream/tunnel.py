@@ -91,11 +91,11 @@ class End:
             self.parted = True
 
     def fail(self) -> None:
-        """It takes nothing more."""
+        """Its socket takes nothing more: drop what waits for it."""
         self.out, self.shut = b"", True
 
     def wanted(self, other: End) -> int:
-        """What to wait for."""
+        """The selector's events to wait for, 0: none."""
         events = 0
         if not self.over and not other.out:
             events |= selectors.EVENT_READ

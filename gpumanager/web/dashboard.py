@@ -67,7 +67,7 @@ def _answer(found: _File, status: int) -> Response:
 
 @cache
 def _files() -> dict[str, _File]:
-    """All of them, by name."""
+    """The content of each of the page's files, by name, read once."""
     found = {}
     for entry in files("gpumanager.web").joinpath("static").iterdir():
         content = entry.read_bytes()

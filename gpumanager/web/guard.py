@@ -183,7 +183,7 @@ class _Guarded:
         return iter(self.body)
 
     def close(self) -> None:
-        """End the request."""
+        """End the request: undo what its layers left in the stack, once, and log it."""
         over, self._over = self._over, None
         if over is None:
             return

@@ -109,7 +109,7 @@ class ModelLists:
 
 
 def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -> None:
-    """The routes."""
+    """Add the routes of the lists, and of Ollama's calls outside the lock, to `app`."""
 
     def openai(offered: Offered) -> dict[str, Any]:
         said = lists.details(offered)

@@ -36,7 +36,7 @@ class Protocol:
     told_to_retry: bool = False
 
     def body(self, error: BrokerError) -> dict[str, Any]:
-        """An error's JSON."""
+        """The JSON that a client of this protocol gets for an error."""
         return self.shape(error.envelope(), error.status)
 
     def headers(self, error: BrokerError) -> list[tuple[str, str]]:

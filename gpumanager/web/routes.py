@@ -53,7 +53,7 @@ HISTORY_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the routes need."""
+    """What the routes call: one of each, made by `app`."""
 
     config: Config
     ways: Ways
