@@ -122,8 +122,10 @@ class Footprint:
         self._current[source] = (mib, at)
         return True
 
-    def job_done(self, at: float) -> None:
-        """A job has ended well; what was seen to be held meanwhile was enough for it."""
+    def job_done(self, at: float) -> bool:
+        """A job has ended well; what was seen to be held meanwhile was enough for it. True if that
+        is news: anything was seen, or a raised figure is waiting for it."""
+        news = bool(self._current) or self._raised is not None
         for source, peak in self._current.items():
             self._add(source, peak)
         self._last = set(self._current)
@@ -131,6 +133,7 @@ class Footprint:
         if self._raised is not None:
             self._raised = replace(self._raised, good=self._raised.good + 1)
             self._forget_raised(at)
+        return news
 
     def discard(self) -> None:
         """What was seen since the last job says nothing of the next: it failed, or the consumer

@@ -107,11 +107,16 @@ class _Record:
         self.residue_at: float | None = None
         self.releasing: tuple[float, int] | None = None
         self.times = {name: deque[float](maxlen=REMEMBERED) for name in _TIMES}
+        # Of the footprint, as long as nothing is new in it: most jobs change only the times.
+        self.drawn: tuple[Figure | None, Needs] | None = None
 
     def figures(self, now: float) -> Figures:
+        if self.drawn is None:
+            self.drawn = (self.footprint.peak, self.footprint.needs(now))
+        peak, needs = self.drawn
         return Figures(
-            peak=self.footprint.peak,
-            needs=self.footprint.needs(now),
+            peak=peak,
+            needs=needs,
             residue_mib=self.residue_mib,
             residue_at=self.residue_at,
             kept_mib=self.residue_mib if self.releasing is None else self.releasing[1],
@@ -187,8 +192,7 @@ class Learned:
         with self._lock:
             record = self._records[name]
             record.times["cold_s" if cold else "run_s"].append(seconds)
-            record.footprint.job_done(self._now())
-            self._changed(name)
+            self._changed(name, footprint=record.footprint.job_done(self._now()))
             self._changes += 1
 
     def knows_enough(self, name: str) -> bool:
@@ -258,9 +262,12 @@ class Learned:
             self._changed(name)
             self._changes += 1
 
-    def _changed(self, name: str) -> None:
-        """With the lock: publish, if it is news."""
-        figures = self._records[name].figures(self._now())
+    def _changed(self, name: str, *, footprint: bool = True) -> None:
+        """With the lock: publish, if it is news. Without `footprint`, nothing changed in that."""
+        record = self._records[name]
+        if footprint:
+            record.drawn = None
+        figures = record.figures(self._now())
         if figures != self._known.get(name):
             self._known = MappingProxyType({**self._known, name: figures})
             self._tell(self._known)
