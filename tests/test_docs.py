@@ -139,9 +139,11 @@ def test_every_picture_that_is_shown_is_there_and_no_other() -> None:
 
 def test_the_page_of_clients_names_tests_that_exist_and_every_call() -> None:
     text = (ROOT / "docs" / "clients.md").read_text()
-    names = ("sdks", "sdk_errors", "websockets", "stops", "mounts")
-    files = [ROOT / "tests" / "integration" / f"test_{name}.py" for name in names]
-    files.append(ROOT / "tests" / "browser" / "test_comfyui.py")
+    files = [
+        file
+        for folder in ("integration", "browser", "real")
+        for file in (ROOT / "tests" / folder).glob("test_*.py")
+    ]
     code = "".join(file.read_text() for file in files)
     named = re.findall(r"`(test_\w+)(?:\[(.+?)\])?`", text)
     for test, _ in named:

@@ -25,8 +25,11 @@ class Clients:
     """One of each SDK, with `url` for its base, as its documents say, and `key` where it keeps one.
     Each is imported and made when somebody asks for it: that takes longer than most tests."""
 
-    def __init__(self, stack: ExitStack, url: str, key: str, max_retries: int) -> None:
-        self._stack, self._url, self._key, self._max_retries = stack, url, key, max_retries
+    def __init__(
+        self, stack: ExitStack, url: str, key: str, max_retries: int, timeout: float
+    ) -> None:
+        self._stack, self._url, self._key = stack, url, key
+        self._max_retries, self._timeout = max_retries, timeout
 
     @cached_property
     def openai(self) -> OpenAI:
@@ -37,7 +40,7 @@ class Clients:
                 base_url=f"{self._url}/v1",
                 api_key=self._key,
                 max_retries=self._max_retries,
-                timeout=20,
+                timeout=self._timeout,
             )
         )
 
@@ -47,7 +50,10 @@ class Clients:
 
         return self._stack.enter_context(
             Anthropic(
-                base_url=self._url, api_key=self._key, max_retries=self._max_retries, timeout=20
+                base_url=self._url,
+                api_key=self._key,
+                max_retries=self._max_retries,
+                timeout=self._timeout,
             )
         )
 
@@ -56,16 +62,18 @@ class Clients:
         from ollama import Client
 
         headers = {"Authorization": f"Bearer {self._key}"}
-        client: Ollama = Client(host=self._url, headers=headers, timeout=20)
+        client: Ollama = Client(host=self._url, headers=headers, timeout=self._timeout)
         self._stack.callback(client.close)
         return client
 
 
 @contextmanager
-def clients(url: str, *, key: str = "none", max_retries: int = 0) -> Iterator[Clients]:
+def clients(
+    url: str, *, key: str = "none", max_retries: int = 0, timeout: float = 20
+) -> Iterator[Clients]:
     """Clients that are closed when the block is left."""
     with ExitStack() as stack:
-        yield Clients(stack, url, key, max_retries)
+        yield Clients(stack, url, key, max_retries, timeout)
 
 
 def _dump(found: Any) -> Any:
