@@ -64,13 +64,8 @@ class Census:
     def card(self) -> Card:
         """All that is decided by memory."""
         snapshot, now = self.snapshot, self.balance()
-        states = {name: _lucky(state) for name, state in snapshot.states.items()}
-        lucky = Census(snapshot.supposing(states), self._now).residents(hopeful=True)
         return Card(
-            {
-                resident.name: self._standing(resident, best, now)
-                for resident, best in zip(self.residents(), lucky, strict=True)
-            },
+            {resident.name: self._standing(resident, now) for resident in self.residents()},
             snapshot.gpu.reading,
             snapshot.gpu.last,
             snapshot.config.gpu.total_mib,
@@ -79,23 +74,40 @@ class Census:
             self._now,
         )
 
-    def _standing(self, resident: Resident, lucky: Resident, now: Balance) -> Standing:
+    def _standing(self, resident: Resident, now: Balance) -> Standing:
         snapshot, name = self.snapshot, resident.name
         consumer, state = snapshot.consumers[name], snapshot.states[name]
+        demand = self.demand(name, now)
+        hoped_floor_mib = _floor(consumer, state, snapshot.figures(name), hopeful=True)
+        lucky = replace(resident, floor_mib=hoped_floor_mib)
+        lucky_surely_mib = demand.held_mib
+        if state.assumed is not None:
+            others = self._supposing(name, replace(state, loaded=False, assumed=None))
+            lucky = others.resident(name, hopeful=True, reload_s=resident.reload_s)
+        if state.assumed is not None or state.unloaded_at is not None:
+            loaded = state.loaded or state.assumed is not None
+            own = replace(state, loaded=loaded, assumed=None, unloaded_at=None)
+            lucky_surely_mib = holder(
+                self._supposing(name, own).snapshot, name, self._now
+            ).surely_mib
         reading = snapshot.gpu.reading
         held_mib = 0 if reading is None else reading.measured_mib(name) or 0
         still_mib = max(0, held_mib - keeps_mib(snapshot, name))
-        as_target = snapshot.supposing({**snapshot.states, name: _lucky_target(state)})
         return Standing(
             resident,
-            self.demand(name, now),
+            demand,
             consumer.vram_resident_mib,
-            _floor(consumer, state, snapshot.figures(name), hopeful=True),
+            hoped_floor_mib,
             lucky,
-            holder(as_target, name, self._now).surely_mib,
+            lucky_surely_mib,
             still_mib if self._is_coming(state) else 0,
             still_mib if self._is_late(state) else 0,
         )
+
+    def _supposing(self, name: str, state: ConsumerState) -> Census:
+        """The same, with another state of one consumer."""
+        states = {**self.snapshot.states, name: state}
+        return Census(self.snapshot.supposing(states), self._now)
 
     def _is_coming(self, state: ConsumerState) -> bool:
         return state.is_releasing(self._now) and not state.quarantine
@@ -193,17 +205,6 @@ class Census:
             floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
         )
-
-
-def _lucky(state: ConsumerState) -> ConsumerState:
-    """As if what is assumed of it were in favour of the jobs of others."""
-    return state if state.assumed is None else replace(state, loaded=False, assumed=None)
-
-
-def _lucky_target(state: ConsumerState) -> ConsumerState:
-    """As if what is assumed of it were in favour of its own."""
-    loaded = state.loaded or state.assumed is not None
-    return replace(state, loaded=loaded, assumed=None, unloaded_at=None)
 
 
 def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[EvictionMethod, ...]:

@@ -109,9 +109,9 @@ class RoomMaker:
         self._loader.load(job)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
-    def ready(self, consumer: str) -> bool:
-        """Whether `make_room` would find nothing to do, by what is known already."""
-        snapshot = self._registry.now
+    def ready(self, job: Job) -> bool:
+        """Whether `make_room` would find nothing to do for a job, by what is known already."""
+        snapshot, consumer = self._registry.now.of(job), job.consumer
         state = snapshot.states[consumer]
         return (
             self._clock.monotonic() >= self._probes_due

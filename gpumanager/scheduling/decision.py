@@ -38,16 +38,16 @@ class Picture:
     `waiting` are the first places of the queue, in the order of arrival, as many as the policy
     looks at, or as matter for who must go; `running` are those that hold the GPU. `limits` is how
     many jobs of a consumer may run at once; one that is missing there may have as many as the
-    policy lets run. `ready` are the consumers that surely hold all they need already, so that the
-    card need not be looked at for them. `card` is None where nobody has looked at it. `preparing`
-    is the ticket among the running ones whose consumer has yet to get its room, None if there is
-    none, and `so_far` what has been done for it.
+    policy lets run. `ready` are the tickets of those whose consumers surely hold all they need
+    already, so that the card need not be looked at for them. `card` is None where nobody has
+    looked at it. `preparing` is the ticket among the running ones whose consumer has yet to get
+    its room, None if there is none, and `so_far` what has been done for it.
     """
 
     waiting: Sequence[Waiting] = ()
     running: Sequence[Running] = ()
     limits: Mapping[str, int] = field(default_factory=dict)
-    ready: Container[str] = ()
+    ready: Container[int] = ()
     card: Card | None = None
     preparing: int | None = None
     so_far: SoFar = SoFar()
@@ -116,7 +116,7 @@ def decide(picture: Picture, policy: Policy) -> Decision:
         chosen = policy.next_up(waiting, running, picture.now)
         if chosen is None or (picture.limits and _at_limit(picture.limits, running, chosen)):
             break
-        if chosen.job.makes_room and chosen.job.consumer not in picture.ready:
+        if chosen.job.makes_room and chosen.ticket not in picture.ready:
             if started:
                 break  # those first: they change what there is room for
             if picture.card is None:

@@ -60,9 +60,9 @@ class Room(Protocol):
     def evictions(self) -> int:
         """Consumers unloaded so far."""
 
-    def ready(self, consumer: str) -> bool:
-        """Whether there is nothing to do for a consumer, by what is known already: makes no call
-        and does not wait, since it is asked under the queue's lock."""
+    def ready(self, job: Job) -> bool:
+        """Whether there is nothing to do for a job, by what is known already: makes no call and
+        does not wait, since it is asked under the queue's lock."""
 
     def make_room(self, ticket: Granted) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
@@ -220,14 +220,17 @@ class Queue:
             else:
                 return
 
-    def _ready_locked(self, waiting: Iterable[Waiting]) -> set[str]:
-        """The consumers of these that the card need not be looked at for."""
-        jobs = [place.job for place in waiting]
-        if self._room is None:
-            return {job.consumer for job in jobs}
-        names = {job.consumer for job in jobs if job.makes_room and job.runs}
+    def _ready_locked(self, waiting: Iterable[Waiting]) -> set[int]:
+        """The tickets of those that the card need not be looked at for."""
+        room = self._room
+        if room is None:
+            return {place.ticket for place in waiting}
         try:
-            return set(filter(self._room.ready, names))
+            return {
+                place.ticket
+                for place in waiting
+                if place.job.makes_room and place.job.runs and room.ready(place.job)
+            }
         except Exception:  # whose turn it is must not depend on it
             log.exception("looking at who is ready failed")
             return set()

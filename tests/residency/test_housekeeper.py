@@ -42,7 +42,7 @@ class House:
         self._act("room for", ticket.job.consumer)
         self.registry.set_loaded(ticket.job.consumer, True)
 
-    def ready(self, consumer: str) -> bool:
+    def ready(self, job: Job) -> bool:
         return False
 
     def relieve(self, ticket: Ticket) -> bool:

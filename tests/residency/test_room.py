@@ -333,16 +333,16 @@ def test_ready_is_who_has_nothing_to_be_done_for_it(stopped_by: bool) -> None:
     bench.attributed = True
     bench.resident("llm", used=5)
     sampled(bench)
-    assert not bench.room.ready("llm")  # the first probes may say otherwise yet
+    assert not bench.room.ready(Job("llm", "tts"))  # the first probes may say otherwise yet
     bench.clock.advance(5)
     sampled(bench)
-    assert bench.room.ready("llm")
-    assert not bench.room.ready("tts")
+    assert bench.room.ready(Job("llm", "tts"))
+    assert not bench.room.ready(Job("tts", "tts"))
     if stopped_by:
         bench.registry.mark_stopped("llm", StoppedBy("signal"))
     else:
         bench.registry.probe_failed("llm", "refused")
-    assert not bench.room.ready("llm")
+    assert not bench.room.ready(Job("llm", "tts"))
     assert bench.measurements == 0
 
 
@@ -351,10 +351,22 @@ def test_none_is_ready_while_others_are_assumed_to_be_loaded_that_cannot_be() ->
     bench.registry.set_gpu(GpuState(err="no driver"))
     bench.resident("llm")
     bench.clock.advance(5)
-    assert not bench.room.ready("llm")
+    assert not bench.room.ready(Job("llm", "tts"))
     bench.make_room("llm")
     assert not bench.registry.get("tts").loaded
-    assert bench.room.ready("llm")
+    assert bench.room.ready(Job("llm", "tts"))
+
+
+def test_whether_a_job_is_ready_is_told_by_the_settings_of_its_admission() -> None:
+    bench = Bench(THREE, total=24000)
+    bench.attributed = True
+    bench.resident("llm", used=5)
+    bench.clock.advance(5)
+    sampled(bench)
+    settings = bench.registry.now.config.consumers["llm"]
+    larger = settings.model_copy(update={"vram_resident_mib": 9000})
+    assert bench.room.ready(Job("llm", "tts", settings=settings))
+    assert not bench.room.ready(Job("llm", "tts", settings=larger))
 
 
 def test_a_stale_sample_is_not_believed() -> None:

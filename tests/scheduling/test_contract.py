@@ -28,7 +28,7 @@ Make = Callable[..., Scheduler]
 class NoRoomNeeded:
     evictions = 0
 
-    def ready(self, consumer: str) -> bool:
+    def ready(self, job: Job) -> bool:
         return True
 
     def make_room(self, ticket: Granted) -> None:
@@ -560,7 +560,7 @@ def test_a_job_that_would_run_at_once_is_told_so(make: Make) -> None:
 
 
 class Refuses(NoRoomNeeded):
-    def ready(self, consumer: str) -> bool:
+    def ready(self, job: Job) -> bool:
         return False
 
     def __init__(self, error: BrokerError) -> None:
@@ -691,7 +691,7 @@ def test_a_job_that_needs_room_is_not_begun_before_there_is_some() -> None:
     made: list[str] = []
 
     class RoomLater(NoRoomNeeded):
-        def ready(self, consumer: str) -> bool:
+        def ready(self, job: Job) -> bool:
             return False
 
         def make_room(self, ticket: Granted) -> None:
@@ -712,7 +712,7 @@ def test_a_fault_in_the_look_at_who_is_ready_costs_nobody_the_turn(
     made: list[str] = []
 
     class Faulty(NoRoomNeeded):
-        def ready(self, consumer: str) -> bool:
+        def ready(self, job: Job) -> bool:
             raise ValueError("a fault")
 
         def make_room(self, ticket: Granted) -> None:

@@ -84,11 +84,11 @@ def test_nobody_starts_where_nobody_waits() -> None:
 
 
 def test_the_first_starts_if_its_consumer_holds_all_it_needs() -> None:
-    assert decide(Picture(waiting("tts", "llm"), ready={"tts"}), ONE) == Start((1,))
+    assert decide(Picture(waiting("tts", "llm"), ready={1}), ONE) == Start((1,))
 
 
 def test_the_first_is_prepared_if_that_is_not_known() -> None:
-    assert decide(Picture(waiting("llm", "tts"), ready={"tts"}), ONE) == Prepare(1)
+    assert decide(Picture(waiting("llm", "tts"), ready={2}), ONE) == Prepare(1)
 
 
 def test_what_takes_no_memory_starts_as_it_is() -> None:
@@ -96,19 +96,19 @@ def test_what_takes_no_memory_starts_as_it_is() -> None:
 
 
 def test_nobody_starts_beside_another_one() -> None:
-    picture = Picture(waiting("tts"), running("tts"), ready={"tts"})
+    picture = Picture(waiting("tts"), running("tts"), ready={1})
     assert decide(picture, ONE) == Wait("running")
 
 
 def test_with_a_policy_for_several_all_start_that_can() -> None:
-    picture = Picture(waiting("tts", "stt", "llm", "tts"), running("tts"), ready={"tts", "stt"})
+    picture = Picture(waiting("tts", "stt", "llm", "tts"), running("tts"), ready={1, 2, 4})
     assert decide(picture, SEVERAL) == Start((1, 2))  # and then it is decided for llm
-    everyone = replace(picture, ready={"tts", "stt", "llm"})
+    everyone = replace(picture, ready={1, 2, 3, 4})
     assert decide(everyone, SEVERAL) == Start((1, 2, 3))
 
 
 def test_a_consumer_has_no_more_jobs_at_once_than_it_may() -> None:
-    picture = Picture(waiting("tts", "tts", "tts"), ready={"tts"}, limits={"tts": 2})
+    picture = Picture(waiting("tts", "tts", "tts"), ready={1, 2, 3}, limits={"tts": 2})
     assert decide(picture, SEVERAL) == Start((1, 2))
     assert decide(replace(picture, running=running("tts", "tts")), SEVERAL) == Wait("running")
 
@@ -220,7 +220,7 @@ class Enough:
 
     evictions = 0
 
-    def ready(self, consumer: str) -> bool:
+    def ready(self, job: Job) -> bool:
         return True
 
     def make_room(self, ticket: Granted) -> None:

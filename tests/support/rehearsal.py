@@ -393,8 +393,9 @@ class _Patient:
     def outlook(self) -> Any:
         raise NotImplementedError
 
-    def ready(self, consumer: str) -> bool:
-        ready: bool = self._rehearsal.room.ready(consumer)
+    def ready(self, asked: Any) -> bool:
+        """Asked with a job; before, with a consumer."""
+        ready: bool = self._rehearsal.room.ready(asked)
         return ready
 
     def make_room(self, ticket: Any) -> None:
