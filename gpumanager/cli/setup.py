@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpumanager.cli import starting
+from gpumanager.cli import starting, taking
 from gpumanager.cli.group import fail, listen_address, main
 from gpumanager.config import (
     Config,
@@ -25,6 +25,7 @@ from gpumanager.config import (
 if TYPE_CHECKING:
     from gpumanager.setup.configfile import Figures, Proposal
     from gpumanager.setup.discovery import Found
+    from gpumanager.setup.taking import Place
 
 MOST_UNKNOWN = 12
 """Listeners that are named."""
@@ -94,6 +95,11 @@ def _needs(
     callback=_needs,
     help="What a new consumer's largest model needs, without a driver; else you are asked.",
 )
+@click.option(
+    "--take-ports/--no-take-ports",
+    default=None,
+    help="Listen where clients expect the servers, which move aside; else you are asked.",
+)
 def setup(
     path: Path | None,
     listen: str,
@@ -104,6 +110,7 @@ def setup(
     kind: str | None,
     total_mib: int | None,
     needs_mib: Mapping[str, int],
+    take_ports: bool | None,
 ) -> None:
     """Find the AI servers on this machine, write a config, and start the broker.
 
@@ -111,15 +118,17 @@ def setup(
     changes nothing that you have changed.
     """
     from gpumanager.setup.configfile import CannotAdd, Figures, propose
+    from gpumanager.setup.taking import taken
 
     path = users_config_path(os.environ) if path is None else path.absolute()
     before, old = _there(path)
     measured_mib, found = _find(ports, old or Config(listen=listen))
     figures = Figures(total_mib or 0, needs_mib)
 
-    def proposed() -> Proposal:
+    def proposed(places: Sequence[Place] = ()) -> Proposal:
         try:
-            return propose(before, found, listen=listen, total_mib=measured_mib, figures=figures)
+            plain = propose(before, found, listen=listen, total_mib=measured_mib, figures=figures)
+            return taken(plain, places)
         except CannotAdd as error:
             click.echo(error.by_hand)
             fail(f"{path}: {error}; add by hand what stands above, then: gpumanager reload")
@@ -129,9 +138,12 @@ def setup(
     proposal = proposed()
     if unknown := set(needs_mib) - set(proposal.added):
         fail(f"--vram: no new consumer is called {', '.join(sorted(unknown))}")
-    if measured_mib is None and not (yes or dry_run) and sys.stdin.isatty():
+    asks = taking.may_ask(yes=yes, dry_run=dry_run)
+    if measured_mib is None and asks:
         figures = _asked_figures(proposal, figures)
         proposal = proposed()
+    places = taking.chosen(proposal, found, take_ports, ask=asks)
+    proposal = proposed(places)
     config = proposal.config
     start = starting.plan(path, config) if service else None
     for line in proposal.diff(str(path)):
@@ -140,15 +152,22 @@ def setup(
     if not proposal.changed:
         click.echo(f"{path}: nothing to add")
     _tell(proposal, path, measured=measured_mib is not None)
+    moves = taking.planned(config, found, places)
     if start is not None:
         click.echo(start.told)
     if dry_run:
         return
-    if not yes and (proposal.changed or start is not None):
+    if not yes and (proposal.changed or moves or start is not None):
         _ask_once()
     if proposal.changed:
         _written(path, proposal.after)
         click.echo(f"{path} is written")
+    # Without a broker in its place a server is better off where its clients find it.
+    will_run = start is None or start.runs
+    if will_run and not taking.moved(moves):
+        again = f"gpumanager serve --config {path}" if start is None else starting.again(path)
+        click.echo(f"    then, to start the broker: {again}")
+        return
     if start is None:
         click.echo(f"start it with: gpumanager serve --config {path}")
         return
@@ -230,7 +249,9 @@ def _there(path: Path) -> tuple[str, Config | None]:
 def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Sequence[Found]]:
     """The card's memory in MiB, if it can be measured, and what runs here; says both."""
     from gpumanager.gpu.device import GpuUnavailable, open_card
+    from gpumanager.host.processes import SystemProcesses
     from gpumanager.setup.discovery import discover
+    from gpumanager.setup.taking import held_by_broker
 
     total_mib, held = None, None
     card = open_card(0)
@@ -244,7 +265,7 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         click.echo(f"card: cannot be measured ({error})")
     finally:
         card.close()
-    skip = [config.port, *config.setup.ignore]
+    skip = {config.port, *config.setup.ignore, *held_by_broker(config, SystemProcesses())}
     seen = discover(skip=skip, only=only, held_mib=held)
     found = seen.servers
     for each in found:

@@ -102,7 +102,7 @@ def _own_unit(
 
 
 def _with_unit(user: Any, path: Path, config: Config) -> Start:
-    from gpumanager.setup.userservice import ServiceError
+    from gpumanager.setup.systemd import ServiceError
 
     text = user.text(path, config.drain_timeout)
     how = "unchanged; will be restarted" if user.has(text) else "will be written"
@@ -161,6 +161,11 @@ def _not_reloaded(reason: str, config: Config, path: Path) -> NoReturn:
         f"    after you have corrected that: {_command('reload', config)}\n"
         f"    or restart it: {_command('drain', config)}, then gpumanager setup{_option(path)}"
     )
+
+
+def again(path: Path) -> str:
+    """What goes on with a setup that was not finished."""
+    return f"gpumanager setup{_option(path)}"
 
 
 def client(config: Config) -> BrokerClient:

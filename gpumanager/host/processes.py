@@ -18,7 +18,7 @@ import psutil
 from gpumanager.addresses import host_and_port
 from gpumanager.config import Config, ConsumerConfig
 
-_FRONTS = frozenset(
+FRONTS = frozenset(
     {"systemd", "init", "docker-proxy", "rootlessport", "conmon", "pasta", "slirp4netns", "ssh"}
 )
 """Processes that hold a port for another one, which is not their descendant."""
@@ -255,7 +255,7 @@ class ConsumerProcesses:
             for ip in (host, f"::ffff:{host}", anywhere, "::"):
                 if pids := listeners.get((ip, port)):
                     wanted = tuple(
-                        pid for pid in pids if (self._table.name(pid) in _FRONTS) == fronts
+                        pid for pid in pids if (self._table.name(pid) in FRONTS) == fronts
                     )
                     if wanted:
                         yield name, wanted

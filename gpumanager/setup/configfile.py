@@ -112,7 +112,7 @@ def propose(
     old = parse_config(before) if before.strip() else None
     taken = set(old.consumers) if old else set()
     known = (
-        {port for each in old.consumers.values() if (port := local_port(each.url))}
+        {port for each in old.consumers.values() if (port := local_port(each.url))} | set(old.ports)
         if old
         else set()
     )

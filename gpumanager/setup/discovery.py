@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from gpumanager.host.processes import ProcessTable, SystemProcesses
+from gpumanager.host.processes import FRONTS, ProcessTable, SystemProcesses
 from gpumanager.setup.brokers import RunningBroker
 from gpumanager.setup.services import Identity, Service, identify, known_services
 
@@ -129,8 +129,11 @@ _CONTAINER = re.compile(r"(?:docker|libpod|cri-containerd)[-/]([0-9a-f]{64})")
 
 
 def _manager(pids: Iterable[int], table: ProcessTable) -> Manager | None:
-    """What runs the first of the processes that anything is known of, by its cgroup."""
+    """What runs the first of the processes that anything is known of, by its cgroup. One that
+    holds the port for another (docker-proxy) belongs to a unit that runs much else."""
     for pid in pids:
+        if table.name(pid) in FRONTS:
+            continue
         cgroup = table.cgroup(pid)
         if container := _CONTAINER.search(cgroup):
             return Manager("container", container[1][:12])

@@ -45,6 +45,7 @@ class Service:
     also: Mapping[str, str] | None = None
     older: Mapping[str, Any] | None = None
     job: Mapping[str, Any] | None = None
+    moves: Mapping[str, str] = field(default_factory=dict)
 
     def agrees(self, answer: bytes) -> bool:
         """Whether what was answered to `also` is one's of this kind."""

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumanager.folders import config_folder
+from gpumanager.setup.systemd import ServiceError, Systemd
 
 UNIT = "gpumanager.service"
 MARK = "# made by `gpumanager setup`"
-SYSTEMCTL_TIMEOUT_S = 30
 
 TEMPLATE = """\
 {mark}; setup rewrites it only while this line is here
@@ -42,10 +41,6 @@ WantedBy=default.target
 """
 
 
-class ServiceError(Exception):
-    """The service could not be set up; the text says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class UserService:
     """The unit of the user whose `environ` this is."""
@@ -66,7 +61,7 @@ class UserService:
     @property
     def file(self) -> Path:
         """The path of the unit's file, whether it is there or not."""
-        return config_folder(self.environ) / "systemd" / "user" / UNIT
+        return Systemd(self.environ).units / UNIT
 
     def text(self, config: Path, drain_s: float) -> str:
         """The text of a unit that serves a config."""
@@ -80,11 +75,7 @@ class UserService:
     @property
     def active(self) -> bool:
         """Whether systemd says that the unit is active."""
-        try:
-            self._systemctl("is-active", UNIT)
-        except ServiceError:
-            return False
-        return True
+        return Systemd(self.environ).is_active(UNIT)
 
     def is_ours(self) -> bool:
         """Whether the unit may be written: there is none, or setup made it."""
@@ -117,22 +108,7 @@ class UserService:
         self._systemctl("reload", UNIT)
 
     def _systemctl(self, *words: str) -> str:
-        command = ["systemctl", "--user", "--no-pager", *words]
-        try:
-            done = subprocess.run(
-                command,
-                env=dict(self.environ),
-                capture_output=True,
-                text=True,
-                timeout=SYSTEMCTL_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"systemctl --user {words[0]}: {error}") from None
-        if done.returncode:
-            said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-            raise ServiceError(f"systemctl --user {' '.join(words)}: {said}")
-        return done.stdout
+        return Systemd(self.environ).call(*words)
 
 
 def start_in_background(config: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -1,4 +1,5 @@
-"""Adding entries to a YAML text that somebody wrote by hand, with nothing else in it changed."""
+"""Adding entries to a YAML text that somebody wrote by hand, and changing one value in it, with
+nothing else in it changed."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 
-def with_entries(text: str, key: str, entries: Mapping[str, Any], rows: Sequence[str]) -> str:
+def with_entries(text: str, key: str, entries: Mapping[Any, Any], rows: Sequence[str]) -> str:
     """`text` with `entries` added to the mapping at its top-level `key`, in the style that it has
     there: in flow style (`{a: 1}`) as such, else as the block lines `rows`, which say the same,
     and may hold comments. A `key` that is not there is added at the end.
@@ -39,12 +40,37 @@ def with_entries(text: str, key: str, entries: Mapping[str, Any], rows: Sequence
     return after
 
 
+def with_value(text: str, path: Sequence[str], value: str) -> str:
+    """`text` with `value` in place of the string that stands at the keys of `path`, quoted as that
+    was. Raises ValueError for a text that does not have it in one place of its own."""
+    node = yaml.compose(text)
+    for key in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((inner for outer, inner in pairs if outer.value == key), None)
+    if not isinstance(node, yaml.ScalarNode) or node.style not in (None, "'", '"'):
+        raise ValueError(f"{'.'.join(path)} is laid out in a way that it cannot be changed")
+    quote = node.style or ""
+    start, end = node.start_mark.index, node.end_mark.index
+    after = f"{text[:start]}{quote}{value}{quote}{text[end:]}"
+    expected = inside = yaml.safe_load(text)
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    try:
+        same = yaml.safe_load(after) == expected
+    except yaml.YAMLError:
+        same = False
+    if not same:
+        raise ValueError(f"{'.'.join(path)} is laid out in a way that it cannot be changed")
+    return after
+
+
 def _in_flow_root(
     text: str,
     root: yaml.MappingNode,
     key: str,
     node: yaml.Node | None,
-    entries: Mapping[str, Any],
+    entries: Mapping[Any, Any],
 ) -> str:
     if node is None:
         return _into_flow(text, root, {key: dict(entries)})
@@ -55,7 +81,7 @@ def _in_flow_root(
     return f"{text[:start]}{gap}{{{_flow(entries)}}}{text[end:]}"
 
 
-def _into_flow(text: str, node: yaml.MappingNode, entries: Mapping[str, Any]) -> str:
+def _into_flow(text: str, node: yaml.MappingNode, entries: Mapping[Any, Any]) -> str:
     if not node.value:
         start, end = node.start_mark.index, node.end_mark.index
         return f"{text[:start]}{{{_flow(entries)}}}{text[end:]}"
@@ -63,7 +89,7 @@ def _into_flow(text: str, node: yaml.MappingNode, entries: Mapping[str, Any]) ->
     return f"{text[:at]}, {_flow(entries)}{text[at:]}"
 
 
-def _flow(entries: Mapping[str, Any]) -> str:
+def _flow(entries: Mapping[Any, Any]) -> str:
     written = yaml.safe_dump(
         dict(entries), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
     )
@@ -127,7 +153,7 @@ def _indented(rows: Sequence[str], indent: str) -> list[str]:
     return [f"{indent}{row}".rstrip() for row in rows]
 
 
-def _check(before: str, after: str, key: str, entries: Mapping[str, Any]) -> None:
+def _check(before: str, after: str, key: str, entries: Mapping[Any, Any]) -> None:
     """Nothing but `entries` came in: an alias, say, may have led into another key."""
     expected: dict[str, Any] = yaml.safe_load(before)
     expected[key] = {**(expected.get(key) or {}), **entries}

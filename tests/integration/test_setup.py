@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pexpect
-import psutil
 import pytest
 import requests
 import yaml
@@ -24,114 +21,13 @@ import yaml
 from gpumanager.config import load_config
 from gpumanager.demo import studio
 from gpumanager.gpu.simulated import SimulatedCard
-from tests.support.fake_servers import Running, fake_server
+from tests.support.box import Box, is_up
+from tests.support.fake_servers import fake_server
 from tests.support.ports import free_port
 from tests.support.sockets import ScriptedConsumer, answer
 from tests.support.threads import eventually
 
 pytestmark = pytest.mark.timeout(90)
-
-SYSTEMCTL = """\
-#!{python}
-import json, os, subprocess, sys
-words = [w for w in sys.argv[1:] if not w.startswith("--")]
-with open(os.environ["SYSTEMCTL_LOG"], "a") as log:
-    log.write(json.dumps(words) + "\\n")
-if words[0] == "restart":
-    unit = os.path.join(os.environ["XDG_CONFIG_HOME"], "systemd", "user", words[1])
-    line = next(l for l in open(unit) if l.startswith("ExecStart="))
-    command = [word.strip('"') for word in line.removeprefix("ExecStart=").split()]
-    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                     stderr=subprocess.DEVNULL, start_new_session=True)
-"""
-"""Does what systemd would, as far as setup can tell."""
-
-
-class Box:
-    """A user's home on a machine with three servers."""
-
-    def __init__(self, home: Path, fakes: dict[str, Running]) -> None:
-        self.home = home
-        self.fakes = fakes
-        self.own: list[subprocess.Popen[bytes]] = []
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.config = home / "config" / "gpumanager" / "consumers.yaml"
-        self.environ = {
-            **os.environ,
-            "HOME": str(home),
-            "XDG_CONFIG_HOME": str(home / "config"),
-            "XDG_STATE_HOME": str(home / "state"),
-            "PATH": f"{home / 'bin'}:/usr/bin:/bin",
-            "SYSTEMCTL_LOG": str(home / "systemctl.log"),
-            "NO_COLOR": "1",
-        }
-
-    def run(
-        self, *words: str, answer: str = "", cwd: Path | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "gpumanager", *words],
-            env=self.environ,
-            cwd=cwd,
-            input=answer,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    def setup(self, *more: str, answer: str = "") -> subprocess.CompletedProcess[str]:
-        ports = ",".join(str(fake.port) for fake in self.fakes.values())
-        listen = f"127.0.0.1:{self.port}"
-        return self.run("setup", "--listen", listen, "--ports", ports, *more, answer=answer)
-
-    def with_systemd(self) -> None:
-        (self.home / "bin").mkdir()
-        file = self.home / "bin" / "systemctl"
-        file.write_text(SYSTEMCTL.format(python=sys.executable))
-        file.chmod(file.stat().st_mode | stat.S_IEXEC)
-
-    def systemctl(self) -> list[list[str]]:
-        lines = (self.home / "systemctl.log").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def brokers(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if str(self.config) in words and "serve" in words:
-                found.append(process)
-        return found
-
-    def serve_again(self, cwd: Path) -> None:
-        """In place of the broker that setup started, one that has to find its config."""
-        for process in self.brokers():
-            process.terminate()
-            process.wait(20)
-        self.serve("serve", cwd=cwd)
-
-    def serve(self, *words: str, cwd: Path | None = None) -> None:
-        """Start a broker of this user's, until `close`."""
-        command = [sys.executable, "-m", "gpumanager", *words]
-        pipe = subprocess.DEVNULL
-        process = subprocess.Popen(command, env=self.environ, stdout=pipe, stderr=pipe, cwd=cwd)
-        self.own.append(process)
-        eventually(lambda: is_up(f"{self.url}/healthz"), 60)
-
-    def close(self) -> None:
-        for own in self.own:
-            own.terminate()
-            own.wait(20)
-        for process in self.brokers():
-            process.kill()
-            process.wait(10)
-
-
-def is_up(url: str) -> bool:
-    with suppress(requests.RequestException):
-        return requests.get(url, timeout=5).status_code == 200
-    return False
 
 
 @pytest.fixture
@@ -313,6 +209,9 @@ def test_without_a_driver_it_asks_for_figures(box: Box) -> None:
     terminal.sendline("9000")
     terminal.expect("largest model of comfyui needs")
     terminal.sendline("")
+    for name in ("ollama", "comfyui"):
+        terminal.expect(f"Listen on {box.fakes[name].port} in the place of {name}")
+        terminal.sendline("")
     terminal.expect("has to have vram_resident_mib of comfyui")
     terminal.expect("Go ahead")
     terminal.sendline("y")
@@ -321,6 +220,7 @@ def test_without_a_driver_it_asks_for_figures(box: Box) -> None:
     assert terminal.exitstatus == 0
     config = load_config(str(box.config))
     assert config.gpu.total_mib == 12_000
+    assert not config.ports
     assert config.consumers["ollama"].vram_resident_mib == 9000
 
 

@@ -291,12 +291,21 @@ def main() -> None:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[5]) if sys.argv[5:] else 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", _port(kind)), Handler)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
     print(server.server_port, flush=True)
-    if sys.argv[6:] == ["detached"]:
+    if "detached" in sys.argv[6:]:
         threading.Event().wait()
     sys.stdin.read()
+
+
+def _port(kind: str) -> int:
+    """As the real ones are told theirs, or as the fifth word; 0: whichever is free."""
+    if kind == "ollama" and (address := os.environ.get("OLLAMA_HOST")):
+        return int(address.rpartition(":")[2])
+    if kind == "comfyui" and "--port" in sys.argv:
+        return int(sys.argv[sys.argv.index("--port") + 1])
+    return int(sys.argv[5]) if sys.argv[5:] else 0
 
 
 @dataclass
