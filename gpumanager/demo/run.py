@@ -91,6 +91,8 @@ def config_text(listen: str, card: SimulatedCard, speech_url: str) -> str:
                     "url": speech_url,
                     "health": {"path": "/health"},
                     "paths": {"tts": {"path": "/api/tts", "method": "POST"}},
+                    "routes": ["/v1/audio/speech"],
+                    "any_model": True,
                     "vram_resident_mib": SPEECH_MIB,
                     "load": {"method": "POST", "path": "/api/admin/load"},
                     "unload": {"method": "POST", "path": "/api/admin/unload"},

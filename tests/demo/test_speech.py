@@ -117,6 +117,29 @@ class Call:
 # Rendering
 
 
+def test_openais_clients_get_the_sound_itself(client: FlaskClient) -> None:
+    body = {"model": "tts-1", "voice": "alloy", "input": "Hello.", "response_format": "wav"}
+    answer = client.post("/v1/audio/speech", json=body)
+    assert (answer.status_code, answer.content_type) == (200, "audio/wav")
+    with answer, wave.open(io.BytesIO(answer.data)) as sound:
+        assert sound.getframerate() == RATE
+    assert client.get("/v1/models").json["data"][0]["id"] == speech.MODEL  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({}, '"input" has to be a string'),
+        (None, '"input" has to be a string'),
+        ({"input": "Hello.", "response_format": "mp3"}, '"response_format" has to be wav'),
+    ],
+)
+def test_what_openais_clients_may_ask_for(client: FlaskClient, body: Any, why: str) -> None:
+    answer = client.post("/v1/audio/speech", json=body)
+    assert answer.status_code == 400
+    assert why in answer.json["error"]  # type: ignore[index]
+
+
 def test_a_text_becomes_a_recording(client: FlaskClient) -> None:
     answer = say(client, "Twenty characters...")
     assert answer.status_code == 200
