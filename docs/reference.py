@@ -290,8 +290,8 @@ def http_page() -> str:
         "`Server-Timing: queue;dur=…, evict;dur=…, upstream;dur=…` (ms). Errors that the broker "
         "makes are JSON, `{error, message, consumer, retryable}`; what each means and what to do: "
         "[operations.md](operations.md). Where keys are configured everything but `/healthz` wants "
-        "one, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; what a key may do by its role: "
-        "[SECURITY.md](../SECURITY.md).\n",
+        "one, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`, or as a browser's password; what "
+        "a key may do by its role: [SECURITY.md](../SECURITY.md).\n",
     ]
     jobs = [f"/v1/{kind}" for kind in schema.KINDS]
     for path, methods in document["paths"].items():

@@ -72,12 +72,17 @@ class BadRequest(BrokerError):
 
 
 class Unauthorized(BrokerError):
-    """Keys are configured, and the request has none of them."""
+    """Keys are configured, and the request has none of them. `page`: a browser is to ask for one,
+    as a password; of several schemes it would know the first only."""
 
     status, code, retryable = 401, "unauthorized", False
 
+    def __init__(self, message: str, *, page: bool = False) -> None:
+        super().__init__(message)
+        self.scheme = "Basic" if page else "Bearer"
+
     def headers(self) -> list[tuple[str, str]]:
-        return [*super().headers(), ("WWW-Authenticate", 'Bearer realm="gpumanager"')]
+        return [*super().headers(), ("WWW-Authenticate", f'{self.scheme} realm="gpumanager"')]
 
 
 class Forbidden(BrokerError):

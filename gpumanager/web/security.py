@@ -7,6 +7,7 @@ one that had its own name resolve to loopback (DNS rebinding) still sends its na
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -61,7 +62,8 @@ class Keyring:
         return bool(self._keys)
 
     def identify(self, environ: WSGIEnvironment) -> tuple[str, Role]:
-        """Name and role of the key in `Authorization: Bearer …` or `X-Api-Key: …`.
+        """Name and role of the key in `Authorization: Bearer …` or `X-Api-Key: …`, or of the one
+        that is the password in `Authorization: Basic …`, as browsers send it.
 
         Raises Unauthorized.
         """
@@ -73,7 +75,8 @@ class Keyring:
                     found = key
         if found is None:
             message = "the key is not known" if shown else "a key is required"
-            raise Unauthorized(f"{message}: Authorization: Bearer KEY, or X-Api-Key: KEY")
+            message += ": Authorization: Bearer KEY, or X-Api-Key: KEY"
+            raise Unauthorized(message, page=_is_page(environ))
         return found.name, found.role
 
     def enter(self, name: str) -> None:
@@ -192,7 +195,16 @@ def _credentials(environ: Mapping[str, str]) -> list[bytes]:
     if scheme.lower() == "bearer":
         shown.append(token.strip(" \t"))
     shown.append(environ.get("HTTP_X_API_KEY", "").strip(" \t"))
-    return [_digest(key.encode("latin-1", "replace")) for key in shown if key]
+    keys = [key.encode("latin-1", "replace") for key in shown]
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            keys.append(base64.b64decode(token.strip(" \t"), validate=True).partition(b":")[2])
+    return [_digest(key) for key in keys if key]
+
+
+def _is_page(environ: Mapping[str, str]) -> bool:
+    """Whether a browser wants to show the answer, and can ask its user for a key."""
+    return environ["REQUEST_METHOD"] == "GET" and "text/html" in environ.get("HTTP_ACCEPT", "")
 
 
 def _same_address(name: str, address: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gpumanager.gpu.simulated import SimulatedCard
+from gpumanager.keys import ApiKey
 from gpumanager.telemetry.events import CallUnclassified, JobEnded
 from tests.browser.conftest import Page
 from tests.support.broker import LiveBroker, live_broker
@@ -22,7 +23,9 @@ Open = Callable[..., Page]
 
 
 @contextmanager
-def comfyui(folder: Path, **changes: Any) -> Iterator[tuple[LiveBroker, Running]]:
+def comfyui(
+    folder: Path, keys: Iterable[ApiKey] = (), **changes: Any
+) -> Iterator[tuple[LiveBroker, Running]]:
     card = SimulatedCard.create(folder / "card.json", 12_000)
     with fake_server("comfyui", card.path, "comfyui", 5000) as fake:
         config = {
@@ -31,7 +34,7 @@ def comfyui(folder: Path, **changes: Any) -> Iterator[tuple[LiveBroker, Running]
             "consumers": {"comfyui": {"preset": "comfyui", "url": fake.url}},
             **changes,
         }
-        with live_broker(yaml.safe_dump(config)) as live:
+        with live_broker(yaml.safe_dump(config), keys=keys) as live:
             yield live, fake
 
 
@@ -95,6 +98,29 @@ def test_on_a_port_of_its_own_it_is_as_if_there_were_no_broker(
         page.wait("#state", "done")
         assert not page.complaints
         assert fake.ask("GET", "/queue") == {"queue_running": [], "queue_pending": []}
+
+
+@pytest.mark.timeout(90)
+def test_where_there_are_keys_the_browser_asks_for_one(opened: Open, tmp_path: Path) -> None:
+    """And shows it with all that the page asks for, its WebSocket included."""
+    keys = [ApiKey(name, f"{name}-secret-key", role="client") for name in ("alice", "bob")]
+    with comfyui(tmp_path, keys=keys) as (live, _):
+        url = f"{live.url}/consumers/comfyui/"
+        alice, bob = (
+            opened(url, http_credentials={"username": "", "password": key.secret}) for key in keys
+        )
+        for page in (alice, bob):
+            page.wait("#remaining", "0")
+        alice.page.fill("#seconds", "30")
+        alice.press("Queue prompt")
+        alice.wait("#state", "running")
+        bob.press("Interrupt")
+        bob.wait("#log", "interrupt refused (403)")
+        assert alice.text("#state") == "running"
+        alice.press("Interrupt")
+        alice.wait("#state", "interrupted")
+        live.await_idle()
+        assert live.get("/consumers/comfyui/").status_code == 401
 
 
 @pytest.mark.timeout(90)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -52,6 +53,11 @@ ROUTES = [
 ]
 
 
+def basic(text: str) -> str:
+    """As a browser sends a name and a password."""
+    return f"Authorization: Basic {base64.b64encode(text.encode()).decode()}"
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 @pytest.mark.parametrize(
     "headers",
@@ -60,6 +66,10 @@ ROUTES = [
         ("Authorization: Bearer wrong-key-of-some-length",),
         ("Authorization: Bearer",),
         (f"Authorization: Basic {ALICE}",),
+        (basic(f"{ALICE}:"),),
+        (basic(ALICE),),
+        (basic(":" + ALICE + "x"),),
+        ("Authorization: Basic \xe9=",),
         (f"Authorization: {ALICE}",),
         (f"X-Api-Key: {ALICE}x",),
         (f"X-Api-Key: {ALICE[:-1]}",),
@@ -89,12 +99,27 @@ def test_a_browser_without_a_key_gets_the_page_that_asks_for_it(guarded: LiveBro
     assert guarded.get("/v1/status", headers={"Accept": "text/html"}).json()["error"]
 
 
+def test_a_browser_asks_for_the_key_of_any_other_page(guarded: LiveBroker) -> None:
+    page = {"Accept": "text/html,*/*;q=0.8"}
+    told = guarded.get("/consumers/mvoice/", headers=page)
+    assert (told.status_code, told.headers["WWW-Authenticate"]) == (401, 'Basic realm="gpumanager"')
+    for kept in (guarded.get("/consumers/mvoice/"), guarded.post("/v1/tts", headers=page)):
+        assert kept.headers["WWW-Authenticate"] == 'Bearer realm="gpumanager"'
+
+
 def test_healthz_needs_no_key(guarded: LiveBroker) -> None:
     assert guarded.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize(
-    "header", [f"Authorization: Bearer {BOB}", f"authorization: bearer {BOB}", f"X-Api-Key: {BOB}"]
+    "header",
+    [
+        f"Authorization: Bearer {BOB}",
+        f"authorization: bearer {BOB}",
+        f"X-Api-Key: {BOB}",
+        basic(f":{BOB}"),
+        basic(f"whoever:{BOB}"),
+    ],
 )
 def test_a_good_key_opens_and_is_never_forwarded(
     guarded: LiveBroker, consumer: ScriptedConsumer, header: str
