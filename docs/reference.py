@@ -4,7 +4,8 @@
 - config.md from the config's models,
 - presets.md from the presets' files and what setup knows of the servers,
 - http.md from the OpenAPI description and the error classes,
-- events.md from the declared events.
+- events.md from the declared events,
+- connect.md from what `connect` says.
 
 A test fails while a page is not what this writes.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from docs.connecting import connect_page
 from gpumanager import __version__
 from gpumanager.config import calls, parse_config, presets, schema
 from gpumanager.config.jsonschema import config_schema
@@ -71,6 +73,7 @@ def pages() -> dict[str, str]:
         "presets.md": presets_page(),
         "http.md": http_page(),
         "events.md": events_page(),
+        "connect.md": connect_page(WRITTEN),
     }
 
 

@@ -32,6 +32,7 @@ class BrokerClient:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
+        self.key = key
         self._headers = {} if key is None else {"X-Api-Key": key.encode()}
 
     def get(self, path: str, **query: int | str) -> Any:

@@ -21,6 +21,7 @@ from gpumanager.jobs.shortage import MemoryFailures
 from gpumanager.model import MemoryReading, QueueEntry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
+from gpumanager.web.ways import drop_in_routes
 
 
 class StatusView:
@@ -119,6 +120,7 @@ class StatusView:
             "total_requests": state.total_requests,
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
+            "routes": drop_in_routes(snapshot.config, name),
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(snapshot.figures(name), snapshot.needed(name)),
         }

@@ -73,6 +73,17 @@ DROP_IN = (
 """OpenAI's, Anthropic's and Ollama's."""
 
 
+def drop_in_routes(config: Config, name: str) -> list[str]:
+    """The drop-in routes on which a consumer may get jobs: those of kinds that are routed to it,
+    as far as it serves them."""
+    consumer, found = config.consumers[name], []
+    for way in DROP_IN:
+        kind = next((each for each in way.kinds if config.candidates(each)), None)
+        if kind is not None and name in config.candidates(kind) and way.route(kind, consumer):
+            found.append(way.path)
+    return found
+
+
 class Ways:
     """The views of all ways in. `views` holds those that are always there, by path."""
 
