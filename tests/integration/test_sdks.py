@@ -3,6 +3,7 @@ is what the consumer itself would have given them, to the byte."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -168,3 +169,69 @@ def test_models_of_all_consumers_are_listed(box: Box) -> None:
     assert set(sdk_calls.LISTS["ollama list"](box.through)) == set(listed)
     assert sdk_calls.LISTS["openai one model"](box.through) == sdk_calls.LLM
     assert sdk_calls.LISTS["ollama ps"](box.through) == ["llama3.2:3b"]
+
+
+ALIASES = {
+    "openai chat, streamed": sdk_calls.LLM,
+    "openai embeddings": sdk_calls.EMBED,
+    "openai transcriptions": sdk_calls.STT,
+    "openai image edits": sdk_calls.IMAGE,
+    "anthropic messages": sdk_calls.LLM,
+    "ollama chat, streamed": sdk_calls.OLLAMA,
+}
+"""Calls in JSON and in forms, and the models that they name."""
+
+
+@pytest.mark.parametrize("call", ALIASES)
+def test_a_model_goes_by_another_name_at_its_consumer(call: str) -> None:
+    """Nothing else of the request changes."""
+    model, other = ALIASES[call], "org/another-name:Q4 “é”"
+    with ProtocolServer(protocol_answers.every_protocol) as server:
+        models = [{"name": model, "served_as": other}]
+        consumer = {"url": server.url, "models": models}
+        routing = dict.fromkeys(("llm", "embed", "stt", "image"), "it")
+        text = yaml.safe_dump({"routing": routing, "consumers": {"it": consumer}})
+        with (
+            live_broker(text) as broker,
+            clients(broker.url) as through,
+            clients(server.url) as directly,
+        ):
+            CALLS[call](directly)
+            CALLS[call](through)
+    sent, arrived = server.requests
+    if sent.content_type.startswith("multipart/"):
+        (fields, files), (arrived_fields, arrived_files) = sent.form, arrived.form
+        assert arrived_fields == {**fields, "model": other}
+        assert arrived_files == files
+    else:
+        assert arrived.json == {**sent.json, "model": other}
+        assert list(arrived.json) == list(sent.json)
+
+
+def test_asynchronous_clients_take_turns(box: Box) -> None:
+    async def ask_all() -> list[Any]:
+        from anthropic import AsyncAnthropic
+        from ollama import AsyncClient
+        from openai import AsyncOpenAI
+
+        url = box.broker.url
+        async with (
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai,
+            AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as anthropic,
+            AsyncClient(url) as ollama,
+        ):
+            asked = {"model": sdk_calls.LLM, "messages": sdk_calls.ASK}
+            return await asyncio.gather(
+                *(openai.chat.completions.create(**asked) for _ in range(4)),
+                *(anthropic.messages.create(**asked, max_tokens=9) for _ in range(4)),
+                *(ollama.chat(sdk_calls.OLLAMA, sdk_calls.ASK) for _ in range(4)),
+            )
+
+    for server in (box.studio, box.ollama):
+        server.behave()
+    answers = asyncio.run(ask_all())
+    said = [each.choices[0].message.content for each in answers[:4]]
+    said += [each.content[0].text for each in answers[4:8]]
+    said += [each.message.content for each in answers[8:]]
+    assert said == [protocol_answers.TEXT] * 12
+    assert (len(box.studio.requests), len(box.ollama.requests)) == (8, 4)

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -113,7 +113,8 @@ class ProtocolServer:
         self.requests.clear()
 
     def answer(self, request: Request) -> Answer:
-        answer = self.answering(request)
+        asked = replace(request, method="GET") if request.method == "HEAD" else request
+        answer = self.answering(asked)
         if answer is None:
             return Answer(b'{"error": "not found"}\n', 404)
         if request.method == "POST" and self.misbehaves.says is not None:
