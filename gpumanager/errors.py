@@ -9,8 +9,10 @@ from typing import ClassVar
 
 
 def json_line(body: object) -> bytes:
-    """`body` as compact JSON with a final newline, as the original façade wrote it."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    """`body` as compact JSON with a final newline, as the original façade wrote it. Half of a
+    surrogate pair, which JSON can hold and UTF-8 cannot, stays escaped."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 class BrokerError(Exception):

@@ -56,9 +56,16 @@ class ModelField:
 def find_model(inbound: Inbound) -> ModelField:
     """The model that a request names. Raises BadRequest if that cannot be told: the body is neither
     a JSON object nor a form, or its `model` is no text."""
-    content_type = next(
-        (value for name, value in inbound.headers if name.lower() == "content-type"), ""
-    )
+    given = {name.lower(): value for name, value in inbound.headers}
+    content_type = given.get("content-type", "")
+    if (coding := given.get("content-encoding", "identity").strip().lower()) not in (
+        "",
+        "identity",
+    ):
+        raise BadRequest(
+            f"the body is compressed (Content-Encoding: {coding[:32]}), so the model that it names "
+            "cannot be read: send it as it is"
+        )
     form = content_type.lower().lstrip().startswith("multipart/")
     if inbound.body is None or not inbound.length:
         raise BadRequest("the request has no body, so it names no model")
@@ -104,7 +111,7 @@ def _in_small_json(data: bytes) -> ModelField:
         raise BadRequest(f"the body is no JSON: {reason}") from None
     if not isinstance(said, dict):
         raise BadRequest("the body must be a JSON object")
-    if said.get("model") is None:
+    if said.get("model") in (None, ""):
         return ModelField(None)
     if not isinstance(said["model"], str):
         raise BadRequest("'model' must be a text")
@@ -114,8 +121,8 @@ def _in_small_json(data: bytes) -> ModelField:
 def _in_json(data: bytes | mmap.mmap) -> ModelField:
     """The last `model` of the outermost object: with two of them that is the one that counts for
     the usual parsers."""
-    if not re.match(rb"\s*\{", data):
-        raise BadRequest("the body must be a JSON object")
+    if not re.match(rb"(?:\xef\xbb\xbf)?\s*\{", data):
+        raise BadRequest("the body must be a JSON object, in UTF-8")
     depth, key, awaits_value, found = 0, b"", False, ModelField(None)
     for start, end in _tokens(data):
         text = data[start:end] if end - start <= _LONGEST_TOKEN else b'"'
@@ -132,7 +139,7 @@ def _in_json(data: bytes | mmap.mmap) -> ModelField:
         elif depth == 1 and not awaits_value:
             key = text
         elif depth == 1 and _is_model(key):
-            found = ModelField(_name(text), start, end)
+            found = ModelField(_name(text) or None, start, end)
     if depth:
         raise BadRequest("the body is no JSON: it ends within an object")
     return found

@@ -197,6 +197,22 @@ def test_what_is_no_json_reaches_nobody(
     assert not any(each.line.startswith(b"POST") for each in consumers["ollama"].requests)
 
 
+def test_half_a_surrogate_pair_is_a_name_like_any_other(
+    broker: LiveBroker, consumers: dict[str, ScriptedConsumer]
+) -> None:
+    found = broker.post(CHAT, data=b'{"model": "\\ud800"}')
+    assert found.status_code == 404
+    assert "the model '\ud800'" in found.json()["error"]["message"]
+
+    def odd(connection: Connection, _: Received) -> None:
+        connection.send(answer(b'{"data": [{"id": "\\ud800"}, {"id": "tts-1"}]}'))
+
+    consumers["voice"].script = odd
+    for path, key, name in [("/v1/models", "data", "id"), ("/api/tags", "models", "name")]:
+        names = [each[name] for each in broker.get(path).json()[key]]
+        assert ("\ud800" in names, "tts-1" in names) == (True, True)
+
+
 def test_what_a_consumer_does_not_serve_is_a_501(broker: LiveBroker) -> None:
     found = broker.post("/api/generate", json={"model": "big"})
     assert found.status_code == 404  # of those that speak Ollama's protocol nobody has it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tempfile
@@ -52,7 +53,7 @@ json_values = st.recursive(
 
 @given(
     st.dictionaries(st.text(max_size=6), json_values, max_size=4),
-    st.text(max_size=20),
+    st.text(min_size=1, max_size=20),
     st.text(max_size=20),
     st.booleans(),
     st.booleans(),
@@ -88,9 +89,35 @@ def test_a_key_and_a_text_may_be_escaped(padding: int) -> None:
     assert json.loads(read(with_model(request, field, "b")))["model"] == "b"
 
 
-@pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b'{"x": {"model": "inner"}}'])
-def test_a_body_may_name_none(body: bytes) -> None:
-    assert find_model(inbound(body)).model is None
+@pytest.mark.parametrize("padding", [0, modelfield.WHOLE_BYTES])
+@pytest.mark.parametrize(
+    "body", [b'{"x": ""}', b'{"model": null}', b'{"model": ""}', b'{"x": {"model": "inner"}}']
+)
+def test_a_body_may_name_none(body: bytes, padding: int) -> None:
+    assert find_model(inbound(body[:-1] + b',"y":"' + b"y" * padding + b'"}')).model is None
+
+
+@pytest.mark.parametrize("padding", [0, modelfield.WHOLE_BYTES])
+def test_a_mark_of_the_byte_order_does_no_harm(padding: int) -> None:
+    body = b'\xef\xbb\xbf {"model": "a", "x": "' + b"x" * padding + b'"}'
+    request = inbound(body)
+    assert read(with_model(request, find_model(request), "b")) == body.replace(b'"a"', b'"b"')
+
+
+def test_another_encoding_than_utf_8_is_left_as_it_is() -> None:
+    request = inbound('{"model": "a"}'.encode("utf-16"))
+    field = find_model(request)
+    assert field.model == "a"
+    with pytest.raises(BadRequest, match="in UTF-8"):
+        with_model(request, field, "b")
+
+
+def test_a_compressed_body_is_said_to_be_one() -> None:
+    body = gzip.compress(b'{"model": "a"}')
+    request = inbound(body)
+    request.headers.append(("Content-Encoding", "gzip"))
+    with pytest.raises(BadRequest, match=r"compressed .*gzip.*: send it as it is"):
+        find_model(request)
 
 
 @pytest.mark.parametrize(
