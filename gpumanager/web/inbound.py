@@ -43,7 +43,7 @@ def raw_path(environ: WSGIEnvironment, prefix: str) -> str:
     """
     target = environ.get("REQUEST_URI") or quote(environ["PATH_INFO"].encode("latin-1"))
     if "://" in target.partition("?")[0]:
-        target = urlsplit(target).path
+        target = urlsplit(target).path or "/"
     path = target.partition("?")[0].partition("#")[0]
     decoded = path
     try:

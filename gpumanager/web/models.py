@@ -18,6 +18,7 @@ from gpumanager.web.boundary import json_response
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, raw_path
 from gpumanager.web.modelfield import find_model
+from gpumanager.web.roles import CHANGE_NOTHING
 from gpumanager.web.ways import OLLAMA_CHAT
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -
     for method, path in OLLAMAS_OWN:
         app.add_url_rule(
             path,
-            endpoint=SHOW if path == "/api/show" else f"{method} {path}",
+            endpoint=SHOW if path in CHANGE_NOTHING else f"{method} {path}",
             view_func=ollamas,
             methods=[method],
         )

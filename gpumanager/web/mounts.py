@@ -27,7 +27,8 @@ from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
-from gpumanager.web.security import refuse_other_sites
+from gpumanager.web.roles import CHANGE_NOTHING, check_role
+from gpumanager.web.security import is_same_origin, refuse_other_sites
 from gpumanager.web.stops import checked
 from gpumanager.web.websockets import WebSockets
 
@@ -101,11 +102,14 @@ class Mounts:
         return consumer
 
     def _answer(self, environ: WSGIEnvironment, name: str, root: str) -> WSGIApplication:
-        consumer = self._consumer(name)
+        consumer, record = self._consumer(name), record_of(environ)
         method, path = environ["REQUEST_METHOD"], _plain(raw_path(environ, root)[len(root) - 1 :])
         inbound = _as_its_own(inbound_of(environ), environ, consumer, root)
-        inbound = checked(record_of(environ), name, consumer, path, inbound, self._owners)
+        inbound = checked(record, name, consumer, path, inbound, self._owners)
         work = consumer.is_gpu_work(method, path)
+        stops = any(call.matches(method, path) for call in consumer.stops)
+        if not work and not stops and path not in CHANGE_NOTHING:
+            check_role(record, "mount", ())  # it could unload a model, or delete one
         if work is None:
             self._note(name, method, path)
             work = method not in _HARMLESS
@@ -115,7 +119,7 @@ class Mounts:
         elif self._websockets.wanted(environ):
             answer = self._websockets.answer(environ, name, path, inbound)
         else:
-            answer = self._forward(environ, name, path, inbound)
+            answer = self._forward(environ, name, path, inbound, endless=True)
         return _Mended(answer, consumer, root)
 
     def _run(self, environ: WSGIEnvironment, name: str, inbound: Inbound, path: str) -> Response:
@@ -124,9 +128,9 @@ class Mounts:
             "mount",
         )
 
-        def prepare(choice: Choice, _: ConsumerConfig) -> Exchange:
+        def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
             self._admission.check(choice.consumer)
-            return self._proxy.prepare(choice.consumer, inbound, path)
+            return self._proxy.prepare(choice.consumer, inbound, path, settings=consumer)
 
         max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
         record = record_of(environ)
@@ -168,7 +172,10 @@ class _Mended:
 
     def _through(self, location: str) -> str:
         """A place of the consumer's as a place below the mount; any other as it is."""
-        parts = urlsplit(location)
+        try:
+            parts = urlsplit(location)
+        except ValueError:  # no URL at all, and not ours to mend
+            return location
         if parts.scheme and f"{parts.scheme}://{parts.netloc}" == self._consumer.base_url:
             return self._below(location[len(self._consumer.base_url) :] or "/")
         if parts.scheme or location.startswith("//") or not location.startswith("/"):
@@ -215,7 +222,7 @@ def _as_its_own(
     for name, value in inbound.headers:
         lower = name.lower()
         given.add(lower)
-        own = lower == "origin" and urlsplit(value).netloc.lower() == host.lower() != ""
+        own = lower == "origin" and is_same_origin(value, host)
         headers.append((name, consumer.base_url if own else value))
     forwarded = {
         "X-Forwarded-Host": host,

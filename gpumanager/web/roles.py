@@ -16,6 +16,9 @@ NAMELESS = {"client": "-", "request_id": "-"}
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Those that change nothing."""
 
+CHANGE_NOTHING = frozenset({"/api/show"})
+"""Paths that change nothing either, although they are asked by POST: Ollama's."""
+
 
 def check_role(record: RequestRecord, endpoint: str | None, for_clients: Collection[str]) -> None:
     """Refuse to a client key whatever changes something and is not one of the endpoints

@@ -103,14 +103,15 @@ class Checks:
         self._keyed = bool(keyring)
         self._allowed = frozenset(allowed_hosts)
 
-    def __call__(self, environ: WSGIEnvironment) -> None:
-        """Raises Forbidden or Unauthorized; notes whose key it was, and its role."""
+    def __call__(self, environ: WSGIEnvironment, *, opens: bool = False) -> None:
+        """Raises Forbidden or Unauthorized; notes whose key it was, and its role. `opens`: some
+        paths need no key."""
         admitted: Admitted | BrokerError | None = environ.get(ADMITTED)
         if isinstance(admitted, BrokerError):
             raise admitted
         if admitted is None:
             path = environ["PATH_INFO"]
-            is_open = path == "/healthz" or path.startswith(dashboard.PREFIX)
+            is_open = opens and (path == "/healthz" or path.startswith(dashboard.PREFIX))
             admitted = self.admit(environ, asks=not is_open)
         record = record_of(environ)
         record.key, record.role = admitted
@@ -136,7 +137,7 @@ def install(app: Flask, checks: Checks, for_clients: Collection[str]) -> None:
     @app.before_request
     def check() -> Response | None:
         try:
-            checks(request.environ)
+            checks(request.environ, opens=True)
         except Unauthorized:
             if request.path == "/" and dashboard.wanted():
                 return dashboard.response(401)  # the page asks for the key
@@ -183,7 +184,7 @@ def refuse_other_sites(environ: WSGIEnvironment) -> None:
     origin = environ.get("HTTP_ORIGIN")
     if site not in ("none", "same-origin"):
         raise Forbidden("requests from pages of other sites are refused")
-    if origin is not None and not _same_origin(origin, environ.get("HTTP_HOST", "")):
+    if origin is not None and not is_same_origin(origin, environ.get("HTTP_HOST", "")):
         raise Forbidden("requests from pages of other origins are refused")
 
 
@@ -227,7 +228,8 @@ def _digest(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
 
 
-def _same_origin(origin: str, host: str) -> bool:
+def is_same_origin(origin: str, host: str) -> bool:
+    """Whether an `Origin` is that of the pages that come from `host`, with its port."""
     try:
         parts = urlsplit(origin)
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from gpumanager.keys import ApiKey
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.ports import free_port
-from tests.support.sockets import Connection, Received, ScriptedConsumer
+from tests.support.sockets import Connection, RawClient, Received, ScriptedConsumer
 from tests.support.threads import PATIENCE_S
 
 ROOT = "/consumers/comfyui"
@@ -31,6 +32,7 @@ def page(connection: Connection, received: Received) -> None:
         "/rooted": "/view?a=1",
         "/relative": "view?a=1",
         "/elsewhere": "http://example.org/view",
+        "/odd": "http://[::1/view",
         "/network": "//example.org/view",
     }
     body = json.dumps({"method": method, "path": path, "headers": dict(received.headers)}).encode()
@@ -130,6 +132,12 @@ def test_redirects_lead_back_through_the_mount(
     assert (found.status_code, found.headers["Location"]) == (302, location)
 
 
+def test_a_location_that_is_no_url_is_passed_on(broker: LiveBroker) -> None:
+    with broker.raw() as client:  # `requests` would look into it
+        found = client.request("GET", f"{ROOT}/odd").answer()
+    assert (found.status, found.header("Location")) == (302, "http://[::1/view")
+
+
 def test_a_consumer_below_a_path_is_mounted_without_it(consumer: ScriptedConsumer) -> None:
     text = config(consumer).replace(consumer.url, f"{consumer.url}/ui")
 
@@ -161,6 +169,57 @@ def test_a_page_is_told_its_own_origin_and_where_it_is_mounted(broker: LiveBroke
     assert found["x-forwarded-prefix"] == ROOT
     refused = broker.post(f"{ROOT}/queue", headers={"Origin": "http://example.org"})
     assert refused.status_code == 403
+
+
+def test_an_origin_that_is_none_is_passed_on(broker: LiveBroker) -> None:
+    found = broker.get(f"{ROOT}/view", headers={"Origin": "http://["})
+    assert (found.status_code, found.json()["headers"]["origin"]) == (200, "http://[")
+
+
+def test_what_is_no_job_may_take_as_long_as_it_likes(consumer: ScriptedConsumer) -> None:
+    """A page's stream of events, or a model that is pulled."""
+
+    def drips(connection: Connection, _: Received) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n")
+        for _times in range(8):
+            time.sleep(0.1)
+            connection.send(b"x")
+
+    consumer.script = drips
+    text = yaml.safe_load(config(consumer))
+    text["consumers"]["comfyui"]["timeouts"] = {"total": 0.4, "idle": 0.3}
+    with live_broker(yaml.safe_dump(text)) as broker:
+        assert broker.get(f"{ROOT}/events").content == b"x" * 8
+
+
+SECRETS = {"client": "0123456789abcdef", "admin": "fedcba9876543210"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/view", 200),
+        ("GET", "/render/a", 200),
+        ("POST", "/prompt", 200),
+        ("POST", "/%70rompt", 200),
+        ("POST", "/api/show", 200),
+        ("POST", "/upload/image", 403),
+        ("POST", "/unload", 403),
+        ("DELETE", "/api/delete", 403),
+    ],
+)
+def test_a_client_changes_nothing_at_a_consumer_but_by_its_jobs(
+    consumer: ScriptedConsumer, method: str, path: str, status: int
+) -> None:
+    keys = [ApiKey(role, secret, role=role) for role, secret in SECRETS.items()]  # type: ignore[arg-type]
+    with live_broker(config(consumer), keys=keys) as broker:
+        for role, expected in [("client", status), ("admin", 200)]:
+            headers = {"X-Api-Key": SECRETS[role]}
+            url = f"{broker.url}{ROOT}{path}"
+            found = requests.request(method, url, headers=headers, timeout=PATIENCE_S)
+            assert found.status_code == expected, role
+            assert len(consumer.requests) == (0 if role == "client" and status == 403 else 1)
+            consumer.requests.clear()
 
 
 def test_a_page_of_another_site_cannot_have_a_get_run(broker: LiveBroker) -> None:
@@ -227,11 +286,19 @@ def test_a_port_is_the_consumers_root(consumer: ScriptedConsumer) -> None:
         assert broker.get("/v1/status").json()["scheduler"]["total_jobs"] == 1
 
 
+def test_a_target_may_be_an_address_alone(consumer: ScriptedConsumer) -> None:
+    with with_port(consumer) as (_, url), RawClient(int(url.rpartition(":")[2])) as client:
+        assert client.request("GET", "http://localhost?a=1").answer().status == 200
+        assert consumer.requests[-1].line == b"GET /?a=1 HTTP/1.1"
+
+
 def test_a_port_asks_for_the_key(consumer: ScriptedConsumer) -> None:
     secret = "0123456789abcdef"
     with with_port(consumer, keys=[ApiKey("alice", secret, role="client")]) as (_, url):
-        refused = requests.get(f"{url}/", timeout=PATIENCE_S)
-        assert (refused.status_code, refused.json()["error"]) == (401, "unauthorized")
+        for path in ("/", "/healthz", "/dashboard/x"):  # on the broker's own port some need none
+            refused = requests.get(url + path, timeout=PATIENCE_S)
+            assert (refused.status_code, refused.json()["error"]) == (401, "unauthorized")
+        assert consumer.requests == []
         found = requests.get(f"{url}/", headers={"X-Api-Key": secret}, timeout=PATIENCE_S)
         assert "x-api-key" not in found.json()["headers"]
 
