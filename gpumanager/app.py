@@ -242,8 +242,13 @@ class Broker:
         )
 
     def _models_of(self, name: str) -> ModelListing | None:
-        consumer = self.config.consumers.get(name)  # a reload may have removed it
-        return None if consumer is None else self._calls.models(name, consumer)
+        snapshot = self.registry.now
+        consumer, state = snapshot.config.consumers.get(name), snapshot.states.get(name)
+        if consumer is None or state is None:
+            return None  # a reload has removed it
+        if state.healthy is False or state.stopped_by is not None:
+            return None  # nobody need wait until it does not answer
+        return self._calls.models(name, consumer)
 
     def _prober(self, name: str) -> Prober:
         interval = self.config.health_interval

@@ -43,25 +43,26 @@ class ModelCatalogue:
     def listed(self, name: str, *, wanted: str | None = None) -> ModelListing | None:
         """The models that the consumer lists, None if that is not known. `wanted`: where this one
         is missing in a list that is not quite new, the consumer is asked again."""
-        known = self._known.get(name)
+        everything = self._known  # what is asked now is forgotten with the rest
+        known = everything.get(name)
         if known is not None and self._holds(known, wanted):
             return known.models
         with self._asking[name]:  # one question at a time; the others take its answer
-            now = self._known.get(name)
+            now = everything.get(name)
             if now is None or now is known:
-                now = self._known[name] = self._asked(name, now)
+                now = everything[name] = self._asked(name, now)
             return now.models
 
     def forget(self) -> None:
         """The config has changed: nothing is known any more."""
-        self._known.clear()
+        self._known = {}
 
     def _holds(self, known: _Asked, wanted: str | None) -> bool:
         age = self._clock.monotonic() - known.at
         if known.failed:
             return age < FAILED_S
         names = () if known.models is None else known.models.names
-        missing = wanted is not None and wanted not in names
+        missing = wanted is not None and not {wanted, f"{wanted}:latest"} & set(names)  # as Ollama
         return age < (LOOK_AGAIN_S if missing else FRESH_S)
 
     def _asked(self, name: str, before: _Asked | None) -> _Asked:

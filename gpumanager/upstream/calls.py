@@ -350,10 +350,19 @@ def _details(answer: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]
     return {
         name: entry
         for entry in entries
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and _is_json(entry)
         for name in (entry.get("id"), entry.get("name"))
         if isinstance(name, str) and name in wanted
     }
+
+
+def _is_json(found: Any) -> bool:
+    """Whether it can be handed on as JSON: Python also reads NaN and figures without bounds."""
+    try:
+        json.dumps(found, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _mib(figure: Any, unit: str) -> int | None:

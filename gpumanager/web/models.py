@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
@@ -14,6 +15,7 @@ from gpumanager.config import ConsumerConfig, ModelEntry
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.jobs.routing import Catalogue, Router
+from gpumanager.model import ConsumerState
 from gpumanager.web.boundary import json_response
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, raw_path
@@ -67,16 +69,29 @@ class ModelLists:
         return list(found.values())
 
     def of(self, name: str) -> Offered:
-        """One model. Raises ModelNotFound."""
+        """One model, also one that only a pattern of the config names, unless that lets every name
+        through. Raises ModelNotFound."""
         offered = self.offered()
         for each in offered:
             if name in (each.name, each.name.removesuffix(":latest")):
                 return each
+        for server in self._servers():
+            for entry in server.config.models or ():
+                if entry.name.strip("*?") and fnmatchcase(name, entry.name):
+                    return server.offers(name, entry)
         near = get_close_matches(name[:64], [each.name for each in offered], 3, 0.5)
         hint = f"; there are {', '.join(near)}" if near else ""
         raise ModelNotFound(f"no consumer has the model '{name[:64]}'{hint}")
 
-    def _all(self) -> Iterator[Offered]:
+    def details(self, offered: Offered) -> Mapping[str, Any]:
+        """What the consumer itself says of a model."""
+        consumer = self._registry.now.config.consumers.get(offered.consumer)
+        if consumer is None or not _lists(consumer):
+            return {}
+        listed = self._catalogue.listed(offered.consumer)
+        return {} if listed is None else listed.details.get(offered.name, {})
+
+    def _servers(self) -> Iterator[_Server]:
         snapshot = self._registry.now
         config = snapshot.config
         kinds: dict[str, list[str]] = {}
@@ -84,29 +99,54 @@ class ModelLists:
             for name in config.candidates(kind):
                 kinds.setdefault(name, []).append(kind)
         for name, its in kinds.items():
-            consumer, state = config.consumers[name], snapshot.states[name]
-            for entry in self._entries(name, consumer):
-                loaded = state.loaded and state.stopped_by is None
-                if loaded and consumer.probe is not None and consumer.probe.items is not None:
-                    served = entry.served_as or entry.name
-                    loaded = served in state.items or f"{served}:latest" in state.items
-                yield Offered(entry.name, name, tuple(its), loaded, entry.vram_mib)
+            yield _Server(name, config.consumers[name], snapshot.states[name], tuple(its))
 
-    def _entries(self, name: str, consumer: ConsumerConfig) -> Iterator[ModelEntry]:
-        declared = consumer.models
-        if declared is not None:
-            yield from (each for each in declared if not set("*?[") & set(each.name))
-            return
-        listed = self._catalogue.listed(name)
-        for each in () if listed is None else listed.names:
-            yield ModelEntry.model_construct(name=each)  # as the consumer says it
+    def _all(self) -> Iterator[Offered]:
+        for server in self._servers():
+            declared = server.config.models
+            for entry in declared or ():
+                if not _is_pattern(entry):
+                    yield server.offers(entry.name, entry)
+            listed = self._catalogue.listed(server.name) if _lists(server.config) else None
+            for name in () if listed is None else listed.names:
+                if declared is None:
+                    yield server.offers(name)
+                    continue
+                for entry in declared:
+                    if entry.served_as is None and fnmatchcase(name, entry.name):
+                        yield server.offers(name, entry)
 
-    def details(self, offered: Offered) -> Mapping[str, Any]:
-        """What the consumer itself says of a model."""
-        if self._registry.now.consumers[offered.consumer].models is not None:
-            return {}
-        listed = self._catalogue.listed(offered.consumer)
-        return {} if listed is None else listed.details.get(offered.name, {})
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """A consumer that jobs of `kinds` go to."""
+
+    name: str
+    config: ConsumerConfig
+    state: ConsumerState
+    kinds: tuple[str, ...]
+
+    def offers(self, model: str, entry: ModelEntry | None = None) -> Offered:
+        """A model of its, as the config has it in `entry`."""
+        state, probe = self.state, self.config.probe
+        loaded = state.loaded and state.stopped_by is None
+        if loaded and probe is not None and probe.items is not None:
+            served = model if entry is None else entry.served_as or model
+            loaded = served in state.items or f"{served}:latest" in state.items
+        vram_mib = None if entry is None else entry.vram_mib
+        return Offered(model, self.name, self.kinds, loaded, vram_mib)
+
+
+def _is_pattern(entry: ModelEntry) -> bool:
+    return not set("*?[").isdisjoint(entry.name)
+
+
+def _lists(consumer: ConsumerConfig) -> bool:
+    """Whether what it lists itself counts: all of it, or what the config's patterns let through."""
+    declared = consumer.models
+    return declared is None or any(
+        each.served_as is None and _is_pattern(each) for each in declared
+    )
 
 
 def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -> None:
@@ -114,14 +154,19 @@ def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -
 
     def openai(offered: Offered) -> dict[str, Any]:
         said = lists.details(offered)
+
+        def text(key: str, default: str) -> str:
+            given = said.get(key)
+            return given if isinstance(given, str) else default
+
         view = {
             "id": offered.name,
             "object": "model",
-            "created": said.get("created", 0),
-            "owned_by": said.get("owned_by", offered.consumer),
+            "created": created if isinstance(created := said.get("created"), int) else 0,
+            "owned_by": text("owned_by", offered.consumer),
             "type": "model",  # this and the next two are Anthropic's
-            "display_name": said.get("display_name", offered.name),
-            "created_at": said.get("created_at", "1970-01-01T00:00:00Z"),
+            "display_name": text("display_name", offered.name),
+            "created_at": text("created_at", "1970-01-01T00:00:00Z"),
             "consumer": offered.consumer,
             "kinds": list(offered.kinds),
             "loaded": offered.loaded,

@@ -79,6 +79,28 @@ def test_a_new_config_forgets_what_was_known() -> None:
     assert (names(catalogue), consumer.asked) == (("a",), 2)
 
 
+def test_what_was_asked_by_the_old_config_is_forgotten_with_it() -> None:
+    consumer = Consumer()
+
+    def ask(name: str) -> ModelListing | None:
+        if not consumer.asked:
+            catalogue.forget()  # a reload, while the consumer at the old address thinks
+        return consumer(name)
+
+    catalogue = ModelCatalogue(ask, FakeClock())
+    assert names(catalogue) == ("a",)
+    assert (names(catalogue), consumer.asked) == (("a",), 2)
+
+
+def test_a_name_without_its_tag_is_in_the_list() -> None:
+    clock, consumer = FakeClock(), Consumer()
+    consumer.models = ("gemma3:latest",)
+    catalogue = ModelCatalogue(consumer, clock)
+    names(catalogue, "gemma3")
+    clock.advance(LOOK_AGAIN_S)
+    assert (names(catalogue, "gemma3"), consumer.asked) == (("gemma3:latest",), 1)
+
+
 def test_many_at_once_ask_once() -> None:
     asked, go = [], threading.Event()
 

@@ -6,15 +6,17 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 import yaml
 
 from gpumanager.keys import ApiKey
+from gpumanager.model import StoppedBy
 from gpumanager.web.ways import DROP_IN
 from tests.support.broker import LiveBroker, live_broker
-from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
+from tests.support.sockets import Connection, Received, Script, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, eventually
 
 TAGS = {
@@ -252,6 +254,67 @@ def test_the_models_of_all_consumers_are_one_list(broker: LiveBroker) -> None:
     assert list(tags) == list(names)
     assert (tags["qwen3:8b"]["size"], tags["qwen3:8b"]["consumer"]) == (5_000, "ollama")
     assert tags["big"]["details"]["family"] == ""
+
+
+def lists(*models: Any) -> Script:
+    body = json.dumps({"data": list(models)}).encode()
+    return lambda connection, _: connection.send(answer(body))
+
+
+def test_what_a_pattern_lets_through_is_listed(
+    broker: LiveBroker, consumers: dict[str, ScriptedConsumer]
+) -> None:
+    consumers["vllm"].script = lists({"id": "llama-9", "owned_by": "me"}, {"id": "hidden"})
+    names = {each["id"]: each for each in broker.get("/v1/models").json()["data"]}
+    assert (names["llama-9"]["consumer"], names["llama-9"]["owned_by"]) == ("vllm", "me")
+    assert not {"hidden", "llama*", "base.en", "*"} & set(names)
+    assert broker.get("/v1/models/llama-9").json() == names["llama-9"]
+
+
+def test_a_model_that_only_a_pattern_names_can_be_asked_for(broker: LiveBroker) -> None:
+    found = broker.get("/v1/models/llama-of/anybody").json()
+    assert (found["id"], found["consumer"], found["kinds"]) == (
+        "llama-of/anybody",
+        "vllm",
+        ["llm"],
+    )
+
+
+def test_an_odd_list_does_not_spoil_that_of_all(
+    broker: LiveBroker, consumers: dict[str, ScriptedConsumer]
+) -> None:
+    consumers["voice"].script = lists(
+        None, 5, {"id": 5}, {"id": "a", "created": "x", "owned_by": None, "digest": float("nan")}
+    )
+    strict = partial(json.loads, parse_constant=pytest.fail)
+    (found,) = [each for each in strict(broker.get("/v1/models").text)["data"] if each["id"] == "a"]
+    assert (found["created"], found["owned_by"]) == (0, "voice")
+    (tag,) = [
+        each for each in strict(broker.get("/api/tags").text)["models"] if each["name"] == "a"
+    ]
+    assert tag["digest"] == ""
+
+
+def test_who_is_known_to_be_down_is_not_asked_for_its_models(
+    consumers: dict[str, ScriptedConsumer],
+) -> None:
+    def ill(connection: Connection, received: Received) -> None:
+        connection.send(answer(b"{}", "500 Internal Server Error"))
+
+    consumers["voice"].script = ill
+    text = config(consumers).replace("  voice:\n", "  voice:\n    health: /health\n")
+    with live_broker(text) as broker:
+        eventually(lambda: broker.broker.registry.get("voice").healthy is False)
+        assert broker.get("/v1/models").status_code == 200
+    assert {each.line.split()[1] for each in consumers["voice"].requests} == {b"/health"}
+
+
+def test_whom_the_broker_has_stopped_is_not_asked_for_its_models(
+    broker: LiveBroker, consumers: dict[str, ScriptedConsumer]
+) -> None:
+    broker.broker.registry.mark_stopped("voice", StoppedBy("signal"))
+    assert broker.get("/v1/models").status_code == 200
+    assert consumers["voice"].requests == []
 
 
 def test_lists_and_ollamas_other_calls_do_not_wait(
