@@ -182,7 +182,8 @@ class ConsumerState:
     `busy` counts the broker's own calls to load or unload it.
     `assumed` is since when `loaded` is only an assumption, None once a report, a measurement, or a
     job or load of the broker has confirmed it.
-    `unloaded_at` is when the broker unloaded it, or stopped it, None if it was loaded since.
+    `unloaded_at` is when the broker unloaded or stopped it, or it was seen to have unloaded by
+    itself, None if it was loaded since.
     `tells` is True if its probe says whether it is loaded.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card; `items`
@@ -223,8 +224,8 @@ class ConsumerState:
     pinned: bool | None = None
 
     def is_releasing(self, now: float) -> bool:
-        """Whether the broker has unloaded it so lately that its memory may still be on its way
-        back."""
+        """Whether it was unloaded, by the broker or by itself, so lately that its memory may still
+        be on its way back."""
         return self.unloaded_at is not None and now - self.unloaded_at < RELEASE_S
 
     def is_pinned(self, configured: bool) -> bool:

@@ -170,6 +170,9 @@ def probe_succeeded(
     state = replace(state, on_cpu=report.on_cpu, items=report.items)
     loaded = state.loaded if report.loaded is None else report.loaded
     if report.loaded is not None:
+        if state.loaded and not report.loaded and state.assumed is None:
+            # It has unloaded by itself: the memory is on its way back, as after a call.
+            state = replace(state, unloaded_at=now)
         state = replace(state, assumed=None)
     if report.resident_mib is None:
         resident = state.resident_mib if loaded == state.loaded else None

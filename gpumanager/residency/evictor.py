@@ -50,8 +50,9 @@ class Controls(Protocol):
     def warm(self, name: str, consumer: ConsumerConfig) -> None:
         """As `load`, for a consumer that loads with its first job."""
 
-    def unload(self, name: str, consumer: ConsumerConfig) -> None:
-        """Have the consumer drop its model; returns when it says so, which is not yet proof."""
+    def unload(self, name: str, consumer: ConsumerConfig) -> bool:
+        """Have the consumer drop its model; returns when it says so, which is not yet proof. False
+        if it says that it has none loaded."""
 
     def settled(self, name: str, consumer: ConsumerConfig) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
@@ -131,7 +132,7 @@ class Evictor:
                 self._rest.wait(name, consumer, method, ticket)
                 before = self._measure() or self._last_seen()
                 holds = self._what_it_holds(name, consumer, before)
-                self._carry_out(name, consumer, method)
+                asked = self._carry_out(name, consumer, method)
             except BrokerError as error:
                 if self._gone(name, error):
                     return Release("gone")
@@ -166,6 +167,10 @@ class Evictor:
                 times_asked += 1
                 eviction_methods.insert(0, method)
                 continue
+            if not asked and release.outcome != "leaked":
+                # It had unloaded by itself, as Ollama does after a while: nobody was evicted, and
+                # how long that took, or what it kept, is not known.
+                return replace(release, asked=False)
             self._take_note(name, method, release, ticket.job.consumer)
             if release.outcome == "busy":
                 return release
@@ -214,13 +219,15 @@ class Evictor:
         except BrokerError:
             return None
 
-    def _carry_out(self, name: str, consumer: ConsumerConfig, method: EvictionMethod) -> None:
+    def _carry_out(self, name: str, consumer: ConsumerConfig, method: EvictionMethod) -> bool:
+        """False if there was nothing to ask for."""
         with self._registry.busy(name):
             if method.http:
-                self._controls.unload(name, consumer)
+                asked = self._controls.unload(name, consumer)
                 self._registry.set_loaded(name, False)
-            else:
-                self._registry.mark_stopped(name, self._stops.stop(name, method))
+                return asked
+            self._registry.mark_stopped(name, self._stops.stop(name, method))
+            return True
 
     def _gone(self, name: str, error: BrokerError) -> bool:
         """Its process has ended, and took the memory along."""

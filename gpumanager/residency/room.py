@@ -304,7 +304,9 @@ class RoomMaker:
             return None
         finally:
             self._changed_at = self._clock.monotonic()
-        if release is not None and release.outcome not in ("leaked", "gone", "busy"):
+        if release is None or not release.asked:
+            return release
+        if release.outcome not in ("leaked", "gone", "busy"):
             with self._lock:
                 self.evictions += 1
         return release

@@ -107,7 +107,8 @@ class Release:
     card cannot be measured; `gone`: its process had ended already. `certain` is False where nobody
     measured what it held before, so that one that gave nothing back may have had nothing. `busy`:
     it works on a job of somebody else, and was left alone, or has yet to come to it. `ask_again`: a
-    job of somebody else has loaded it after the unload."""
+    job of somebody else has loaded it after the unload. `asked` is False where it had unloaded by
+    itself already, so that there was nothing to ask it for."""
 
     outcome: Outcome
     mib: int = 0
@@ -118,6 +119,7 @@ class Release:
     certain: bool = True
     ask_again: bool = False
     more_until: float = 0.0
+    asked: bool = True
 
     @property
     def complete(self) -> bool:

@@ -81,17 +81,18 @@ class ControlCalls:
             raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
         self._ok(name, consumer, consumer.warm, LOAD_TIMEOUT_S)
 
-    def unload(self, name: str, consumer: ConsumerConfig) -> None:
+    def unload(self, name: str, consumer: ConsumerConfig) -> bool:
         """Have the consumer drop its model, or each of the models its probe lists; again and
         again for a while, where it refuses for being busy. One model that cannot be unloaded, as
-        one that was deleted, does not keep the others: only if none can, its error is raised."""
+        one that was deleted, does not keep the others: only if none can, its error is raised.
+        False if its probe lists none, so that there was nothing to ask for."""
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
         deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
         if call.for_each is None:
             self._unload_once(name, consumer, call, deadline)
-            return
+            return True
         items = self._items(name, consumer)
         failed: list[tuple[str, BrokerError]] = []
         for item in items:
@@ -107,6 +108,7 @@ class ControlCalls:
         for item, why in failed:
             extra = {"consumer": name, "model": item, "reason": why.message}
             log.warning("model not unloaded", extra=extra)
+        return bool(items)
 
     def settled(self, name: str, consumer: ConsumerConfig) -> bool:
         """Whether the consumer's `settled` call says that its unload is over; True if it has

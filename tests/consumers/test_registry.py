@@ -54,6 +54,25 @@ def test_a_probe_is_believed() -> None:
     assert registry.get("mvoice").resident_mib == 120
 
 
+def test_one_that_has_unloaded_by_itself_is_releasing() -> None:
+    registry, clock = make()
+    assert not registry.get("mvoice").is_releasing(clock.monotonic())
+    probe(registry, loaded=True)
+    clock.advance(5)
+    probe(registry, loaded=False)
+    state = registry.get("mvoice")
+    assert state.is_releasing(clock.monotonic())
+    clock.advance(RELEASE_S)
+    probe(registry, loaded=False)
+    assert not registry.get("mvoice").is_releasing(clock.monotonic())
+
+
+def test_one_that_was_only_assumed_to_be_loaded_has_nothing_to_release() -> None:
+    registry, clock = make()
+    probe(registry, loaded=False)
+    assert not registry.get("mvoice").is_releasing(clock.monotonic())
+
+
 def test_a_failed_probe_says_nothing_of_the_residency() -> None:
     registry, _ = make()
     probe(registry, loaded=True, mib=2800)

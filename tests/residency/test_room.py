@@ -201,12 +201,13 @@ class Bench:
             raise self.failing[name]
         self.holds[name] = self.config.consumers[name].vram_resident_mib
 
-    def unload(self, name: str, *_: object) -> None:
+    def unload(self, name: str, *_: object) -> bool:
         self.calls.append(f"unload {name}")
         if name in self.failing:
             raise self.failing[name]
         if self.lag is not None and name not in self.leaking:
             self._pending.append([name, self.lag])
+        return True
 
     # -- the test's hands ---------------------------------------------------------------------
 
@@ -617,9 +618,10 @@ def test_a_card_that_is_lost_while_waiting_for_it_hands_over_to_the_ledger() -> 
     bench = Bench(THREE, total=9000)
     bench.resident("tts", used=50)
 
-    def lose_the_card(name: str, *_: object) -> None:
+    def lose_the_card(name: str, *_: object) -> bool:
         bench.calls.append(f"unload {name}")
         bench.measured = False
+        return True
 
     bench.unload = lose_the_card  # type: ignore[method-assign]
     bench.make_room("llm")
@@ -749,9 +751,10 @@ def late_by(bench: Bench, seconds: float) -> None:
     bench.lag = None
     unload = bench.unload
 
-    def note(name: str, *_: object) -> None:
+    def note(name: str, *_: object) -> bool:
         unload(name)
         due[name] = bench.clock.monotonic() + seconds
+        return True
 
     def come() -> None:
         for name in [name for name, at in due.items() if bench.clock.monotonic() >= at]:
@@ -978,10 +981,10 @@ def in_two_steps(bench: Bench, slow: str, first: int, seconds: float) -> None:
     """From now on `slow` gives `first` MiB back at once, and the rest so much later."""
     unload = bench.unload
 
-    def begin(name: str, *_: object) -> None:
+    def begin(name: str, *_: object) -> bool:
         unload(name)
         if name != slow:
-            return
+            return True
         bench.keeps[name] = bench.holds[name] - first
         due = bench.clock.monotonic() + seconds
 
@@ -991,6 +994,7 @@ def in_two_steps(bench: Bench, slow: str, first: int, seconds: float) -> None:
                 bench.holds.pop(name, None)
 
         bench.on_pause = go_on
+        return True
 
     bench.unload = begin  # type: ignore[method-assign]
 
@@ -1492,9 +1496,10 @@ def test_the_end_of_somebody_elses_job_is_waited_for(when_busy: str, measured: b
     asked_at: list[float] = []
     unload = bench.unload
 
-    def note(name: str, *_: object) -> None:
+    def note(name: str, *_: object) -> bool:
         asked_at.append(bench.clock.monotonic() - began)
         unload(name)
+        return True
 
     bench.unload = note  # type: ignore[method-assign]
     bench.make_room("llm")
@@ -1527,11 +1532,12 @@ def test_one_that_somebody_elses_job_loads_again_is_asked_again_after_it() -> No
     bench.leaking = {"tts"}  # by the time it is looked at, it has loaded again
     unload = bench.unload
 
-    def come_right_after(name: str, *_: object) -> None:
+    def come_right_after(name: str, *_: object) -> bool:
         unload(name)
         if len(bench.calls) == 1:
             at_work(bench, "tts", 3)
         bench.leaking = set()
+        return True
 
     def prober() -> None:
         if not bench.registry.get("tts").busy and "tts" in bench.holds:
@@ -1573,11 +1579,12 @@ def test_one_that_works_for_somebody_else_after_the_unload_is_asked_again(render
     bench.clock.advance(5)
     unload = bench.unload
 
-    def come_right_after(name: str, *_: object) -> None:
+    def come_right_after(name: str, *_: object) -> bool:
         bench.leaking = {"tts"} if len(bench.calls) < renders else set()
         unload(name)
         if bench.leaking:
             at_work(bench, "tts", 2)
+        return True
 
     bench.unload = come_right_after  # type: ignore[method-assign]
     bench.make_room("llm")
@@ -1741,9 +1748,10 @@ def test_a_release_is_waited_out_through_a_gap() -> None:
     bench.resident("tts", used=5)
     unload = bench.unload
 
-    def go_blind(name: str, *_: object) -> None:
+    def go_blind(name: str, *_: object) -> bool:
         unload(name)
         blind(bench)
+        return True
 
     def come_back() -> None:
         bench.measured = bench.measured or bench.clock.monotonic() > began + 3

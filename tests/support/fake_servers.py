@@ -103,7 +103,9 @@ class Plain(Fake):
 
 class Ollama(Fake):
     """The memory belongs to a child process; /api/ps is empty before it is back; what does not
-    fit goes to the CPU without a word. `deleted` names a model that was, but is still loaded."""
+    fit goes to the CPU without a word. `deleted` names a model that was, but is still loaded. A
+    model stays for as long after its last job as that job's `keep_alive` says, else for
+    `keep_alive_s` (below 0: for ever)."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
@@ -111,6 +113,12 @@ class Ollama(Fake):
         self.runner: subprocess.Popen[str] | None = None
         self.model = ""
         self.on_card = 0
+        self.loads = 0
+        self.expiry: threading.Timer | None = None
+
+    def configure(self, settings: dict[str, Any]) -> Answer:
+        super().configure(settings)
+        return 200, {"loads": self.loads}
 
     def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
         if path == "/":
@@ -128,22 +136,43 @@ class Ollama(Fake):
             return 200, {"models": [*models, loaded] if self.model else models}
         if path == "/api/generate" and body.get("model") == self.settings.get("deleted", ""):
             return 404, {"error": f"model '{body['model']}' not found"}
-        if path == "/api/generate" and body.get("keep_alive") == 0:
-            with self.lock:
-                runner, self.runner, self.model = self.runner, None, ""
-            lag = float(self.settings.get("unload_lag_s", 0.2))
-            if runner is not None:
-                threading.Timer(lag, self._end, (runner,)).start()
+        keeps_s = _seconds(body.get("keep_alive", self.settings.get("keep_alive_s", 300)))
+        if path == "/api/generate" and keeps_s == 0 and not body.get("prompt"):
+            self._unload()
             return 200, {"done": True, "done_reason": "unload"}
         if path in ("/api/generate", "/api/chat"):
             with self.lock:
+                self._expires_after(None)
                 if not self.model:
                     self._load(body.get("model", "llama3:8b"))
             self.work()
+            if keeps_s == 0:
+                self._unload()
+            elif keeps_s > 0:
+                with self.lock:
+                    self._expires_after(keeps_s)
             return 200, {"message": {"content": "hello"}, "done": True}
         return 404, {"error": "not found"}
 
+    def _expires_after(self, seconds: float | None) -> None:
+        if self.expiry is not None:
+            self.expiry.cancel()
+        self.expiry = None
+        if seconds is not None:
+            self.expiry = threading.Timer(seconds, self._unload)
+            self.expiry.daemon = True
+            self.expiry.start()
+
+    def _unload(self) -> None:
+        with self.lock:
+            self._expires_after(None)
+            runner, self.runner, self.model = self.runner, None, ""
+        if runner is not None:
+            lag = float(self.settings.get("unload_lag_s", 0.2))
+            threading.Timer(lag, self._end, (runner,)).start()
+
     def _load(self, model: str) -> None:
+        self.loads += 1
         for mib in (self.needs, self.needs // 2, 0):
             self.model, self.on_card = model, mib
             if not mib:
@@ -164,6 +193,14 @@ class Ollama(Fake):
     def _end(runner: subprocess.Popen[str]) -> None:
         runner.kill()
         runner.communicate(timeout=10)
+
+
+def _seconds(keep_alive: float | str) -> float:
+    """As Ollama reads it: seconds, or a text such as `5m`."""
+    if isinstance(keep_alive, str):
+        number, unit = keep_alive.rstrip("smh"), keep_alive[-1:]
+        return float(number) * {"m": 60, "h": 3600}.get(unit, 1)
+    return keep_alive
 
 
 class Vllm(Fake):

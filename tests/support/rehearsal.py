@@ -189,10 +189,11 @@ class World:
 
     warm = load
 
-    def unload(self, name: str, *_: object) -> None:
+    def unload(self, name: str, *_: object) -> bool:
         self._call("unload", name)
         if name not in self.leaks:
             self._coming.append((self.clock.monotonic() + self.lag[name], name))
+        return True
 
     def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
         self._call(method.name, name)

@@ -153,9 +153,10 @@ class Replay:
 
     warm = load
 
-    def unload(self, name: str, *_: object) -> None:
+    def unload(self, name: str, *_: object) -> bool:
         self._advance(self._about(self.servers[name].unload_s))
         self.holds.pop(name, None)
+        return True
 
     def busy(self, name: str, *_: object) -> bool | None:
         return None
