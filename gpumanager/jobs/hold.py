@@ -248,12 +248,8 @@ class Hold:
                 traceparent=self._record.traceparent,
                 status=self._status,
                 failure=self._failure,
-                wait_ms=_ms(ticket.waited_s),
-                prepare_ms=_ms(ticket.prepared_s),
-                run_ms=_ms(seconds),
+                wait_ms=round(ticket.waited_s * 1000, 1),
+                prepare_ms=round(ticket.prepared_s * 1000, 1),
+                run_ms=round(seconds * 1000, 1),
             )
         )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 1)

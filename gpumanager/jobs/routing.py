@@ -110,9 +110,11 @@ class Router:
         it is asked only if that matters. Raises NoConsumer, ModelNotFound, and what `model`
         raises."""
         config = self._registry.now.config
-        kind = next((each for each in kinds if config.candidates(each)), kinds[-1])
-        names = config.candidates(kind)
-        if not names:
+        for kind in kinds:
+            names = config.candidates(kind)
+            if names:
+                break
+        else:
             raise NoConsumer(f"no consumer routes {' or '.join(kinds)}")
         able = [each for each in names if serves(kind, config.consumers[each])]
         if not able or (len(able) == 1 and _takes_any(config.consumers[able[0]])):

@@ -69,6 +69,7 @@ class Mounts:
         emit: Emit,
     ) -> None:
         self._config = config
+        self._ports = config.ports  # a change needs a restart
         self._admission = admission
         self._proxy = proxy
         self._jobs = jobs
@@ -81,8 +82,8 @@ class Mounts:
     def find(self, environ: WSGIEnvironment) -> Callable[[WSGIEnvironment], WSGIApplication] | None:
         """The view of a request that came to a port of its own, or below a mount; None for any
         other."""
-        if self._config.ports:
-            own = self._config.ports.get(_port(environ))
+        if self._ports:
+            own = self._ports.get(_port(environ))
             if own is not None:
                 return lambda environ: self._answer(environ, own, "/")
         path = environ["PATH_INFO"]
