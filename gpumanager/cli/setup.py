@@ -295,7 +295,8 @@ def _check(config: Config, kind: str | None, start: starting.Start) -> None:
         bad = _probed(config)
         url = starting.client(config).url
         click.echo(
-            f"the broker answers at {url}; open it in a browser, or: gpumanager top --url {url}"
+            f"the broker answers at {url}; open it in a browser, or: gpumanager top --url {url}\n"
+            f"what your clients need to use it: gpumanager connect --url {url}"
         )
         if kind is not None:
             _try_job(config, kind)
