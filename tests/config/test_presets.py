@@ -368,3 +368,24 @@ def test_what_is_about_a_model_needs_one() -> None:
     own = {"url": URL, "load": {"path": "/load", "json": {"name": "{model}"}}}
     with pytest.raises(ConfigError, match=r"holds \{model\}, but the consumer has no 'model'"):
         parse_config(yaml.safe_dump({"consumers": {"it": own}}))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "jobs"),
+    [
+        ("/queue", {"delete": ["a"]}, ["a"]),
+        ("/queue", {"delete": ["a", "b"]}, ["a", "b"]),
+        ("/queue", {"delete": ["a"], "clear": False}, ["a"]),
+        ("/queue", {"delete": ["a"], "clear": True}, None),
+        ("/queue", {"delete": ["a", 7]}, None),
+        ("/queue", {"delete": []}, None),
+        ("/queue", {"clear": True}, None),
+        ("/queue", [], None),
+        ("/api/interrupt", {"prompt_id": "a"}, ["a"]),
+        ("/api/interrupt", {"prompt_id": None}, None),
+        ("/api/interrupt", {}, None),
+    ],
+)
+def test_which_jobs_a_call_to_comfyui_stops(path: str, body: Any, jobs: list[str] | None) -> None:
+    (call,) = (each for each in consumer("comfyui").stops if each.matches("POST", path))
+    assert call.jobs(body) == jobs

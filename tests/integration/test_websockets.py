@@ -602,7 +602,8 @@ def test_a_client_that_leaves_during_the_handshake_leaves_nothing_behind() -> No
         if connection.wait_closed():
             gone.set()
 
-    with behind_broker(script) as (live, _):
+    patient = {"timeouts": {"first_byte": 60, "total": 120}}
+    with behind_broker(script, consumer=patient) as (live, _):
         with socket.create_connection(("127.0.0.1", live.port)) as sock:
             sock.sendall(handshake(f"{MOUNT}/x"))
             assert asked.wait(PATIENCE_S)
