@@ -2,7 +2,7 @@
 raises what it should, and tries again what it may.
 
 Sources: OpenAI's API reference, "Error codes"; Anthropic's, "Errors"; Ollama's docs/api.md. Both
-SDKs (openai 1.x and 2.x, anthropic 0.x) try 408, 409, 429 and every 5xx again by themselves, unless
+SDKs (openai 3.54 and anthropic 2.12 were tried) try 408, 409, 429 and 5xx again by themselves, unless
 `x-should-retry` says no.
 """
 
