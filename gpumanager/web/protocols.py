@@ -2,8 +2,8 @@
 raises what it should, and tries again what it may.
 
 Sources: OpenAI's API reference, "Error codes"; Anthropic's, "Errors"; Ollama's docs/api.md. Both
-SDKs (openai 3.54 and anthropic 2.12 were tried) try 408, 409, 429 and 5xx again by themselves, unless
-`x-should-retry` says no.
+SDKs (openai 3.54 and anthropic 2.12 were tried) try 408, 409, 429 and 5xx again by themselves,
+unless `x-should-retry` says no.
 """
 
 from __future__ import annotations
