@@ -184,7 +184,10 @@ class Broker:
         router = Router(self.registry, self._catalogue)
         websockets = WebSockets(proxy, self.tunnels, self.watcher, self._draining.is_set)
         runner = self._runner(places, shortages)
-        forward = Forwarder(proxy, self.watcher, most=server.AUDIO_THREADS)
+        forward = Forwarder(
+            proxy, self.watcher, most=server.MOUNT_THREADS, most_each=server.MOUNT_THREADS_EACH
+        )
+        audio = server.AUDIO_THREADS
         self.ways = Ways(self._live, router, self._admission, proxy, runner)
         return Services(
             config=self._live,
@@ -202,6 +205,7 @@ class Broker:
             router=router,
             models=ModelLists(self.registry, self._catalogue),
             forward=forward,
+            fetch=Forwarder(proxy, self.watcher, most=audio, most_each=audio),
             operations=Operations(
                 places,
                 router,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from flask import Response
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 
 
 class Forwarder:
-    """Forwards to a consumer, at most `most` requests at once: each holds one of the server's
-    threads, of which the jobs need theirs. Safe from any thread."""
+    """Forwards to consumers, at most `most` requests at once, and `most_each` to one consumer: each
+    holds one of the server's threads, of which the jobs need theirs. Safe from any thread."""
 
-    def __init__(self, proxy: Proxy, watcher: Watcher, *, most: int) -> None:
+    def __init__(self, proxy: Proxy, watcher: Watcher, *, most: int, most_each: int) -> None:
         self._proxy = proxy
         self._watcher = watcher
         self._most = most
-        self._places = threading.BoundedSemaphore(most)
+        self._most_each = most_each
+        self._lock = threading.Lock()
+        self._under_way: Counter[str] = Counter()
 
     def __call__(
         self,
@@ -44,13 +47,8 @@ class Forwarder:
         QueueFull if too many are under way, and what sending raises."""
         record = record_of(environ)
         record.consumer = name
-        if not self._places.acquire(blocking=False):
-            raise QueueFull(
-                f"{self._most} requests outside the queue are under way",
-                consumer=name,
-                retry_after=1,
-            )
-        record.stack.callback(self._places.release)
+        self._enter(name)
+        record.stack.callback(self._leave, name)
         exchange = self._proxy.prepare(name, inbound or inbound_of(environ), path, endless=endless)
         record.stack.callback(exchange.close)
         client = ClientWatch(record, self._watcher)
@@ -58,3 +56,19 @@ class Forwarder:
         client.when_gone(lambda: exchange.abort(ClientGone("the client left")))
         exchange.send()
         return RelayedResponse(Answer(exchange, on_end=lambda: None))
+
+    def _enter(self, name: str) -> None:
+        with self._lock:
+            if self._under_way.total() >= self._most:
+                full = f"{self._most} requests"
+            elif self._under_way[name] >= self._most_each:
+                full = f"{self._most_each} requests to {name}"
+            else:
+                self._under_way[name] += 1
+                return
+        message = f"{full} outside the queue are under way"
+        raise QueueFull(message, consumer=name, retry_after=1)
+
+    def _leave(self, name: str) -> None:
+        with self._lock:
+            self._under_way[name] -= 1

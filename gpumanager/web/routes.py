@@ -61,6 +61,7 @@ class Services:
     router: Router
     models: models.ModelLists
     forward: Forwarder
+    fetch: Forwarder
     operations: Operations
     status: StatusView
     keyring: Keyring
@@ -265,4 +266,4 @@ def _audio_routes(app: Flask, services: Services) -> None:
         if name is None:
             raise errors.NoAudioProxy("audio_proxy is not configured")
         record_of(request.environ).consumer = name
-        return services.forward(request.environ, name, raw_path(request.environ, prefix))
+        return services.fetch(request.environ, name, raw_path(request.environ, prefix))

@@ -30,10 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONTROL_THREADS = 32
-"""Threads that are never all taken by waiting jobs and audio: status, health, refusals."""
+"""Threads that are never all taken by waiting jobs, audio and mounts: status, health, refusals."""
 
 AUDIO_THREADS = 32
 """Fetches of rendered audio that may be under way at once."""
+
+MOUNT_THREADS = 64
+"""Calls below a mount or on a port of a consumer's, and Ollama's own, that are no GPU work."""
+
+MOUNT_THREADS_EACH = 32
+"""Of these, those to one consumer: its pages may each wait for an event for as long as they are
+open, and must not keep those of others waiting."""
 
 FIRST_THREADS = 8
 """Started at once; the others when all of these are taken."""
@@ -85,7 +92,8 @@ class GrowingDispatcher(ThreadedTaskDispatcher):
 def set_defaults(config: Config) -> None:
     """Make waitress serve the broker properly by default: a thread for every place in the queue
     and some to spare, clients that leave noticed, poll instead of select."""
-    threads = config.scheduler.max_queue + 1 + AUDIO_THREADS + CONTROL_THREADS
+    outside = AUDIO_THREADS + MOUNT_THREADS
+    threads = config.scheduler.max_queue + 1 + outside + CONTROL_THREADS
     connections = threads + SPARE_CONNECTIONS
     # Private marker types tell waitress a default from an explicit flag: keep them.
     Adjustments.host = type(Adjustments.host)(config.listen.rpartition(":")[0])

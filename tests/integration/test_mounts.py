@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ import requests
 import yaml
 
 from gpumanager.keys import ApiKey
+from gpumanager.web import server
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.ports import free_port
 from tests.support.sockets import Connection, RawClient, Received, ScriptedConsumer
-from tests.support.threads import PATIENCE_S
+from tests.support.threads import PATIENCE_S, eventually
 
 ROOT = "/consumers/comfyui"
 
@@ -190,6 +191,44 @@ def test_what_is_no_job_may_take_as_long_as_it_likes(consumer: ScriptedConsumer)
     text["consumers"]["comfyui"]["timeouts"] = {"total": 0.4, "idle": 0.3}
     with live_broker(yaml.safe_dump(text)) as broker:
         assert broker.get(f"{ROOT}/events").content == b"x" * 8
+
+
+def test_pages_that_wait_for_an_event_keep_nobody_else_waiting(
+    consumer: ScriptedConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MOUNT_THREADS", 3)
+    monkeypatch.setattr(server, "MOUNT_THREADS_EACH", 2)
+    release = threading.Event()
+
+    def waits(connection: Connection, received: Received) -> None:
+        if b"/event" in received.line:
+            release.wait(PATIENCE_S)
+        page(connection, received)
+
+    consumer.script = waits
+    text = yaml.safe_load(config(consumer, audio_proxy="voice"))
+    text["consumers"] |= {name: {"url": consumer.url} for name in ("voice", "other")}
+    with live_broker(yaml.safe_dump(text)) as broker, ExitStack() as pages:
+
+        def opens(path: str) -> None:
+            before = len(consumer.requests)
+            pages.enter_context(broker.raw()).request("GET", path)
+            eventually(lambda: len(consumer.requests) > before)
+
+        opens(f"{ROOT}/event")
+        opens(f"{ROOT}/event")
+        refused = broker.get(f"{ROOT}/view")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert "2 requests to comfyui outside the queue" in refused.json()["message"]
+        assert broker.get("/consumers/other/view").status_code == 200
+        opens("/consumers/other/event")
+        refused = broker.get("/consumers/voice/view")
+        assert refused.json()["message"] == "3 requests outside the queue are under way"
+        assert broker.get("/audio/a.wav").status_code == 200
+        assert broker.post(f"{ROOT}/prompt").status_code == 200
+        pages.close()
+        eventually(lambda: broker.get(f"{ROOT}/view").status_code == 200)
+        release.set()
 
 
 SECRETS = {"client": "0123456789abcdef", "admin": "fedcba9876543210"}
