@@ -18,6 +18,7 @@ from gpumanager.errors import BrokerError
 from gpumanager.keys import Role
 from gpumanager.web.record import asks_websocket
 
+_PATH = re.compile(rb"\s{0,8}[A-Z]{1,16} (?:https?://[^/\s]{0,300})?(/[^?#\s]{0,300})")
 _FOLDED = re.compile(rb"\n[ \t]")
 _CODINGS = re.compile(rb"\ntransfer-encoding:([^\n]*)", re.IGNORECASE)
 _HOST_LINE = re.compile(rb"\nhost:", re.IGNORECASE)
@@ -82,7 +83,10 @@ class StrictRequestParser(HTTPRequestParser):
     def received(self, data: bytes) -> int:
         """Take what belongs to this request; returns how many bytes that were. Of what comes
         behind one that is wrong or refused nothing can be made, so that all is taken."""
+        before = self.header_plus
         consumed = super().received(data)
+        if self.error is not None and self.path in ("", "/"):
+            self._look_for_path(before + data)
         if self.headers_finished and not self.completed and self.admit is not None:
             self.admitted, self.admit = self.admit(self), None
             if isinstance(self.admitted, BrokerError):
@@ -112,6 +116,13 @@ class StrictRequestParser(HTTPRequestParser):
         """End it, incomplete as it is."""
         self.error = why
         self.completed = self.is_last = True
+        if not self.path:
+            self._look_for_path(self.header_plus)
+
+    def _look_for_path(self, head: bytes) -> None:
+        """What was asked for, in a head that is refused unread: it says in whose words."""
+        if found := _PATH.match(head):
+            self.path = found[1].decode("latin-1")
 
     def close(self) -> None:
         """Let go of its body. What could not be written of it is not missed."""

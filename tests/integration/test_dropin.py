@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 
 from gpumanager.keys import ApiKey
 from gpumanager.model import StoppedBy
+from gpumanager.web import connection as web_connection
 from gpumanager.web.ways import DROP_IN
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.sockets import Connection, Received, Script, ScriptedConsumer, answer
@@ -213,6 +214,42 @@ def test_half_a_surrogate_pair_is_a_name_like_any_other(
     for path, key, name in [("/v1/models", "data", "id"), ("/api/tags", "models", "name")]:
         names = [each[name] for each in broker.get(path).json()[key]]
         assert ("\ud800" in names, "tts-1" in names) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("Content-Length: 0\r\nX: " + "x" * 70_000 + "\r\n\r\n", 431),
+        ("X" * 70_000, 431),
+        ("Bad Header : x\r\n\r\n", 400),
+        ("Content-Length: +1\r\n\r\n", 400),
+        ("X: never ends", 408),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        (CHAT, lambda said: said["error"]["code"]),
+        ("http://localhost/v1/messages", lambda said: said["error"]["code"]),
+        ("/api/chat?x", lambda said: said["code"]),
+        ("/v1/tts", lambda said: said["error"]),
+    ],
+)
+def test_a_head_that_is_refused_is_so_in_the_words_of_its_protocol(
+    broker: LiveBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    where: Callable[[Any], str],
+    head: str,
+    status: int,
+) -> None:
+    monkeypatch.setattr(web_connection, "HEAD_S", 0.1)
+    monkeypatch.setattr(web_connection, "LOOK_S", 0.05)
+    with broker.raw() as client:
+        client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{head}".encode())
+        found = client.answer()
+    codes = {431: "headers_too_large", 400: "bad_request", 408: "request_timeout"}
+    assert (found.status, where(json.loads(found.body))) == (status, codes[status])
 
 
 def test_what_a_consumer_does_not_serve_is_a_501(broker: LiveBroker) -> None:
