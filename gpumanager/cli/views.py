@@ -79,8 +79,9 @@ def services(found: Mapping[str, Any], rows: int | None = None) -> RenderableTyp
         right = name in ("holds", "needs", "jobs", "usual run")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     kinds: dict[str, list[str]] = {}
-    for kind, name in found["routing"].items():
-        kinds.setdefault(name, []).append(kind)
+    for kind, to in found["routing"].items():
+        for name in [to] if isinstance(to, str) else to:
+            kinds.setdefault(name, []).append(kind)
     shown, cut = cut_to(found["consumers"], rows)
     if cut:
         shown = sorted(found["consumers"], key=_plainness)[: len(shown)]

@@ -237,7 +237,12 @@ class _Now(Collector):
         waiting = GaugeMetricFamily(
             "gpumanager_queue_depth", "Jobs in the queue.", labels=["consumer", "kind"]
         )
-        counts = dict.fromkeys(((name, kind) for kind, name in status["routing"].items()), 0)
+        routed = [
+            (name, kind)
+            for kind, to in status["routing"].items()
+            for name in ([to] if isinstance(to, str) else to)
+        ]
+        counts = dict.fromkeys(routed, 0)
         for entry in status["queue"]:
             if entry["state"] == "waiting":
                 place = entry["consumer"], entry["kind"]

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from gpumanager.cli import main
 from gpumanager.keys import ApiKey
 from gpumanager.model import StoppedBy
 from gpumanager.web import connection as web_connection
@@ -269,6 +271,18 @@ def test_a_kind_that_the_operator_named_has_a_route(
         assert broker.get("/v1/video").status_code == 405
         assert broker.get("/v1/plan/video").json()["consumer"] == "paint"
         assert broker.post("/v1/music").status_code == 404
+
+
+def test_every_consumer_of_a_kind_is_shown(broker: LiveBroker) -> None:
+    metrics = broker.get("/metrics")
+    assert metrics.status_code == 200
+    for name, kind in [("ollama", "llm"), ("vllm", "llm"), ("paint", "image"), ("paint", "video")]:
+        assert f'gpumanager_queue_depth{{consumer="{name}",kind="{kind}"}} 0.0' in metrics.text
+    shown = CliRunner().invoke(main, ["status", "--url", broker.url], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert {"ollama (llm)", "vllm (llm)", "paint (image, video)"} <= {
+        line.partition("  ")[0].strip(" │") for line in shown.output.splitlines()
+    }, shown.output
 
 
 def test_the_models_of_all_consumers_are_one_list(broker: LiveBroker) -> None:
