@@ -138,6 +138,7 @@ class Broker:
             unfinished=self.guard.unfinished,
         )
         self.lifecycle.when_idle(self.tunnels.drain)  # not before: pages show how far a job is
+        self.lifecycle.when_flushed(self._cut_off)
         self._stopped = Stopped(self.registry, processes.of)
         self._state = (
             None if state_file is None else StateFile(state_file, self.learned, self._stopped.now)
@@ -188,6 +189,8 @@ class Broker:
             proxy, self.watcher, most=server.MOUNT_THREADS, most_each=server.MOUNT_THREADS_EACH
         )
         audio = server.AUDIO_THREADS
+        fetch = Forwarder(proxy, self.watcher, most=audio, most_each=audio)
+        self._forwarders = forward, fetch
         self.ways = Ways(self._live, router, self._admission, proxy, runner)
         return Services(
             config=self._live,
@@ -205,7 +208,7 @@ class Broker:
             router=router,
             models=ModelLists(self.registry, self._catalogue),
             forward=forward,
-            fetch=Forwarder(proxy, self.watcher, most=audio, most_each=audio),
+            fetch=fetch,
             operations=Operations(
                 places,
                 router,
@@ -307,6 +310,10 @@ class Broker:
 
     def _end(self) -> None:
         self.lifecycle.end()  # which is made after the routes
+
+    def _cut_off(self) -> None:
+        for each in self._forwarders:
+            each.cut_off()
 
     def _after_job(self, name: str) -> None:
         """A model that went to the CPU shows only while it is loaded: ask at once."""

@@ -46,6 +46,7 @@ class Lifecycle:
         self._signalled = False
         self._when_draining: Callable[[], object] = lambda: None
         self._when_idle: Callable[[], object] = lambda: None
+        self._when_flushed: Callable[[], object] = lambda: None
 
     def when_draining(self, action: Callable[[], object]) -> None:
         """Have `action` called when the drain begins."""
@@ -54,6 +55,10 @@ class Lifecycle:
     def when_idle(self, action: Callable[[], object]) -> None:
         """Have `action` called in a drain when no job runs any more."""
         self._when_idle = action
+
+    def when_flushed(self, action: Callable[[], object]) -> None:
+        """Have `action` called in a drain when the last answers have had their time."""
+        self._when_flushed = action
 
     def drain(self) -> bool:
         """Refuse new jobs and those in the queue, let running ones finish within `drain_timeout`
@@ -70,6 +75,7 @@ class Lifecycle:
         deadline = self._clock.monotonic() + FLUSH_TIMEOUT_S
         while self._unfinished() and self._clock.monotonic() < deadline:
             self._drained.wait(FLUSH_POLL_S)
+        self._when_flushed()
         self._drained.set()
         log.info("drained", extra={"finished": finished})
         return finished

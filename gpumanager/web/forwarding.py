@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from flask import Response
 
-from gpumanager.errors import ClientGone, QueueFull
+from gpumanager.errors import ClientGone, QueueFull, ShuttingDown
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.runner import Answer
+from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.web.inbound import inbound_of
@@ -32,6 +33,7 @@ class Forwarder:
         self._most_each = most_each
         self._lock = threading.Lock()
         self._under_way: Counter[str] = Counter()
+        self._open: dict[Exchange, str] = {}
 
     def __call__(
         self,
@@ -51,11 +53,18 @@ class Forwarder:
         record.stack.callback(self._leave, name)
         exchange = self._proxy.prepare(name, inbound or inbound_of(environ), path, endless=endless)
         record.stack.callback(exchange.close)
+        self._open[exchange] = name
+        record.stack.callback(self._open.pop, exchange)
         client = ClientWatch(record, self._watcher)
         record.stack.callback(client.stop)
         client.when_gone(lambda: exchange.abort(ClientGone("the client left")))
         exchange.send()
         return RelayedResponse(Answer(exchange, on_end=lambda: None))
+
+    def cut_off(self) -> None:
+        """Break off what is under way: a page's stream never ends by itself."""
+        for exchange, name in self._open.copy().items():
+            exchange.abort(ShuttingDown("the broker shut down", consumer=name))
 
     def _enter(self, name: str) -> None:
         with self._lock:

@@ -14,6 +14,7 @@ import pytest
 import requests
 import yaml
 
+from gpumanager import lifecycle
 from gpumanager.keys import ApiKey
 from gpumanager.web import server
 from tests.support.broker import LiveBroker, live_broker
@@ -229,6 +230,27 @@ def test_pages_that_wait_for_an_event_keep_nobody_else_waiting(
         pages.close()
         eventually(lambda: broker.get(f"{ROOT}/view").status_code == 200)
         release.set()
+
+
+@pytest.mark.parametrize("path", [f"{ROOT}/events", "/audio/live"])
+def test_a_stream_without_end_does_not_hold_up_the_end(
+    consumer: ScriptedConsumer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(lifecycle, "FLUSH_TIMEOUT_S", 0.1)
+    ended = threading.Event()
+
+    def streams(connection: Connection, _: Received) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        if connection.wait_closed():
+            ended.set()
+
+    consumer.script = streams
+    with live_broker(config(consumer, audio_proxy="comfyui")) as broker:
+        with broker.raw() as client:
+            client.request("GET", path).until(b"x\r\n")
+            assert broker.broker.lifecycle.drain()
+            assert not client.answer().complete
+        assert ended.wait(PATIENCE_S)
 
 
 SECRETS = {"client": "0123456789abcdef", "admin": "fedcba9876543210"}
