@@ -51,13 +51,9 @@ class Catalogue(Protocol):
 def choose(kind: str, offers: Sequence[Offer], model: str | None) -> Choice:
     """The first offer that has the model by name, else by pattern, else in its list, else one that
     may serve any; without a model the first. Raises ModelNotFound with the nearest names."""
-    if model is None:
-        return Choice(kind, offers[0].consumer)
-    for fits in (_named, _matched):
-        for offer in offers:
-            for entry in offer.declared or ():
-                if fits(entry.name, model):
-                    return Choice(kind, offer.consumer, entry.served_as)
+    known = by_config(kind, offers, model)
+    if known is not None or model is None:
+        return known or Choice(kind, offers[0].consumer)
     for offer in offers:
         if offer.declared is None and _is_listed(model, offer.listed or ()):
             return Choice(kind, offer.consumer)
@@ -65,6 +61,18 @@ def choose(kind: str, offers: Sequence[Offer], model: str | None) -> Choice:
         if offer.may_serve_any:
             return Choice(kind, offer.consumer)
     raise _not_found(model, offers)
+
+
+def by_config(kind: str, offers: Sequence[Offer], model: str | None) -> Choice | None:
+    """What can be told without anybody's list."""
+    if model is None:
+        return None
+    for fits in (_named, _matched):
+        for offer in offers:
+            for entry in offer.declared or ():
+                if fits(entry.name, model):
+                    return Choice(kind, offer.consumer, entry.served_as)
+    return None
 
 
 def _named(name: str, model: str) -> bool:
@@ -120,7 +128,10 @@ class Router:
         if not able or (len(able) == 1 and _takes_any(config.consumers[able[0]])):
             return Choice(kind, (able or names)[0])
         wanted = model()
-        return choose(
+        known = by_config(
+            kind, [Offer(each, config.consumers[each].models) for each in able], wanted
+        )
+        return known or choose(
             kind, [self._offer(each, config.consumers[each], wanted) for each in able], wanted
         )
 

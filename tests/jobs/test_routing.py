@@ -112,7 +112,9 @@ def test_a_model_is_only_read_where_it_matters() -> None:
     assert it.choose(("tts",), unread) == Choice("tts", "voice")
     assert lists.asked == []
     assert it.choose(("llm",), lambda: "qwen3:8b").consumer == "ollama"
+    lists.asked.clear()
     assert it.choose(("llm",), lambda: "gpt-4o") == Choice("llm", "vllm", "big")
+    assert lists.asked == []  # the config names it
     with pytest.raises(ModelNotFound):
         it.choose(("llm",), lambda: "nobody's")
 
