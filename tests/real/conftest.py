@@ -49,28 +49,29 @@ def real_servers(
             server.end()
 
 
-def config_of(servers: dict[str, RealServer], total_mib: int) -> dict[str, Any]:
-    """A config as somebody would write it who has these servers and a card of `total_mib`. They
-    have no unload call, so that the broker has to end them to make room, and to start them again.
-    Piper stays on the CPU."""
+MIB = {"llama": 600, "whisper": 500}
+"""What they are said to need, and take of a simulated card."""
+
+
+def config_of(servers: dict[str, RealServer], **gpu: Any) -> dict[str, Any]:
+    """A config as somebody would write it who has these servers. They have no unload call, so that
+    the broker has to end them to make room, and to start them again. Piper stays on the CPU."""
 
     def consumer(name: str, **more: Any) -> dict[str, Any]:
         return {"url": servers[name].url, **more}
 
-    def evicted(name: str, mib: int) -> dict[str, Any]:
-        signal = {"signal": "TERM", "grace": 10, "start": [*servers[name].command]}
-        return {"vram_resident_mib": mib, "evict": [signal], "ready_timeout": 60}
+    def evicted(name: str) -> dict[str, Any]:
+        signal = {"signal": "TERM", "grace": 10, "start": servers[name].starting}
+        return {"vram_resident_mib": MIB[name], "evict": [signal], "ready_timeout": 60}
 
     return {
-        "gpu": {"total_mib": total_mib, "reserved_mib": 0},
+        "gpu": {"reserved_mib": 0, **gpu},
         "health_interval": 0.5,
         "routing": {"llm": "llama", "tts": "piper", "stt": "whisper"},
         "consumers": {
-            "llama": consumer("llama", preset="llama-server", **evicted("llama", 600)),
+            "llama": consumer("llama", preset="llama-server", **evicted("llama")),
             "piper": consumer("piper", preset="piper", vram_resident_mib=0),
-            "whisper": consumer(
-                "whisper", preset="faster-whisper-server", **evicted("whisper", 500)
-            ),
+            "whisper": consumer("whisper", preset="faster-whisper-server", **evicted("whisper")),
         },
     }
 
@@ -80,7 +81,9 @@ def roomy(
     real_servers: dict[str, RealServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RealBroker]:
     """On a card on which all of them fit."""
-    with real_broker(tmp_path_factory.mktemp("broker"), config_of(real_servers, 4000)) as running:
+    with real_broker(
+        tmp_path_factory.mktemp("broker"), config_of(real_servers, total_mib=4000)
+    ) as running:
         yield running
 
 

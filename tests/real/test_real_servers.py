@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.real.conftest import config_of
-from tests.support.real_servers import LLM, STT, RealBroker, RealServer, real_broker
+from gpumanager.gpu.simulated import SimulatedCard
+from tests.real.conftest import MIB, MODELS, config_of
+from tests.support.real_servers import LLM, STT, RealBroker, RealServer, real_broker, servers
 from tests.support.threads import Outcome, eventually
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
@@ -111,29 +112,42 @@ def test_a_client_that_leaves_gives_the_gpu_back(
     assert broker.post("/v1/llm", json=QUESTION).status_code == 200
 
 
-def test_two_models_that_do_not_fit_take_turns(
-    real_servers: dict[str, RealServer], tmp_path: Path
-) -> None:
-    """600 and 500 MiB on a card of 1000: each evicts the other, and is started again for its next
-    job. Jobs that come at once are all answered, one after the other."""
-    with real_broker(tmp_path, config_of(real_servers, 1000)) as broker:
-        recording = speak(broker)
-        for _ in range(2):
-            assert words(transcribe(broker, recording)) == words(SENTENCE)
-            assert broker.consumer("llama")["stopped_by"] == "signal"
-            assert not real_servers["llama"].processes()
-            assert broker.post("/v1/llm", json=QUESTION).status_code == 200
-            assert broker.consumer("whisper")["stopped_by"] == "signal"
-            assert not real_servers["whisper"].processes()
-        assert broker.scheduler["evictions"] == 4
-        spoken = [Outcome(lambda: words(transcribe(broker, recording))) for _ in range(2)]
-        chat = Outcome(lambda: broker.post("/v1/llm", json=QUESTION).status_code)
-        assert [each.result(90) for each in spoken] == [words(SENTENCE)] * 2
-        assert chat.result(90) == 200
-        assert broker.scheduler["evictions"] > 4
-    for server in real_servers.values():  # the other tests need them
-        if not server.processes():
-            server.start(tmp_path / "started.log")
+def test_two_models_that_do_not_fit_take_turns(broker: RealBroker, tmp_path: Path) -> None:
+    """On a card of 1200 MiB, of which a process that is nobody's takes 200, there is room for one
+    of them, and a server that finds too little does not start. So each is ended for the other's
+    jobs, which all are answered."""
+    recording = speak(broker)
+    card = SimulatedCard.create(tmp_path / "card.json", 1200)
+    both = servers(MODELS)
+    for name, mib in MIB.items():
+        both[name].take(card.path, name, mib)
+    config = config_of(both, device=f"simulated:{card.path}", sample_interval=0.2)
+    del config["consumers"]["piper"], config["routing"]["tts"]
+    try:
+        for name in MIB:
+            both[name].start(tmp_path / f"{name}.log")
+        with real_broker(tmp_path, config) as tight:
+            assert tight.post("/v1/consumers/whisper/unload").json()["outcome"] == "released"
+            card.allocate("game", 200)
+            for _ in range(2):
+                assert words(transcribe(tight, recording)) == words(SENTENCE)
+                assert tight.consumer("llama")["stopped_by"] == "signal"
+                assert not both["llama"].processes()
+                assert tight.post("/v1/llm", json=QUESTION).status_code == 200
+                assert tight.consumer("whisper")["stopped_by"] == "signal"
+                assert not both["whisper"].processes()
+            spoken = [Outcome(lambda: words(transcribe(tight, recording))) for _ in range(2)]
+            chat = Outcome(lambda: tight.post("/v1/llm", json=QUESTION).status_code)
+            assert [each.result(90) for each in spoken] == [words(SENTENCE)] * 2
+            assert chat.result(90) == 200
+            happened = tight.get("/v1/events").json()["events"]
+            evicted = [each for each in happened if each["event"] == "evicted"]
+            assert len(evicted) >= 5
+            for each in evicted:
+                assert (each["outcome"], each["mib"]) == ("released", MIB[each["consumer"]])
+    finally:
+        for server in both.values():
+            server.end()
 
 
 def test_a_server_that_is_busy_is_not_taken_for_dead(broker: RealBroker) -> None:

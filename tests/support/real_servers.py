@@ -56,22 +56,34 @@ def versions() -> dict[str, str | None]:
 @dataclass
 class RealServer:
     """A server that may be ended and started again: by whom does not matter. `ready` is the path
-    that it answers once it has loaded its model."""
+    that it answers once it has loaded its model; `on_card` stands before its command where it takes
+    memory of a simulated card."""
 
     port: int
     command: tuple[str, ...]
     ready: str
+    on_card: tuple[str, ...] = ()
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def starting(self) -> list[str]:
+        """What starts it."""
+        return [*self.on_card, *self.command]
+
+    def take(self, card: Path, name: str, mib: int) -> None:
+        """From its next start on it takes so much of the card, under that name."""
+        module = (sys.executable, "-m", "tests.support.on_card")
+        self.on_card = (*module, str(card), name, str(mib))
+
     def start(self, log: Path) -> None:
         """Start it, in a session of its own; returns once it answers."""
         with log.open("a") as sink:
             process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=sink, stderr=sink, start_new_session=True
+                self.starting, cwd=ROOT, stdout=sink, stderr=sink, start_new_session=True
             )
         self._started.append(process)
 
