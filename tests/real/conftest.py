@@ -27,6 +27,21 @@ def pytest_report_header() -> list[str]:
     return [f"{name} {version or 'is not installed'}" for name, version in versions().items()]
 
 
+NOT_TRIED = {
+    "a GPU": "the servers run on the CPU; what they take of a card is simulated",
+    "images, ComfyUI": "no server and model for them on PyPI that draws within minutes on a CPU",
+    "Ollama's own server": "it is not on PyPI; its client asks the broker in front of llama.cpp",
+    "embeddings, rerank": "the one model of llama.cpp here is for chats",
+    "OpenAI's speech": "Piper has a protocol of its own",
+}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("not tried here")
+    for what, why in NOT_TRIED.items():
+        terminalreporter.write_line(f"{what}: {why}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def installed() -> None:
     if missing := [name for name, version in versions().items() if version is None]:

@@ -112,6 +112,7 @@ def test_a_client_that_leaves_gives_the_gpu_back(
     assert broker.post("/v1/llm", json=QUESTION).status_code == 200
 
 
+@pytest.mark.timeout(480)  # it starts a server ten times
 def test_two_models_that_do_not_fit_take_turns(broker: RealBroker, tmp_path: Path) -> None:
     """On a card of 1200 MiB, of which a process that is nobody's takes 200, there is room for one
     of them, and a server that finds too little does not start. So each is ended for the other's
