@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -104,10 +104,9 @@ def in_words(error: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str, st
 
 def _without_tag(path: Path) -> Path:
     """`path` without the mark of a union's member, which is no key of the config."""
-    before, after = path[:3], path[3:]
-    if before[2:] == ("on_disconnect",) and after[:1] in (("<word>",), ("<call>",)):
-        after = after[1:]
-    return before + after
+    at = 2 if path[:1] == ("routing",) else 3 if path[2:3] == ("on_disconnect",) else len(path)
+    tagged = path[at : at + 1] in (("<word>",), ("<call>",), ("<name>",), ("<list>",))
+    return path[:at] + path[at + tagged :]
 
 
 _MESSAGES = {
@@ -117,6 +116,7 @@ _MESSAGES = {
     "bool_type": "must be true or false",
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping",
+    "too_short": "must not be empty",
     "model_type": "must be a mapping",
     "model_attributes_type": "must be a mapping",
 }
@@ -162,11 +162,19 @@ def _names_at(model: type[BaseModel], path: Path) -> list[str]:
                 return []
             annotation = field.annotation
         else:
-            annotation = get_args(annotation)[-1]  # a mapping's values, a list's items
+            annotation = _inside(annotation)
     found = _model_in(annotation)
     if found is None:
         return []
     return [field.alias or name for name, field in found.model_fields.items()]
+
+
+def _inside(annotation: Any) -> Any:
+    """What a mapping's values or a list's items are, in an annotation such as
+    `Annotated[tuple[Call, ...] | None, …]`."""
+    while (origin := get_origin(annotation)) not in (dict, tuple, list, None):
+        annotation = get_args(annotation)[0]
+    return None if origin is None else get_args(annotation)[1 if origin is dict else 0]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

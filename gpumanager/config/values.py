@@ -223,7 +223,7 @@ def port(value: object) -> int:
     """A port as a key, which a file holds as a text."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536:
         return value
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value) and 0 < int(value) < 65536:
+    if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,4}", value) and int(value) < 65536:
         return int(value)
     raise ValueError("must be a port: a number from 1 to 65535")
 

@@ -73,6 +73,38 @@ consumers:
     assert words["consumers.nameless.url"] == "is required"
 
 
+def test_lists_and_their_items_are_told_of_in_the_configs_own_words() -> None:
+    found = faults(
+        """\
+routing: {llm: [], embed: [a, 5], image: 5, tts: {a: b}, rerank: [a, nobody]}
+ports: {08188: a, "011434": a}
+consumers:
+  a:
+    url: http://127.0.0.1:1
+    models: [x, {name: y, served_at: z}]
+    gpu_work: [/x, {path: /y, methods: GET}]
+"""
+    )
+    port = "must be a port: a number from 1 to 65535"
+    assert [(path, message) for _, path, message in found] == [
+        ("routing.embed[1]", "must be a string"),
+        ("routing.image", "must be a string"),
+        ("routing.llm", "must not be empty"),
+        ("routing.rerank[1]", "unknown consumer 'nobody'; known: a"),
+        ("routing.tts", "must be a string"),
+        ("ports.011434", port),
+        ("ports.08188", port),
+        (
+            "consumers.a.models[1].served_at",
+            "unknown key 'served_at'; did you mean 'served_as'? known: name, served_as, vram_mib",
+        ),
+        (
+            "consumers.a.gpu_work[1].methods",
+            "unknown key 'methods'; did you mean 'method'? known: method, path",
+        ),
+    ]
+
+
 def test_a_fault_tells_what_was_found() -> None:
     with pytest.raises(ConfigError) as refused:
         parse_config("max_body_mib: -3\nlisten: " + "x" * 500)
