@@ -54,10 +54,13 @@ class Units:
         words = [*command(kind, self.card.path, kind, 4000, port), "detached", *options]
         self.units.mkdir(parents=True)
         (self.units / unit).write_text(f"[Service]\nExecStart={script}{shlex.join(words)}\n")
-        own = str(self.home / "bin" / "systemctl")
-        subprocess.run([own, "--user", "restart", unit], check=True, cwd=ROOT)
+        self.systemctl("restart", unit)
         eventually(lambda: is_up(f"http://127.0.0.1:{port}/"), 30)
         self.cgroups[self.pid(unit)] = UNITS + unit
+
+    def systemctl(self, *words: str) -> None:
+        own = str(self.home / "bin" / "systemctl")
+        subprocess.run([own, "--user", *words], check=True, cwd=ROOT)
 
     def pid(self, unit: str) -> int:
         return int((self.home / f"{unit}.pid").read_text())
@@ -119,6 +122,27 @@ def test_a_users_unit_moves_aside_and_its_clients_notice_nothing(units: Units) -
     assert "nothing to add" in again.output
     assert units.pid("ollama.service") == server
     assert units.config() == config
+
+
+def test_the_way_back_is_as_documented(units: Units) -> None:
+    port = free_port()
+    units.start("ollama", port, "ollama.service")
+    assert units.setup(port, "--take-ports").exit_code == 0
+    to = units.config().consumers["ollama"].url.rpartition(":")[2]
+    text = units.box.config.read_text()
+    text = text.replace(f"ports:\n  {port}: ollama    # it listens on {to}\n", "")
+    units.box.config.write_text(text.replace(to, str(port)))
+    assert not units.config().ports
+    units.systemctl("restart", "gpumanager.service")
+    (units.units / "ollama.service.d" / "gpumanager.conf").unlink()
+    units.systemctl("daemon-reload")
+    units.systemctl("restart", "ollama.service")
+    eventually(lambda: is_up(f"http://127.0.0.1:{port}/"), 30)
+    found = requests.get(f"http://127.0.0.1:{port}/api/version", timeout=PATIENCE_S)
+    assert "X-Request-Id" not in found.headers
+    eventually(lambda: is_up(f"{units.box.url}/healthz"), 30)
+    assert chat(units.box.url) == 200
+    assert "nothing to add" in units.setup(port).output
 
 
 def test_a_unit_gets_its_port_by_a_word_of_its_command(units: Units) -> None:
@@ -209,6 +233,36 @@ def test_a_process_of_the_users_is_theirs_to_move(box: Box, tmp_path: Path) -> N
     )
     box.own.append(own)
     eventually(lambda: is_up(f"http://127.0.0.1:{to}/"), 30)
+    done = box.setup("--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert chat(server.url) == 200
+    assert jobs(box.url) == 1
+
+
+def test_a_running_broker_is_restarted_by_the_words_that_setup_says(box: Box) -> None:
+    server = box.fakes["ollama"]
+    assert box.setup("--yes").returncode == 0
+    (before,) = box.brokers()
+    done = box.setup("--yes", "--take-ports")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [each.pid for each in box.brokers()] == [before.pid]  # nothing has moved yet
+    assert chat(box.url) == 200
+    to = load_config(str(box.config)).consumers["ollama"].url.rpartition(":")[2]
+    stopped(server)
+    box.own.append(
+        subprocess.Popen(
+            [*command("ollama", box.home / "card.json", "ollama", 6000, int(to)), "detached"],
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    )
+    eventually(lambda: is_up(f"http://127.0.0.1:{to}/"), 30)
+    done = box.setup("--yes")
+    assert done.returncode == 1
+    assert "ports" in done.stderr
+    assert f"gpumanager drain --url {box.url}, then gpumanager setup" in done.stderr
+    assert box.run("drain", "--url", box.url).returncode == 0
+    eventually(lambda: not box.brokers(), 20)
     done = box.setup("--yes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert chat(server.url) == 200
