@@ -158,6 +158,23 @@ def test_a_large_one_too(body: bytes, why: str | None) -> None:
         find_model(inbound(body))
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        b'"' + b'\\"' * 2_000_000 + b'"',
+        b'["' + b'","' * 1_000_000 + b'"]',
+        b"[" + b"1," * 4_000_000 + b"1]",
+    ],
+    ids=["escapes", "texts", "numbers"],
+)
+@pytest.mark.timeout(20)
+def test_what_it_takes_grows_with_the_length_only(inner: bytes) -> None:
+    """With the square of it each would take many minutes."""
+    request = inbound(b'{"x": ' + inner + b', "model": "a"}')
+    field = find_model(request)
+    assert (field.model, field.end - field.start) == ("a", 3)
+
+
 def test_a_form_names_it_before_and_after_its_file() -> None:
     sound = b"RIFF\r\n--xY\r\nno boundary" * 1000
     for body in (
