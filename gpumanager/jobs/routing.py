@@ -33,11 +33,12 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The consumer that gets a job of a kind, and the name that it is given for the model, None if
-    that is the client's own."""
+    that is the client's own. `makes_room` is False for one that only unloads."""
 
     kind: str
     consumer: str
     served_as: str | None = None
+    makes_room: bool = True
 
 
 class Catalogue(Protocol):

@@ -91,6 +91,9 @@ class JobRunner:
                 max_wait,
                 key=record.key,
                 settings=consumer,
+                # Whom the broker has stopped, it has to start first.
+                makes_room=choice.makes_room
+                or self._means.registry.get(name).stopped_by is not None,
             )
             ticket = self._wait(place, hold, job, exchange, client, record)
         except BaseException:

@@ -30,6 +30,7 @@ from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.roles import CHANGE_NOTHING, check_role
 from gpumanager.web.security import is_same_origin, refuse_other_sites
 from gpumanager.web.stops import checked
+from gpumanager.web.unloading import only_unloads
 from gpumanager.web.websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -135,9 +136,8 @@ class Mounts:
 
         max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
         record = record_of(environ)
-        return RelayedResponse(
-            self._jobs.run(record, lambda: Choice(kind, name), prepare, max_wait)
-        )
+        choice = Choice(kind, name, makes_room=not only_unloads(path, inbound))
+        return RelayedResponse(self._jobs.run(record, lambda: choice, prepare, max_wait))
 
     def _note(self, name: str, method: str, path: str) -> None:
         """Tell of a call that the config says nothing of, once; those that change nothing are

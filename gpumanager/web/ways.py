@@ -6,7 +6,7 @@ Each way parses what it must, chooses the consumer, and has `jobs` do the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flask import Response
@@ -22,6 +22,7 @@ from gpumanager.web.inbound import inbound_of, preferred_wait
 from gpumanager.web.modelfield import ModelField, find_model, with_model
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
+from gpumanager.web.unloading import only_unloads
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -122,12 +123,13 @@ class Ways:
             if environ["REQUEST_METHOD"] != "POST":
                 message = f"{environ['REQUEST_METHOD']} is not allowed here; allowed: POST"
                 raise MethodNotAllowed(message, allow=["POST"])
-            request = _Request(inbound_of(environ), strict=way.drop_in)
+            request = _Request(inbound_of(environ), way.path, strict=way.drop_in)
 
             def choose() -> Choice:
-                return self._router.choose(
+                choice = self._router.choose(
                     way.kinds, request.model, lambda kind, it: way.route(kind, it) is not None
                 )
+                return replace(choice, makes_room=False) if request.only_unloads else choice
 
             def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
                 name, route = choice.consumer, way.route(choice.kind, consumer)
@@ -149,7 +151,8 @@ class _Request:
     """A request whose model is looked for when somebody asks, once. `strict`: where it cannot be
     told, the request is refused; else it counts as naming none."""
 
-    def __init__(self, inbound: Inbound, *, strict: bool) -> None:
+    def __init__(self, inbound: Inbound, path: str, *, strict: bool) -> None:
+        self.only_unloads = only_unloads(path, inbound)
         self._inbound = inbound
         self._strict = strict
         self._field: ModelField | None = None

@@ -106,3 +106,18 @@ def test_a_model_that_is_to_stay_for_ever_makes_room_all_the_same(
         assert job(broker, "tts").status_code == 200
         assert fakes["ollama"].ask("GET", "/api/ps") == {"models": []}
         assert told(broker, "evicted", "quarantined") == ["evicted"]
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/consumers/ollama/api/generate"])
+def test_an_unload_of_the_clients_own_takes_nobodys_memory(card: SimulatedCard, path: str) -> None:
+    """As `ollama stop` sends it: it waits its turn, and needs no room."""
+    with box(card, consumers()) as (broker, fakes):
+        assert job(broker, "tts").status_code == 200
+        stop = {"model": "llama3:8b", "keep_alive": 0}
+        assert broker.post(path, json=stop).json()["done_reason"] == "unload"
+        assert status_of(broker, "voice")["loaded"]
+        assert told(broker, "evicted", "quarantined") == []
+        # What has something to answer does need it.
+        assert broker.post(path, json={**stop, "prompt": "Hello."}).status_code == 200
+        assert told(broker, "evicted") == ["evicted"]
+        assert fakes["ollama"].ask("POST", "/_fake", {})["loads"] == 1
