@@ -16,10 +16,11 @@ from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.jobs.routing import Catalogue, Router
 from gpumanager.model import ConsumerState
+from gpumanager.upstream.proxy import Inbound
 from gpumanager.web.boundary import json_response
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, raw_path
-from gpumanager.web.modelfield import find_model
+from gpumanager.web.modelfield import find_model, with_model
 from gpumanager.web.roles import CHANGE_NOTHING
 from gpumanager.web.ways import OLLAMA_CHAT
 
@@ -190,8 +191,8 @@ def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -
 
     def ollamas(**given: str) -> Response:  # noqa: ARG001  # the raw path is what counts
         environ = request.environ
-        name = _ollama(environ, router)
-        return forward(environ, name, raw_path(environ, "/api/"), endless=True)
+        name, inbound = _ollama(environ, router)
+        return forward(environ, name, raw_path(environ, "/api/"), inbound, endless=True)
 
     for method, path in OLLAMAS_OWN:
         app.add_url_rule(
@@ -206,18 +207,21 @@ SHOW = "show"
 """The endpoint that changes nothing although it is a POST."""
 
 
-def _ollama(environ: WSGIEnvironment, router: Router) -> str:
-    """The consumer that speaks Ollama's protocol, of several the one with the model. Raises
-    NoConsumer, ModelNotFound, BadRequest."""
+def _ollama(environ: WSGIEnvironment, router: Router) -> tuple[str, Inbound]:
+    """The consumer that speaks Ollama's protocol, of several the one with the model, and the
+    request with that consumer's name for it. Raises NoConsumer, ModelNotFound, BadRequest."""
+    inbound = inbound_of(environ)
     asks = environ["PATH_INFO"] in _NAMES_MODEL
 
     def model() -> str | None:
-        return find_model(inbound_of(environ)).model if asks else None
+        return find_model(inbound).model if asks else None
 
     choice = router.choose(("llm", "embed"), model, lambda _, it: it.serves(OLLAMA_CHAT))
     if not router.consumer(choice.consumer).serves(OLLAMA_CHAT):
         raise NoConsumer("no consumer speaks Ollama's protocol")
-    return choice.consumer
+    if choice.served_as is not None:
+        inbound = with_model(inbound, find_model(inbound), choice.served_as)
+    return choice.consumer, inbound
 
 
 def _tag(offered: Offered, lists: ModelLists) -> dict[str, Any]:

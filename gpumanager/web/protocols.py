@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gpumanager.errors import BrokerError
+from gpumanager.errors import BrokerError, ConsumerUnreachable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -44,7 +44,9 @@ class Protocol:
         if not self.told_to_retry:
             return error.headers()
         # A 502 or 504 may stand for a job that ran: only a client knows whether it may run again.
-        again = error.retryable and error.status in (408, 429, 503)
+        # Where nobody listened it did not.
+        never_ran = isinstance(error, ConsumerUnreachable) and error.nothing_listens
+        again = never_ran or (error.retryable and error.status in (408, 429, 503))
         return [*error.headers(), ("X-Should-Retry", "true" if again else "false")]
 
 

@@ -123,6 +123,18 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in found if record.levelname == "ERROR"]
 
 
+def logged(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
+    """The one line of the access log for a path, which its thread writes when all else is done."""
+
+    def lines() -> list[dict[str, Any]]:
+        access = (r for r in list(caplog.records) if r.name == "gpumanager.access")
+        return [each for each in map(vars, access) if each["path"] == path]
+
+    eventually(lambda: bool(lines()))
+    (line,) = lines()
+    return line
+
+
 @pytest.mark.parametrize("patient", WAYS, indirect=True)
 def test_a_client_that_leaves_before_the_head_of_a_streamed_answer(
     patient: Setting, caplog: pytest.LogCaptureFixture
@@ -138,8 +150,7 @@ def test_a_client_that_leaves_before_the_head_of_a_streamed_answer(
     studio.begin.set()
     patient.see_it_out(next_one)
     assert errors(caplog) == []
-    log = [vars(record) for record in caplog.records if record.name == "gpumanager.access"]
-    (line,) = [each for each in log if each["path"] == "/v1/llm"]
+    line = logged(caplog, "/v1/llm")
     assert (line["status"], line["failure"]) == (499, "client_gone")
     events = broker.get("/v1/events").json()["events"]
     (event,) = [each for each in events if each["event"] == "job" and each["kind"] == "llm"]
@@ -157,8 +168,7 @@ def test_a_client_that_leaves_in_mid_answer(
         next_one = patient.next_job()
     patient.see_it_out(next_one)
     assert errors(caplog) == []
-    log = [vars(record) for record in caplog.records if record.name == "gpumanager.access"]
-    (line,) = [each for each in log if each["path"] == "/v1/llm"]
+    line = logged(caplog, "/v1/llm")
     assert line["status"] == 200
 
 

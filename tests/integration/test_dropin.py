@@ -19,6 +19,7 @@ from gpumanager.model import StoppedBy
 from gpumanager.web import connection as web_connection
 from gpumanager.web.ways import DROP_IN
 from tests.support.broker import LiveBroker, live_broker
+from tests.support.ports import free_port
 from tests.support.sockets import Connection, Received, Script, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, eventually
 
@@ -391,6 +392,28 @@ def test_lists_and_ollamas_other_calls_do_not_wait(
             assert found.status_code == 200
             assert path == "/api/ps" or found.json()["path"] == path
         assert broker.stats.total_jobs == 1
+
+
+def test_ollamas_other_calls_are_given_the_consumers_name_for_a_model(
+    consumers: dict[str, ScriptedConsumer],
+) -> None:
+    text = config(consumers).replace(
+        "  ollama:\n", "  ollama:\n    models: [{name: alias, served_as: 'qwen3:8b'}]\n"
+    )
+    with live_broker(text) as broker:
+        shown = broker.post("/api/show", json={"model": "alias", "verbose": True})
+        assert json.loads(shown.json()["body"]) == {"model": "qwen3:8b", "verbose": True}
+        assert broker.post("/api/show", json={"model": "other"}).status_code == 404
+
+
+def test_a_job_that_surely_never_ran_may_be_run_again(
+    consumers: dict[str, ScriptedConsumer],
+) -> None:
+    text = config(consumers).replace(consumers["vllm"].url, f"http://127.0.0.1:{free_port()}")
+    with live_broker(text) as broker:
+        found = broker.post(CHAT, json={"model": "big"})
+    assert found.status_code in (502, 503)  # the probe may have noticed first
+    assert found.headers["X-Should-Retry"] == "true"
 
 
 def test_a_key_is_taken_as_each_sdk_sends_it_and_goes_no_further(
