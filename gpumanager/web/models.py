@@ -20,9 +20,8 @@ from gpumanager.upstream.proxy import Inbound
 from gpumanager.web.boundary import json_response
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, raw_path
-from gpumanager.web.modelfield import find_model, with_model
 from gpumanager.web.roles import CHANGE_NOTHING
-from gpumanager.web.ways import OLLAMA_CHAT
+from gpumanager.web.ways import OLLAMA_CHAT, ModelRequest
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -209,19 +208,25 @@ SHOW = "show"
 
 def _ollama(environ: WSGIEnvironment, router: Router) -> tuple[str, Inbound]:
     """The consumer that speaks Ollama's protocol, of several the one with the model, and the
-    request with that consumer's name for it. Raises NoConsumer, ModelNotFound, BadRequest."""
+    request as that one takes it. Raises NoConsumer, ModelNotFound, BadRequest."""
     inbound = inbound_of(environ)
-    asks = environ["PATH_INFO"] in _NAMES_MODEL
+    request = ModelRequest(inbound, environ["PATH_INFO"], strict=True)
 
     def model() -> str | None:
-        return find_model(inbound).model if asks else None
+        return request.model() if environ["PATH_INFO"] in _NAMES_MODEL else None
 
-    choice = router.choose(("llm", "embed"), model, lambda _, it: it.serves(OLLAMA_CHAT))
-    if not router.consumer(choice.consumer).serves(OLLAMA_CHAT):
-        raise NoConsumer("no consumer speaks Ollama's protocol")
-    if choice.served_as is not None:
-        inbound = with_model(inbound, find_model(inbound), choice.served_as)
-    return choice.consumer, inbound
+    missing: ModelNotFound | None = None
+    for kind in ("llm", "embed"):
+        try:
+            choice = router.choose((kind,), model, lambda _, it: it.serves(OLLAMA_CHAT))
+        except NoConsumer:
+            continue
+        except ModelNotFound as error:
+            missing = missing or error
+            continue
+        if router.consumer(choice.consumer).serves(OLLAMA_CHAT):
+            return choice.consumer, request.served_as(choice.served_as)
+    raise missing or NoConsumer("no consumer speaks Ollama's protocol")
 
 
 def _tag(offered: Offered, lists: ModelLists) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Ways:
             if environ["REQUEST_METHOD"] != "POST":
                 message = f"{environ['REQUEST_METHOD']} is not allowed here; allowed: POST"
                 raise MethodNotAllowed(message, allow=["POST"])
-            request = _Request(inbound_of(environ), way.path, strict=way.drop_in)
+            request = ModelRequest(inbound_of(environ), way.path, strict=way.drop_in)
 
             def choose() -> Choice:
                 choice = self._router.choose(
@@ -147,7 +147,7 @@ class Ways:
         return job
 
 
-class _Request:
+class ModelRequest:
     """A request whose model is looked for when somebody asks, once. `strict`: where it cannot be
     told, the request is refused; else it counts as naming none."""
 

@@ -369,6 +369,28 @@ def test_whom_the_broker_has_stopped_is_not_asked_for_its_models(
     assert consumers["voice"].requests == []
 
 
+def test_ollamas_other_calls_name_the_model_as_it_does(
+    consumers: dict[str, ScriptedConsumer],
+) -> None:
+    own: Any = {
+        "vllm": {"routes": ["/v1/chat/completions"]},
+        "ollama": {"models": [{"name": "gpt-4o", "served_as": "qwen3:8b"}]},
+    }
+    for name, more in own.items():
+        more["url"] = consumers[name].url
+    text = yaml.safe_dump({"routing": {"llm": "vllm", "embed": "ollama"}, "consumers": own})
+    with live_broker(text) as broker:  # only the consumer for embeddings is an Ollama
+        assert json.loads(asked(broker, "/api/show", model="gpt-4o")["body"]) == {
+            "model": "qwen3:8b"
+        }
+        assert broker.get("/api/version").json()["path"] == "/api/version"
+        assert broker.post("/api/show", json={"model": "other"}).status_code == 404
+    own["vllm"] |= {"routes": ["/api/chat"], "models": ["big"]}
+    text = yaml.safe_dump({"routing": {"llm": "vllm", "embed": "ollama"}, "consumers": own})
+    with live_broker(text) as broker:  # both are
+        assert "qwen3:8b" in asked(broker, "/api/show", model="gpt-4o")["body"]
+
+
 def test_lists_and_ollamas_other_calls_do_not_wait(
     consumers: dict[str, ScriptedConsumer],
 ) -> None:
