@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
@@ -59,9 +60,15 @@ def raw_path(environ: WSGIEnvironment, prefix: str) -> str:
     segments = {part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")}
     if not path.startswith(prefix) or not {".", ".."}.isdisjoint(segments):
         raise errors.BadRequest(f"the path leads out of {prefix}")
-    if not decoded.isprintable():
+    if not decoded.isprintable() and any(map(_is_control, decoded)):
         raise errors.BadRequest("the path holds characters that cannot be printed")
     return path
+
+
+def _is_control(character: str) -> bool:
+    """Whether it is a control character or a line's end. Wide spaces, and what joins the parts of
+    an emoji, stand in the names of files."""
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp")
 
 
 def preferred_wait(header: str) -> float | None:

@@ -85,6 +85,7 @@ def broker(consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
         ("POST", "/other", 1),
         ("OPTIONS", "/other", 0),
         ("GET", "/models/a%2Fb", 0),
+        ("GET", "/view/%E7%B5%B5%E3%80%80%F0%9F%91%A9%E2%80%8D%F0%9F%8E%A8.png", 0),
     ],
 )
 def test_gpu_work_takes_its_turn_and_nothing_else_does(
@@ -304,6 +305,9 @@ def test_the_mount_itself_leads_to_its_root(broker: LiveBroker) -> None:
         (f"{ROOT}/%2e%2e/x", 400, "leads out"),
         (f"{ROOT}/a%2f..%2fb", 400, "leads out"),
         ("/consumers/comfy%75i/x", 400, "leads out"),
+        (f"{ROOT}/a%0d%0ab", 400, "cannot be printed"),
+        (f"{ROOT}/a%C2%85b", 400, "cannot be printed"),
+        (f"{ROOT}/a%E2%80%A8b", 400, "cannot be printed"),
     ],
 )
 def test_a_path_that_leads_elsewhere_is_refused(
