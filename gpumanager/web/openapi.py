@@ -45,11 +45,14 @@ def describe(config: Config, version: str, *, keys: bool) -> dict[str, Any]:
             {each.code for each in _errors(["everywhere", "job", "named", "NotFound"])}
         ),
     }
+    own = {f"/v1/{kind}": f"Run a job of the kind {kind}" for kind in kinds}
+    job = written["paths"][f"/v1/{KINDS[0]}"]["post"]
+    of_kinds = {path: {"post": {**job, "summary": summary}} for path, summary in own.items()}
     paths = {
         path.replace("{audio_path_prefix}", config.audio_path_prefix): {
             method: _operation(path, each, lists, keys=keys) for method, each in methods.items()
         }
-        for path, methods in written["paths"].items()
+        for path, methods in {**of_kinds, **written["paths"]}.items()
     }
     examples.add_to(paths)
     schemas = {name: _full(each, lists) for name, each in written["schemas"].items()}

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis import checks as standard
 
-from gpumanager.config import Config
+from gpumanager.config import Config, parse_config
 from gpumanager.errors import BrokerError
 from gpumanager.web import dashboard
 from gpumanager.web.openapi import describe
@@ -93,6 +93,17 @@ def test_every_error_there_is_is_described(broker: LiveBroker) -> None:
     for error in BrokerError.__subclasses__():
         if error.status not in (405, 499):  # every other method; nobody reads a 499
             assert f"`{error.code}`" in text
+
+
+def test_the_operators_own_kinds_are_described() -> None:
+    text = 'routing: {video: a, rerank: a}\nconsumers: {a: {url: "http://127.0.0.1:1"}}'
+    paths = describe(parse_config(text), "1", keys=False)["paths"]
+    assert paths["/v1/video"]["post"]["summary"] == "Run a job of the kind video"
+    assert (
+        paths["/v1/video"]["post"]["responses"].keys()
+        == paths["/v1/tts"]["post"]["responses"].keys()
+    )
+    assert paths["/v1/rerank"]["post"]["summary"] == "Rank documents again"
 
 
 def test_every_route_there_is_is_described(broker: LiveBroker) -> None:
