@@ -141,7 +141,7 @@ def test_the_way_back_is_as_documented(units: Units) -> None:
     found = requests.get(f"http://127.0.0.1:{port}/api/version", timeout=PATIENCE_S)
     assert "X-Request-Id" not in found.headers
     eventually(lambda: is_up(f"{units.box.url}/healthz"), 30)
-    assert chat(units.box.url) == 200
+    eventually(lambda: chat(units.box.url) == 200, 30)  # once it was probed there
     assert "nothing to add" in units.setup(port).output
 
 
