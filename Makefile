@@ -50,6 +50,7 @@ bench: $(VENV)/.bench
 	@command -v haproxy >/dev/null && command -v nginx >/dev/null || [ "$$(id -u)" != 0 ] || \
 	  { apt-get update -qq && apt-get install -qq --no-install-recommends haproxy nginx; }
 	$(BIN)/python -m benchmarks.performance $(FLAGS)
+	$(BIN)/python -m benchmarks.routing
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
