@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
@@ -108,14 +108,15 @@ def _control_routes(app: Flask, services: Services) -> None:
     def status() -> Response:
         return json_response(services.status.snapshot(_record().whose))
 
-    @cache
-    def description() -> dict[str, Any]:
-        """Made when somebody asks for it first: to read its file would delay each start."""
+    @lru_cache(maxsize=1)
+    def description(_: tuple[str, ...]) -> dict[str, Any]:
+        """Made when somebody asks for it first, to read its file would delay each start; and anew
+        when a reload has changed the kinds."""
         return describe(services.config, services.version, keys=bool(services.keyring))
 
     @app.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(description())
+        return json_response(description(tuple(services.config.routing)))
 
     @app.get("/v1/queue")
     def queue() -> Response:
