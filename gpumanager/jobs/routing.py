@@ -52,27 +52,32 @@ class Catalogue(Protocol):
 def choose(kind: str, offers: Sequence[Offer], model: str | None) -> Choice:
     """The first offer that has the model by name, else by pattern, else in its list, else one that
     may serve any; without a model the first. Raises ModelNotFound with the nearest names."""
-    known = by_config(kind, offers, model)
-    if known is not None or model is None:
-        return known or Choice(kind, offers[0].consumer)
-    for offer in offers:
-        if offer.declared is None and _is_listed(model, offer.listed or ()):
-            return Choice(kind, offer.consumer)
+    if model is None:
+        return Choice(kind, offers[0].consumer)
+    known = by_config(kind, offers, model) or by_list(kind, offers, model)
+    if known is not None:
+        return known
     for offer in offers:
         if offer.may_serve_any:
             return Choice(kind, offer.consumer)
     raise _not_found(model, offers)
 
 
-def by_config(kind: str, offers: Sequence[Offer], model: str | None) -> Choice | None:
+def by_config(kind: str, offers: Sequence[Offer], model: str) -> Choice | None:
     """What can be told without anybody's list."""
-    if model is None:
-        return None
     for fits in (_named, _matched):
         for offer in offers:
             for entry in offer.declared or ():
                 if fits(entry.name, model):
                     return Choice(kind, offer.consumer, entry.served_as)
+    return None
+
+
+def by_list(kind: str, offers: Sequence[Offer], model: str) -> Choice | None:
+    """What the lists tell of those whose config names no models."""
+    for offer in offers:
+        if offer.declared is None and _is_listed(model, offer.listed or ()):
+            return Choice(kind, offer.consumer)
     return None
 
 
@@ -115,7 +120,8 @@ class Router:
         serves: Callable[[str, ConsumerConfig], bool] = lambda kind, consumer: True,  # noqa: ARG005
     ) -> Choice:
         """The consumer for a job of the first of `kinds` that is routed, among those that `serves`
-        says could take it, or the default if none could. `model` tells which one the job names;
+        says could take it, or the default if none could; of several that have the model, one that
+        is not known to be down. `model` tells which one the job names;
         it is asked only if that matters. Raises NoConsumer, ModelNotFound, and what `model`
         raises."""
         config = self._registry.now.config
@@ -129,12 +135,24 @@ class Router:
         if not able or (len(able) == 1 and _takes_any(config.consumers[able[0]])):
             return Choice(kind, (able or names)[0])
         wanted = model()
-        known = by_config(
-            kind, [Offer(each, config.consumers[each].models) for each in able], wanted
+        if wanted is None:
+            return Choice(kind, able[0])
+        up = [each for each in able if not self._is_down(each)]
+        declared = {each: Offer(each, config.consumers[each].models) for each in able}
+        known = by_config(kind, [declared[each] for each in up], wanted) or by_config(
+            kind, list(declared.values()), wanted
         )
-        return known or choose(
-            kind, [self._offer(each, config.consumers[each], wanted) for each in able], wanted
+        if known is not None:
+            return known
+        offers = {each: self._offer(each, config.consumers[each], wanted) for each in able}
+        return by_list(kind, [offers[each] for each in up], wanted) or choose(
+            kind, list(offers.values()), wanted
         )
+
+    def _is_down(self, name: str) -> bool:
+        """Whether its last probe failed, and not because the broker has stopped it."""
+        state = self._registry.now.states.get(name)
+        return state is not None and state.healthy is False and state.stopped_by is None
 
     def consumer(self, name: str) -> ConsumerConfig:
         """The config of one that was chosen."""

@@ -8,7 +8,7 @@ from gpumanager.config import ModelEntry, parse_config
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.jobs.routing import Choice, Offer, Router, choose
-from gpumanager.model import ModelListing
+from gpumanager.model import ModelListing, StoppedBy
 from tests.support.clock import FakeClock
 
 
@@ -66,6 +66,36 @@ consumers:
     assert it.choose(("llm",), lambda: "b").consumer == "big"
     assert it.choose(("llm",), lambda: "s").consumer == "small"
     assert it.choose(("llm",), lambda: "gpt-4o").consumer == "small"
+
+
+TWINS = """
+routing: {llm: [first, second, third]}
+consumers:
+  first: {url: "http://127.0.0.1:1", models: [big, first's]}
+  second: {url: "http://127.0.0.1:2", models: ["b*"]}
+  third: {url: "http://127.0.0.1:3"}
+"""
+
+
+def test_of_two_that_have_a_model_one_that_is_down_comes_last() -> None:
+    registry = Registry(parse_config(TWINS), FakeClock())
+    it = Router(registry, ListsOf(third=("listed",)))
+    assert it.choose(("llm",), lambda: "big").consumer == "first"
+    registry.probe_failed("first", "refused")
+    assert it.choose(("llm",), lambda: "big").consumer == "second"
+    # Nobody else has it: its client is told who is down.
+    assert it.choose(("llm",), lambda: "first's").consumer == "first"
+    assert it.choose(("llm",), lambda: None).consumer == "first"
+    registry.probe_failed("second", "refused")
+    assert it.choose(("llm",), lambda: "big").consumer == "first"
+
+
+def test_one_that_the_broker_has_stopped_is_not_down() -> None:
+    registry = Registry(parse_config(TWINS), FakeClock())
+    registry.probe_failed("first", "refused")
+    registry.mark_stopped("first", StoppedBy("unit"))
+    it = Router(registry, ListsOf(third=()))
+    assert it.choose(("llm",), lambda: "big").consumer == "first"
 
 
 class ListsOf:
