@@ -60,7 +60,7 @@ def choose(kind: str, offers: Sequence[Offer], model: str | None) -> Choice:
     for offer in offers:
         if offer.may_serve_any:
             return Choice(kind, offer.consumer)
-    raise _not_found(model, offers)
+    raise not_found(model, [name for offer in offers for name in _names(offer)])
 
 
 def by_config(kind: str, offers: Sequence[Offer], model: str) -> Choice | None:
@@ -94,8 +94,9 @@ def _is_listed(model: str, listed: Iterable[str]) -> bool:
     return any(each == model or each == f"{model}:latest" for each in listed)
 
 
-def _not_found(model: str, offers: Iterable[Offer]) -> ModelNotFound:
-    names = [name for offer in offers for name in _names(offer)]
+def not_found(model: str, names: Iterable[str]) -> ModelNotFound:
+    """The error for a model that none of `names` is; it tells the nearest, else the first few."""
+    names = list(names)
     near = get_close_matches(model[:64], names, 3, 0.5) or sorted(names)[:3]
     shown = model if len(model) <= 64 else f"{model[:63]}…"
     hint = f"; there are {', '.join(near)}" if near else ""
@@ -158,8 +159,8 @@ class Router:
         """The config of one that was chosen."""
         return self._registry.now.consumers[name]
 
-    def _offer(self, name: str, consumer: ConsumerConfig, wanted: str | None) -> Offer:
-        asks = wanted is not None and consumer.models is None
+    def _offer(self, name: str, consumer: ConsumerConfig, wanted: str) -> Offer:
+        asks = consumer.models is None
         listed = self._catalogue.listed(name, wanted=wanted) if asks else None
         names = None if listed is None else listed.names
         return Offer(name, consumer.models, names, consumer.any_model)

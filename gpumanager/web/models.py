@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from flask import Flask, Response, request
 from gpumanager.config import ConsumerConfig, ModelEntry
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
-from gpumanager.jobs.routing import Catalogue, Router
+from gpumanager.jobs.routing import Catalogue, Router, not_found
 from gpumanager.model import ConsumerState
 from gpumanager.upstream.proxy import Inbound
 from gpumanager.web.boundary import json_response
@@ -79,9 +78,7 @@ class ModelLists:
             for entry in server.config.models or ():
                 if entry.name.strip("*?") and fnmatchcase(name, entry.name):
                     return server.offers(name, entry)
-        near = get_close_matches(name[:64], [each.name for each in offered], 3, 0.5)
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise ModelNotFound(f"no consumer has the model '{name[:64]}'{hint}")
+        raise not_found(name, [each.name for each in offered])
 
     def details(self, offered: Offered) -> Mapping[str, Any]:
         """What the consumer itself says of a model."""
