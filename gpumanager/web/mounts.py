@@ -27,7 +27,7 @@ from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
-from gpumanager.web.roles import CHANGE_NOTHING, check_role
+from gpumanager.web.roles import CHANGE_NOTHING, SAFE_METHODS, check_role
 from gpumanager.web.security import is_same_origin, refuse_other_sites
 from gpumanager.web.stops import checked
 from gpumanager.web.unloading import only_unloads
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 PREFIX = "/consumers/"
-
-_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods that are no GPU work unless the config says so."""
 
 _MOST_SEEN = 200
 """Unclassified calls that are told of, once each."""
@@ -114,7 +111,7 @@ class Mounts:
             check_role(record, "mount", ())  # it could unload a model, or delete one
         if work is None:
             self._note(name, method, path)
-            work = method not in _HARMLESS
+            work = method not in SAFE_METHODS  # these are none unless the config says so
         if work:
             refuse_other_sites(environ)  # a page could have a GET run by an image of it
             answer = self._run(environ, name, inbound, path)
@@ -143,7 +140,7 @@ class Mounts:
         """Tell of a call that the config says nothing of, once; those that change nothing are
         mostly a page's own files."""
         call = name, method, path[:_LONGEST_PATH]
-        if method not in _HARMLESS and call not in self._seen and len(self._seen) < _MOST_SEEN:
+        if method not in SAFE_METHODS and call not in self._seen and len(self._seen) < _MOST_SEEN:
             self._seen.add(call)
             self._emit(CallUnclassified(consumer=name, method=method, path=call[2]))
 
