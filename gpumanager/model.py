@@ -27,6 +27,13 @@ class Job:
     the name of the API key it came with, where keys are in use. `settings` is the consumer's
     config as of when the job was admitted, for those who prepare it: what a reload changes later
     is for the jobs after it. The queue does not look at it.
+
+    `model` is the model that it works with, where its memory is known by model, and `context` how
+    many tokens it wants that loaded with, where it says so.
+
+    `urgency` is 0 (now) to 7 (background), as RFC 9218 has it; `requester` is who shares the GPU
+    fairly with others: the name of the API key, else the client's address; `session` is the
+    conversation that it belongs to, where the client says so.
     """
 
     consumer: str
@@ -38,6 +45,28 @@ class Job:
     runs: bool = True
     key: str | None = None
     settings: object = field(default=None, compare=False, repr=False)
+    model: str | None = None
+    context: int | None = None
+    urgency: int = 3
+    requester: str = "-"
+    session: str | None = None
+
+    @property
+    def resident(self) -> str:
+        """The name of what it needs on the card: see `resident_name`."""
+        return resident_name(self.consumer, self.model)
+
+
+def resident_name(consumer: str, model: str | None = None) -> str:
+    """What is resident on the card by its name: a consumer, or one model of it. A consumer's own
+    name has no slash in it."""
+    return consumer if model is None else f"{consumer}/{model}"
+
+
+def parts_of(resident: str) -> tuple[str, str | None]:
+    """The consumer, and the model, if it is one: the reverse of `resident_name`."""
+    consumer, slash, model = resident.partition("/")
+    return consumer, model if slash else None
 
 
 @dataclass(frozen=True, slots=True)
