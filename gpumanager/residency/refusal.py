@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpumanager.errors import InsufficientVram
+from gpumanager.model import parts_of
 from gpumanager.scheduling.memory import Card, Look
 
 
@@ -30,10 +31,11 @@ def short_mib(now: Look, reserved_mib: int) -> int:
 
 
 def _holders(target: str, card: Card) -> list[str]:
-    """Who holds the memory: consumers, then the largest of the others."""
-    figures = {name: each.resident.held_mib for name, each in card.consumers.items()}
+    """Who holds the memory: consumers and their models, then the largest of the others."""
+    figures = {name: each.resident.held_mib for name, each in card.standings.items()}
     named = {name: mib for name, mib in figures.items() if mib}
-    listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name != target]
+    own = (target, parts_of(target)[0])
+    listed = [f"{name} {mib} MiB" for name, mib in sorted(named.items()) if name not in own]
     others = card.balance().used_mib - sum(named.values())
     holdings = None if card.reading is None else card.reading.holdings
     for process in () if holdings is None else holdings.foreign:

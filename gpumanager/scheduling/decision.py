@@ -135,7 +135,8 @@ def idle_others(picture: Picture) -> list[Resident]:
     if picture.card is None or picture.preparing is None:
         return []
     own, others = _own(picture, picture.preparing)
-    return may_go(picture.card, {own.job.consumer, *others})
+    own_name = picture.card.standing(own.job.resident).resident.name
+    return may_go(picture.card, {own_name, *others})
 
 
 def _at_limit(limits: Mapping[str, int], running: Sequence[Running], chosen: Waiting) -> bool:
@@ -163,8 +164,8 @@ def _make_room(picture: Picture, ticket: int) -> Decision:
     if card is None:
         return Prepare(ticket)
     own, busy = _own(picture, ticket)
-    target = own.job.consumer
-    upcoming = [place.job.consumer for place in picture.waiting if place.job.makes_room]
+    target = own.job.resident
+    upcoming = [place.job.resident for place in picture.waiting if place.job.makes_room]
     now = look(card, target, upcoming, so_far.tried | busy)
     if now.plan.fits:
         return Start((ticket,))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gpumanager.consumers.learning import Times
-from gpumanager.model import Job, Turn
+from gpumanager.model import Job, Turn, parts_of
 from gpumanager.scheduling.policy import Running, Waiting
 from gpumanager.scheduling.victims import Demand, Order, Resident, candidates, plan_eviction
 
@@ -43,10 +43,10 @@ COLD = guess(RUN.mean + LOAD.mean)
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A consumer as the estimates see it: as the choice of victims does, what its jobs need of the
-    card, and what things take it. `cold` is a job that loads it by itself, loading included.
-    `running_since` is when the job that runs began (monotonic), `runs_cold` says that it is such a
-    one."""
+    """A consumer, or a model of one, as the estimates see it: as the choice of victims does, what
+    its jobs need of the card, and what things take it. `cold` is a job that loads it by itself,
+    loading included. `running_since` is when the job that runs began (monotonic), `runs_cold` says
+    that it is such a one."""
 
     resident: Resident
     demand: Demand
@@ -78,8 +78,9 @@ class Outlook:
     doing: Doing | None = None
 
     def profile(self, name: str) -> Profile:
-        """Of one consumer; guesses for one that is not in the picture."""
-        found = self.profiles.get(name)
+        """Of one consumer or model. A model that is not in the picture is taken to be like its
+        consumer; of a consumer that is not, all is guessed."""
+        found = self.profiles.get(name) or self.profiles.get(parts_of(name)[0])
         if found is None:
             found = Profile(Resident(name, loaded=True, held_mib=0), Demand(name, 0, 0))
         return found
@@ -101,7 +102,7 @@ def forecast(
     """Play the queue through. For one job at a time; an upper bound for several."""
     queue = [place.job for place in waiting]
     card = _Card(outlook, now)
-    names = [job.consumer for job in queue if job.makes_room]
+    names = [job.resident for job in queue if job.makes_room]
     begun = {each.ticket: _begun(each, card, names) for each in running}
     ahead = sum(turn.left_s for turn in begun.values())
     overdue = any(turn.overdue for turn in begun.values())
@@ -114,8 +115,8 @@ def forecast(
         ahead += turn.left_s
     switching = _switching(queue, played)
     for job in queue[PLAYED:]:
-        run_s = _run_s(job, outlook.profile(job.consumer))
-        evict_s, load_s = switching.get(job.consumer, switching[""]) if job.makes_room else (0, 0)
+        run_s = _run_s(job, outlook.profile(job.resident))
+        evict_s, load_s = switching.get(job.resident, switching[""]) if job.makes_room else (0, 0)
         played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue))
         ahead += evict_s + load_s + run_s
     return Forecast(begun, played, ahead)
@@ -157,9 +158,9 @@ class _Card:
 
     def take(self, job: Job, behind: Sequence[str], after_s: float) -> Turn:
         """What the turn of a job needs that comes `after_s` from now, and what is so after it."""
-        profile = self._outlook.profile(job.consumer)
+        profile = self._outlook.profile(job.resident)
         run_s = _run_s(job, profile)
-        resident = self._residents.get(job.consumer, profile.resident)
+        resident = self._residents.get(profile.resident.name, profile.resident)
         if not job.makes_room:
             self._unload(resident)
             return Turn(run_s=run_s if resident.loaded else 0.0)
@@ -186,8 +187,7 @@ class _Card:
         )
         if not plan.in_vain:
             return plan.victims
-        spared = {name, *demand.coexists_with}
-        return [each for each in candidates(self._residents.values()) if each.name not in spared]
+        return [each for each in candidates(self._residents.values()) if not demand.spares(each)]
 
     def _unload(self, resident: Resident) -> None:
         name = resident.name
@@ -213,7 +213,7 @@ class _Card:
 def _begun(running: Running, card: _Card, behind: Sequence[str]) -> Turn:
     """What is left of the turn of a job that has the GPU."""
     job, outlook, now = running.job, card.outlook, card.now
-    profile, doing = outlook.profile(job.consumer), outlook.doing
+    profile, doing = outlook.profile(job.resident), outlook.doing
     turn = card.take(job, behind[:UPCOMING], 0.0)
     since: float | None = running.since
     times = profile.unload
@@ -247,12 +247,12 @@ def _run_s(job: Job, profile: Profile) -> float:
 
 
 def _switching(queue: Collection[Job], played: Sequence[Turn]) -> dict[str, tuple[float, float]]:
-    """Mean seconds of unloading and loading of the jobs played through: by consumer, and over all
-    under an empty name."""
+    """Mean seconds of unloading and loading of the jobs played through: by what they need, and over
+    all under an empty name."""
     turns: dict[str, list[Turn]] = {}
     for job, turn in zip(queue, played, strict=False):
         if job.makes_room:
-            turns.setdefault(job.consumer, []).append(turn)
+            turns.setdefault(job.resident, []).append(turn)
             turns.setdefault("", []).append(turn)
     means = {
         name: (

@@ -82,8 +82,8 @@ class Scheduler(Protocol):
         """Who runs and who waits, in the order of the tickets, as of one instant."""
 
     def upcoming(self) -> tuple[str, ...]:
-        """Whose jobs wait, in the order in which they will be granted as things stand: the first
-        ones, and only those that take memory."""
+        """What the jobs that wait need on the card (`Job.resident`), in the order in which they
+        will be granted as things stand: the first ones, and only those that take memory."""
 
     def estimate(self, job: Job) -> Turn:
         """What is expected of a job that came now."""

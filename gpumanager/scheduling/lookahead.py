@@ -23,7 +23,7 @@ REFUSED_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A job: whose it is, and who may not be unloaded for it."""
+    """A job: what it needs to be loaded, and what may not be unloaded for it."""
 
     name: str
     spares: frozenset[str] = frozenset()
@@ -31,9 +31,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The consumers. By name: the MiB it takes when it is loaded and gives back when it is
-    unloaded, the seconds that loading it costs, and those that it is worth to have it loaded after
-    the last step. `movable` may be unloaded; whoever is better unloaded comes first in it."""
+    """What can be loaded: consumers, or models of them. By name: the MiB it takes when it is loaded
+    and gives back when it is unloaded, the seconds that loading it costs, and those that it is
+    worth to have it loaded after the last step. `movable` may be unloaded; whoever is better
+    unloaded comes first in it."""
 
     takes_mib: Mapping[str, int]
     gives_mib: Mapping[str, int]

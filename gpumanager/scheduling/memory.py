@@ -3,12 +3,12 @@ over plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from math import inf
 
 from gpumanager.gpu.accounting import Balance, balance
-from gpumanager.model import CONTEXT_MIB, MemoryReading
+from gpumanager.model import CONTEXT_MIB, MemoryReading, parts_of
 from gpumanager.scheduling.victims import (
     Demand,
     Order,
@@ -28,8 +28,9 @@ taken for a desktop: it does not keep a job that is otherwise alone from being t
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where one consumer stands, all in MiB. `resident` is what it is to the jobs of others,
-    `demand` what its own next job needs; `declared_mib` what the config says that it needs.
+    """Where a consumer stands, or one model of it, all in MiB. `resident` is what it is to the jobs
+    of others, `demand` what its own next job needs; `declared_mib` what the config says that it
+    needs.
 
     The rest is how much better it may be than is known. `hoped_floor_mib`: what it keeps after an
     unload, if what was seen to stay once comes back this time. `lucky`: what it is to others, if
@@ -50,31 +51,49 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The card and the consumers as of `now` (monotonic seconds). `reading` is None where the card
+    """The card and who is on it as of `now` (monotonic seconds). `reading` is None where the card
     cannot be measured, `last` is then the latest of before; `total_mib` is the configured total
-    (0: none). Of what is free, `reserved_mib` stays free."""
+    (0: none). Of what is free, `reserved_mib` stays free.
 
-    consumers: Mapping[str, Standing] = field(default_factory=dict)
+    `standings` has each consumer, and those models that are known by themselves, by the names that
+    residents have. A consumer that has models there stands only for what is none of theirs.
+    `needs` is what a model needs of which no more is known than that, in MiB.
+    """
+
+    standings: Mapping[str, Standing] = field(default_factory=dict)
     reading: MemoryReading | None = None
     last: MemoryReading | None = None
     total_mib: int = 0
     reserved_mib: int = 0
     order: Order = "lru"
     now: float = 0.0
+    needs: Mapping[str, int] = field(default_factory=dict)
+
+    def standing(self, target: str) -> Standing:
+        """Where `target` stands; a model that is not known by itself, where its consumer does."""
+        found = self.standings.get(target)
+        return self.standings[parts_of(target)[0]] if found is None else found
+
+    def demand(self, target: str) -> Demand:
+        """What the next job of `target` needs."""
+        demand, needed_mib = self.standing(target).demand, self.needs.get(target)
+        return demand if needed_mib is None else replace(demand, needed_mib=needed_mib)
 
     def balance(self, target: str | None = None) -> Balance:
         """How much is free; for the next job of `target`, if that is given: what it may hold, but
         not surely, is not in its own way."""
+        own = None if target is None else self.standing(target)
         return self._balance(
-            each.demand.held_mib if name == target else each.resident.held_mib
-            for name, each in self.consumers.items()
+            each.demand.held_mib if each is own else each.resident.held_mib
+            for each in self.standings.values()
         )
 
     def lucky_balance(self, target: str) -> Balance:
         """The same, if all that is assumed were in favour of `target`."""
+        own = self.standing(target)
         return self._balance(
-            each.lucky_surely_mib if name == target else each.lucky.held_mib
-            for name, each in self.consumers.items()
+            each.lucky_surely_mib if each is own else each.lucky.held_mib
+            for each in self.standings.values()
         )
 
     def _balance(self, held_mib: Iterable[int]) -> Balance:
@@ -126,15 +145,17 @@ def look(
     is declared is all that is needed, they all go, and the job is tried. So is one that will
     be alone on the card then.
     """
-    now, demand = card.balance(target), card.consumers[target].demand
+    now, demand = card.balance(target), card.demand(target)
     return Look(
         target,
-        Plan(fits=True) if now.source == "unknown" else _plan(card, demand, now, upcoming, spared),
+        Plan(fits=True)
+        if now.source == "unknown"
+        else _plan(card, target, demand, now, upcoming, spared),
         demand.needed_mib,
         demand.held_mib,
         now,
-        sum(each.coming_mib for each in card.consumers.values()),
-        sum(each.late_mib for each in card.consumers.values()),
+        sum(each.coming_mib for each in card.standings.values()),
+        sum(each.late_mib for each in card.standings.values()),
     )
 
 
@@ -142,7 +163,7 @@ def is_room(card: Card, target: str) -> bool:
     """Whether the next job of `target` fits without anybody being unloaded."""
     now = card.balance(target)
     available_mib = now.free_mib - card.reserved_mib
-    return now.source == "unknown" or fits(card.consumers[target].demand, available_mib)
+    return now.source == "unknown" or fits(card.demand(target), available_mib)
 
 
 def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool:
@@ -150,7 +171,7 @@ def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool
     that may and are not `spared`."""
     if is_room(card, target):
         return True
-    demand = card.consumers[target].demand
+    demand = card.demand(target)
     missing = demand.missing_mib - card.balance(target).free_mib + card.reserved_mib
     return any(
         missing <= yields_mib(demand, _residents(card, spared, hopeful=hopeful))
@@ -158,16 +179,25 @@ def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool
     )
 
 
-def may_go(card: Card, spared: Collection[str] = frozenset()) -> list[Resident]:
-    """All that could be unloaded, and are not `spared`."""
+def may_go(card: Card, spared: Set[str] = frozenset()) -> list[Resident]:
+    """All that could be unloaded, and are not `spared`, nor their consumers."""
     return candidates(_residents(card, spared))
 
 
 def _plan(
-    card: Card, demand: Demand, now: Balance, upcoming: Sequence[str], spared: Set[str]
+    card: Card,
+    target: str,
+    demand: Demand,
+    now: Balance,
+    upcoming: Sequence[str],
+    spared: Set[str],
 ) -> Plan:
     available_mib = now.free_mib - card.reserved_mib
-    waiting = [card.consumers[name].demand for name in upcoming if name in card.consumers]
+    waiting = [
+        card.demand(name)
+        for name in upcoming
+        if name in card.standings or parts_of(name)[0] in card.standings
+    ]
     plan = Plan(fits=False)
     # The second time: what was seen to stay once may come back this time.
     for hopeful in (False, True):
@@ -182,22 +212,21 @@ def _plan(
         if not again.in_vain:
             return again
         plan = plan if hopeful else again
-    if not _with_luck(card, demand, spared) and not _ends_alone(card, demand.name, now, spared):
+    if not _with_luck(card, target, demand, spared) and not _ends_alone(card, demand, now, spared):
         return plan
-    stay = {demand.name, *demand.coexists_with}
     going = sorted(may_go(card, spared), key=lambda each: each.last_used or -inf)
-    victims = tuple(each for each in going if each.name not in stay)
+    victims = tuple(each for each in going if not demand.spares(each))
     return replace(plan, victims=victims, attempt=True)
 
 
-def _residents(card: Card, spared: Collection[str], *, hopeful: bool = False) -> list[Resident]:
+def _residents(card: Card, spared: Set[str], *, hopeful: bool = False) -> list[Resident]:
     return [
         _as(
             each.resident,
-            each.resident.evictable and name not in spared,
+            each.resident.evictable and spared.isdisjoint((name, each.resident.consumer)),
             each.hoped_floor_mib if hopeful else each.resident.floor_mib,
         )
-        for name, each in card.consumers.items()
+        for name, each in card.standings.items()
     ]
 
 
@@ -207,17 +236,21 @@ def _as(resident: Resident, evictable: bool, floor_mib: int) -> Resident:
     return replace(resident, evictable=evictable, floor_mib=floor_mib)
 
 
-def _with_luck(card: Card, demand: Demand, spared: Set[str]) -> bool:
+def _with_luck(card: Card, name: str, demand: Demand, spared: Set[str]) -> bool:
     """Whether there would be room, if all that is assumed were in favour of the target, and what is
     declared were all that it needs."""
-    target, now = card.consumers[demand.name], card.lucky_balance(demand.name)
+    target, now = card.standing(name), card.lucky_balance(name)
     lucky = replace(
         demand,
         needed_mib=min(demand.needed_mib, target.declared_mib),
         held_mib=target.lucky_surely_mib,
     )
     available_mib = now.free_mib - card.reserved_mib
-    others = [each.lucky for name, each in card.consumers.items() if name not in spared]
+    others = [
+        each.lucky
+        for name, each in card.standings.items()
+        if spared.isdisjoint((name, each.resident.consumer))
+    ]
     return (
         now.source == "unknown"
         or fits(lucky, available_mib)
@@ -225,13 +258,18 @@ def _with_luck(card: Card, demand: Demand, spared: Set[str]) -> bool:
     )
 
 
-def _ends_alone(card: Card, target: str, now: Balance, spared: Set[str]) -> bool:
+def _ends_alone(card: Card, demand: Demand, now: Balance, spared: Set[str]) -> bool:
     """Whether nobody but the target and a desktop would be left on the card, once all that may
     go have gone."""
-    others = [each for each in _residents(card, spared, hopeful=True) if each.name != target]
+    own = parts_of(demand.name)[0]
+    others = [
+        each
+        for each in _residents(card, spared, hopeful=True)
+        if each.consumer != own or not demand.spares(each)
+    ]
     going = {each.name for each in candidates(others)}
     left = [each.floor_mib if each.name in going else each.held_mib for each in others]
-    known = sum(each.resident.held_mib for each in card.consumers.values())
+    known = sum(each.resident.held_mib for each in card.standings.values())
     desktop = max(DESKTOP_MIB, now.total_mib // DESKTOP_SHARE)
     return all(mib <= CONTEXT_MIB for mib in left) and (
         card.reading is None or now.used_mib - known <= desktop

@@ -159,7 +159,7 @@ class Queue:
 
     def upcoming(self) -> tuple[str, ...]:
         with self._lock:
-            return tuple(place.job.consumer for place in self._upcoming_locked())
+            return tuple(place.job.resident for place in self._upcoming_locked())
 
     def estimate(self, job: Job) -> Turn:
         waiting, running, now = self._places()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from gpumanager.model import CONTEXT_MIB
+from gpumanager.model import CONTEXT_MIB, parts_of
 from gpumanager.scheduling.lookahead import Step, Table, cheapest
 
 REUSE_S = 60.0
@@ -31,7 +31,9 @@ Order = Literal["lru", "cost"]
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A consumer as the choice of victims sees it.
+    """What can be unloaded, as the choice of victims sees it: one model of a consumer, where the
+    consumer says which are loaded and can unload one, else all of a consumer. `name` is as
+    `model.resident_name` has it.
 
     `held_mib` is what it is taken to hold now, `floor_mib` what it keeps after an unload;
     `last_used` the monotonic time of its last real job, None if it had none; `reload_s` how long
@@ -49,6 +51,11 @@ class Resident:
     reload_s: float = 0.0
 
     @property
+    def consumer(self) -> str:
+        """The consumer that it belongs to."""
+        return parts_of(self.name)[0]
+
+    @property
     def yield_mib(self) -> int:
         """MiB that unloading it gives back; never negative."""
         return max(0, self.held_mib - self.floor_mib)
@@ -56,7 +63,8 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a job's consumer needs to be resident, and what it holds of that already."""
+    """What a job needs to be resident, a consumer or one model of it, and what that holds of the
+    card already. `coexists_with` are consumers that may not go for it."""
 
     name: str
     needed_mib: int
@@ -68,6 +76,14 @@ class Demand:
         """MiB it still has to allocate; never negative. A consumer that holds all it needs
         asks for nothing, however full the card is."""
         return max(0, self.needed_mib - self.held_mib)
+
+    def spares(self, resident: Resident) -> bool:
+        """Whether it may not go for this: it is what is wanted, or a part of it, or may not be
+        unloaded for its sake. Another model of the same consumer may."""
+        consumer = parts_of(self.name)[0]
+        if resident.consumer != consumer:
+            return resident.consumer in self.coexists_with
+        return resident.name == self.name or consumer in (resident.name, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +116,7 @@ def plan_eviction(
 ) -> Plan:
     """Choose victims so that `demand` fits into `available_mib` (free less the reserve).
 
-    Victims are those of `candidates` that are neither the target nor in its `coexists_with`.
+    Victims are those of `candidates` that the demand does not spare.
     `upcoming` is what waits behind this job, in its order; the first `look_ahead` of it are gone
     through. Reloading somebody for them costs its `reload_s`. For what comes after them, one that
     still waits counts in full, and any other the less the longer it was not used, and nothing if
@@ -116,13 +132,14 @@ def plan_eviction(
         return Plan(fits=False, short_mib=short_mib)
     # A job right after another one of the same consumer changes nothing.
     upcoming = [each for before, each in pairwise((demand, *upcoming)) if each.name != before.name]
-    known.setdefault(demand.name, Resident(demand.name, False, demand.held_mib))
+    for each in (demand, *upcoming):
+        known.setdefault(each.name, Resident(each.name, False, each.held_mib))
     chosen = cheapest(
         _table(known, demand, upcoming, look_ahead, order, now),
         frozenset(each.name for each in known.values() if each.loaded or _gives(each)),
         available_mib,
-        Step(demand.name, demand.coexists_with),
-        [Step(each.name, each.coexists_with) for each in upcoming[:look_ahead]],
+        _step(demand, known.values()),
+        [_step(each, known.values()) for each in upcoming[:look_ahead]],
     )
     return Plan(fits=False, victims=tuple(known[name] for name in chosen))
 
@@ -134,17 +151,17 @@ def fits(demand: Demand, available_mib: int) -> bool:
 
 def yields_mib(demand: Demand, residents: Iterable[Resident]) -> int:
     """MiB that unloading all of them that may go for `demand` would give back."""
-    return sum(
-        each.yield_mib
-        for each in candidates(residents)
-        if each.name != demand.name and each.name not in demand.coexists_with
-    )
+    return sum(each.yield_mib for each in candidates(residents) if not demand.spares(each))
 
 
 def candidates(residents: Iterable[Resident]) -> list[Resident]:
     """Those that could be unloaded, and would give something back: more than a bare process
     holds, if they are not known to be loaded."""
     return [resident for resident in residents if _gives(resident)]
+
+
+def _step(demand: Demand, residents: Iterable[Resident]) -> Step:
+    return Step(demand.name, frozenset(each.name for each in residents if demand.spares(each)))
 
 
 def _gives(resident: Resident) -> bool:

@@ -72,7 +72,7 @@ def card(total: int = 10_000, foreign: int = 0, **consumers: tuple[int, int]) ->
 def but(known: Card, name: str, **changes: Any) -> Card:
     """The card, with something else about one consumer."""
     return replace(
-        known, consumers={**known.consumers, name: replace(known.consumers[name], **changes)}
+        known, standings={**known.standings, name: replace(known.standings[name], **changes)}
     )
 
 

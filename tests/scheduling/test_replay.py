@@ -60,7 +60,7 @@ def what(now: Look, card: Card) -> str:
         return "tried anyway"
     if not now.plan.victims:
         return "refused"
-    known = {name: each.resident.floor_mib for name, each in card.consumers.items()}
+    known = {name: each.resident.floor_mib for name, each in card.standings.items()}
     hopeful = any(each.floor_mib < known[each.name] for each in now.plan.victims)
     return "makes room in hope" if hopeful else "makes room"
 
