@@ -20,19 +20,23 @@ Role = Literal["client", "admin"]
 _ROLES: Mapping[str, Role] = {"client": "client", "admin": "admin"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMIT = re.compile(r"[1-9][0-9]{0,5}")
-_SHAPE = "NAME KEY [max_queued=N] [role=admin|client]"
+_URGENCY = re.compile(r"[0-7]")
+_SHAPE = "NAME KEY [max_queued=N] [role=admin|client] [urgency=N] [most_urgent=N]"
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """A key by the name it has in logs. `max_queued` bounds its jobs in the queue, running ones
     included; None leaves them to the queue's own bound. A key that was given no `role` may do
-    everything, as all keys could before there were roles."""
+    everything, as all keys could before there were roles. `urgency` is that of its jobs that ask
+    for none, from 0 (most urgent) to 7, and none of them is more urgent than `most_urgent`."""
 
     name: str
     secret: str
     max_queued: int | None = None
     role: Role | None = None
+    urgency: int | None = None
+    most_urgent: int = 0
 
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r}, ***)"
@@ -54,7 +58,7 @@ class KeysError(Exception):
 
 def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...]:
     """The keys of GPUMANAGER_API_KEYS (separated by `;` or newlines) and of `file` (a line each;
-    `#` begins a comment): `NAME KEY [max_queued=N] [role=admin|client]`. Raises KeysError.
+    `#` begins a comment), each written as `_SHAPE` says. Raises KeysError.
     """
     keys = list(_parse(re.split(r"[;\n]", environ.get(KEYS_ENV, "")), KEYS_ENV))
     if file is not None:
@@ -87,6 +91,12 @@ def _parse(lines: Iterable[str], source: str) -> Iterator[ApiKey]:
         yield _with_options(ApiKey(words[0], words[1]), words[2:], where)
 
 
+def _urgency(name: str, value: str, where: str) -> int:
+    if not _URGENCY.fullmatch(value):
+        raise KeysError(f"{where}: {name}=N wants a number from 0 (most urgent) to 7")
+    return int(value)
+
+
 def _with_options(key: ApiKey, words: list[str], where: str) -> ApiKey:
     for number, word in enumerate(words):
         name, _, value = word.partition("=")
@@ -100,6 +110,18 @@ def _with_options(key: ApiKey, words: list[str], where: str) -> ApiKey:
             if value not in _ROLES:
                 raise KeysError(f"{where}: role must be admin or client")
             key = replace(key, role=_ROLES[value])
+        elif name == "urgency":
+            key = replace(key, urgency=_urgency(name, value, where))
+        elif name == "most_urgent":
+            key = replace(key, most_urgent=_urgency(name, value, where))
         else:
-            raise KeysError(f"{where}: after the key may come max_queued=N and role=admin|client")
+            raise KeysError(
+                f"{where}: after the key may come max_queued=N, role=admin|client, urgency=N and "
+                "most_urgent=N"
+            )
+    if key.urgency is not None and key.urgency < key.most_urgent:
+        raise KeysError(
+            f"{where}: urgency={key.urgency} is more urgent than most_urgent={key.most_urgent}, "
+            "which is the most urgent that this key may have"
+        )
     return key

@@ -10,6 +10,9 @@ from typing import Any, Literal
 RELEASE_S = 60.0
 """The longest that memory may take to come back after an unload, for what is decided by it."""
 
+NORMAL, BACKGROUND = 3, 7
+"""The urgency of a job of which nothing says another, and of what nobody waits for."""
+
 CONTEXT_MIB = 600
 """What a process may hold of a card with no model loaded; 107 to 555 MiB in the field."""
 
@@ -47,7 +50,7 @@ class Job:
     settings: object = field(default=None, compare=False, repr=False)
     model: str | None = None
     context: int | None = None
-    urgency: int = 3
+    urgency: int = NORMAL
     requester: str = "-"
     session: str | None = None
 

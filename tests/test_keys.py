@@ -15,6 +15,7 @@ def test_keys_from_the_environment_and_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(
         f"# the household\nalice {LONG}a max_queued=2  # phone\n\nbob {LONG}b role=client\n"
+        f"nightly {LONG}e urgency=6 most_urgent=4\n"
     )
     environ = {"GPUMANAGER_API_KEYS": f"ci {LONG}c; cron {LONG}d role=admin max_queued=1"}
     assert load_keys(environ, str(file)) == (
@@ -22,6 +23,7 @@ def test_keys_from_the_environment_and_a_file(tmp_path: Path) -> None:
         ApiKey("cron", f"{LONG}d", 1, "admin"),
         ApiKey("alice", f"{LONG}a", 2),
         ApiKey("bob", f"{LONG}b", role="client"),
+        ApiKey("nightly", f"{LONG}e", urgency=6, most_urgent=4),
     )
 
 
@@ -42,6 +44,11 @@ def test_without_any_there_are_none() -> None:
         ("alice short", "at least 16"),
         (f"alice {LONG} max_queued=0", "max_queued=N"),
         (f"alice {LONG} fast", "max_queued=N"),
+        (f"alice {LONG} urgency=8", "urgency=N wants a number from 0"),
+        (f"alice {LONG} most_urgent=", "most_urgent=N wants a number from 0"),
+        (f"alice {LONG} urgency=+1", "urgency=N wants a number from 0"),
+        (f"alice {LONG} urgency=1 urgency=2", "urgency is given twice"),
+        (f"alice {LONG} urgency=3 most_urgent=4", "urgency=3 is more urgent than most_urgent=4"),
         (f"alice {LONG};alice {LONG}x", "two keys"),
     ],
 )

@@ -46,6 +46,7 @@ Duration = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=LONGE
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 PortKey = Annotated[int, BeforeValidator(values.port), _named("port")]
 Mib = Annotated[StrictInt, Field(ge=0)]
+Urgency = Annotated[StrictInt, Field(ge=0, le=7)]
 Status = Annotated[StrictInt, Field(ge=100, le=599)]
 Kind = Annotated[StrictStr, AfterValidator(values.kind), _named("kind")]
 DropIn = Annotated[StrictStr, AfterValidator(values.drop_in), _named("route")]

@@ -51,10 +51,11 @@ from gpumanager.config.calls import (
     Settled,
     StopCall,
     UnloadCall,
+    Urgency,
     Url,
 )
 from gpumanager.config.memory import HTTP, EvictionMethod, OutOfMemory
-from gpumanager.model import Declared
+from gpumanager.model import NORMAL, Declared
 
 KINDS = ("tts", "stt", "llm", "image")
 """The kinds of job that always have a route; `routing` may name others."""
@@ -164,6 +165,9 @@ class ConsumerConfig(Model):
     """It is unloaded after so long without a job; none: never."""
     priority: StrictInt = 0
     """Of two consumers that are equal otherwise, the one with the lower figure is evicted first."""
+    urgency: Urgency | None = None
+    """The urgency of its jobs that ask for none, nor does their key: 0 (most urgent) to 7
+    (background); none: that of their kind."""
     can_coexist_with: tuple[OfConsumer, ...] = ()
     """Consumers that are not evicted to make room for this one."""
     load: _Load = None
@@ -275,6 +279,10 @@ class SchedulerConfig(Model):
     """How many jobs may wait; the next one is refused with 503 `queue_full`."""
     max_wait: Seconds = 600.0
     """The longest time that a job waits; then it is refused with 503 `queue_timeout`."""
+    urgency: dict[Kind, Urgency] = Field(default_factory=dict)
+    """The urgency, 0 (most urgent) to 7 (background), of jobs by their kind, where neither the
+    request nor its key nor the consumer says another; a kind that is missing: 3. `load`, `unload`
+    and `mount` (a call below `/consumers/` of a consumer without a kind) are kinds here, too."""
 
 
 class AuthConfig(Model):
@@ -282,7 +290,7 @@ class AuthConfig(Model):
     themselves are never in the config."""
 
     keys_file: AnyFile | None = None
-    """A file of lines `NAME KEY [max_queued=N] [role=ROLE]`."""
+    """A file of lines `NAME KEY [max_queued=N] [role=ROLE] [urgency=N] [most_urgent=N]`."""
 
 
 class LogConfig(Model):
@@ -377,6 +385,12 @@ class Config(Model):
         """The consumers that jobs of this kind may go to; the first is the default."""
         routed = self.routing.get(kind, ())
         return (routed,) if isinstance(routed, str) else routed
+
+    def urgency_of(self, kind: str, consumer: ConsumerConfig | None = None) -> int:
+        """The urgency of a job of this kind that asks for none itself; of `consumer`, if it is to
+        work on it."""
+        own = None if consumer is None else consumer.urgency
+        return self.scheduler.urgency.get(kind, NORMAL) if own is None else own
 
     @property
     def host(self) -> str:

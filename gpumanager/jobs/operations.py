@@ -180,6 +180,9 @@ class Operations:
                 runs=False,
                 key=record.key,
                 settings=place.config,
+                urgency=record.urgency_or(self._registry.now.config.urgency_of(kind)),
+                requester=record.who,
+                session=record.session,
             )
             return act(place.wait_turn(job, client))
         finally:

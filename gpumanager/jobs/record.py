@@ -14,9 +14,11 @@ from gpumanager.telemetry.events import AnswerTruncated, Emit
 class RequestRecord:
     """One request. `stack` holds whatever must be undone when it is over, however it ends;
     times are in seconds, None until known. `client` is its address; `role` is the key's; without
-    keys everybody is an admin. `gone` says whether its client has left, None where nobody can tell;
-    `emit` tells what happens to it. `goes_on`: its thread is still needed when its client has the
-    answer, which had better not send the next request over the same connection."""
+    keys everybody is an admin. `urgency` is the one that it, or else its key, asks for, None where
+    neither does, and `most_urgent` the most urgent one that the key allows; `session` is the
+    conversation that it says it belongs to. `gone` says whether its client has left, None where
+    nobody can tell; `emit` tells what happens to it. `goes_on`: its thread is still needed when its
+    client has the answer, which had better not send the next request over the same connection."""
 
     request_id: str
     method: str
@@ -28,6 +30,9 @@ class RequestRecord:
     status: int = 0
     key: str | None = None
     role: Role = "admin"
+    urgency: int | None = None
+    most_urgent: int = 0
+    session: str | None = None
     traceparent: str | None = None
     gone: Callable[[], bool] | None = None
     consumer: str | None = None
@@ -47,6 +52,10 @@ class RequestRecord:
     def whose(self) -> str | None:
         """The key whose jobs this request may see whole and cancel; None: everybody's."""
         return self.key if self.role == "client" else None
+
+    def urgency_or(self, default: int) -> int:
+        """The urgency of its job, where `default` is that of one which asks for none."""
+        return max(self.most_urgent, default if self.urgency is None else self.urgency)
 
     def truncated(self, reason: str) -> None:
         """Tell that the answer broke off, and why."""

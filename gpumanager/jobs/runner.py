@@ -94,6 +94,11 @@ class JobRunner:
                 # Whom the broker has stopped, it has to start first.
                 makes_room=choice.makes_room
                 or self._means.registry.get(name).stopped_by is not None,
+                urgency=record.urgency_or(
+                    self._means.registry.now.config.urgency_of(choice.kind, consumer)
+                ),
+                requester=record.who,
+                session=record.session,
             )
             ticket = self._wait(place, hold, job, exchange, client, record)
         except BaseException:

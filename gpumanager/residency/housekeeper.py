@@ -10,7 +10,7 @@ from gpumanager.clock import Clock
 from gpumanager.consumers.registry import Registry
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import BrokerError, NoConsumer
-from gpumanager.model import ConsumerState, Job
+from gpumanager.model import BACKGROUND, ConsumerState, Job
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
 from gpumanager.telemetry.events import Emit, HousekeepingFailed
 
@@ -105,12 +105,13 @@ class Housekeeper:
             if self._is_idle(name, self._registry.now):
                 self._moves.unload(name, ticket, patient=False)
 
-        self._in_turn(Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False), unless_used)
+        job = Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False, urgency=BACKGROUND)
+        self._in_turn(job, unless_used)
         self._seen_idle.pop(name, None)
 
     def _restore(self, name: str) -> None:
         self._restored_after[name] = self._quiet_since()
-        job = Job(name, "restore", max_wait=PATIENCE_S, runs=False)
+        job = Job(name, "restore", max_wait=PATIENCE_S, runs=False, urgency=BACKGROUND)
         self._in_turn(job, lambda ticket: self._moves.load(name, ticket))
 
     def _in_turn(self, job: Job, act: Callable[[Ticket], object]) -> None:

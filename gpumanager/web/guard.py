@@ -17,11 +17,13 @@ from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.telemetry.events import Emit, Refused
+from gpumanager.web.priority import urgency_of
 from gpumanager.web.record import (
     LONGEST_SHOWN,
     RECORD_KEY,
     TRACEPARENT,
     request_id,
+    session_of,
     shown,
 )
 from gpumanager.web.server import CLIENT_LEFT, close_after_answer, unsent_bytes
@@ -70,6 +72,8 @@ class Guard:
             started=self._clock.monotonic(),
             emit=self._emit,
             traceparent=trace and trace[0],
+            urgency=None if (said := environ.get("HTTP_PRIORITY")) is None else urgency_of(said),
+            session=session_of(environ),
             gone=environ.get("waitress.client_disconnected"),
         )
         environ[RECORD_KEY] = record

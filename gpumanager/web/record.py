@@ -23,6 +23,7 @@ role of its key, or the BrokerError for which it took none."""
 LONGEST_SHOWN = 256
 """Characters of a path that are kept: thousands of them stay in memory."""
 
+_SESSION = re.compile(r"[!-~]{1,128}")
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """A `traceparent` that is well-formed (W3C Trace Context)."""
@@ -32,6 +33,13 @@ def request_id(environ: Mapping[str, Any]) -> str:
     """The client's `X-Request-Id` if it is well-formed, else a new one."""
     given = environ.get("HTTP_X_REQUEST_ID", "")
     return given if _WELL_FORMED_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def session_of(environ: Mapping[str, Any]) -> str | None:
+    """The client's `X-Session-Id`; None where there is none, or it is not well-formed: 1 to 128
+    printable ASCII characters without a space."""
+    given = environ.get("HTTP_X_SESSION_ID")
+    return given if given is not None and _SESSION.fullmatch(given) else None
 
 
 def shown(text: str) -> str:

@@ -10,7 +10,7 @@ from gpumanager.jobs.record import RequestRecord
 from gpumanager.telemetry.eventlog import Recorded
 from gpumanager.telemetry.events import PRIVATE
 
-NAMELESS = {"client": "-", "request_id": "-"}
+NAMELESS = {"client": "-", "request_id": "-", "requester": "-"}
 """What another key's job shows of itself in the queue."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -24,6 +24,7 @@ from flask import Flask, Response, request
 
 from gpumanager.addresses import is_loopback
 from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
+from gpumanager.jobs.record import RequestRecord
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
 from gpumanager.web.parsing import Admitted
@@ -42,6 +43,8 @@ class _Known:
     digests: tuple[bytes, ...]
     max_queued: int | None
     role: Role
+    urgency: int | None
+    most_urgent: int
 
 
 class Keyring:
@@ -53,8 +56,17 @@ class Keyring:
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._keys = tuple(
-            _Known(k.name, _digests(k.secret), k.max_queued, k.role or "admin") for k in keys
+            _Known(
+                k.name,
+                _digests(k.secret),
+                k.max_queued,
+                k.role or "admin",
+                k.urgency,
+                k.most_urgent,
+            )
+            for k in keys
         )
+        self._named = {key.name: key for key in self._keys}
         self._lock = threading.Lock()
         self._queued: dict[str, int] = {}
 
@@ -79,9 +91,18 @@ class Keyring:
             raise Unauthorized(message, page=_is_page(environ))
         return found.name, found.role
 
+    def urge(self, record: RequestRecord) -> None:
+        """Note how urgent a request's key lets it be."""
+        key = None if record.key is None else self._named.get(record.key)
+        if key is not None:
+            record.most_urgent = key.most_urgent
+            if record.urgency is None:
+                record.urgency = key.urgency
+
     def enter(self, name: str) -> None:
         """Count a job of the key's in the queue. Raises QueueFull over its `max_queued`."""
-        limit = next((key.max_queued for key in self._keys if key.name == name), None)
+        key = self._named.get(name)
+        limit = None if key is None else key.max_queued
         with self._lock:
             queued = self._queued.get(name, 0)
             if limit is not None and queued >= limit:
@@ -116,6 +137,7 @@ class Checks:
         record = record_of(environ)
         record.key, record.role = admitted
         if record.key is not None:
+            self._keyring.urge(record)
             for header in CREDENTIAL_HEADERS:  # no consumer ever sees the key
                 environ.pop(header, None)
 

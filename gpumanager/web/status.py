@@ -167,6 +167,8 @@ class StatusView:
             "kind": entry.job.kind,
             "client": entry.job.client,
             "request_id": entry.job.request_id,
+            "requester": entry.job.requester,
+            "urgency": entry.job.urgency,
             "state": entry.state,
             "since": self._time(entry.since),
             "age_ms": round((self._clock.monotonic() - entry.since) * 1000),
@@ -176,6 +178,7 @@ class StatusView:
             "load_ms": round(entry.turn.load_s * 1000),
             "run_ms": round(entry.turn.run_s * 1000),
             "overdue": entry.turn.overdue,
+            **({} if entry.job.model is None else {"model": entry.job.model}),
         }
 
     def _time(self, instant: float) -> str:
