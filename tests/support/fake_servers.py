@@ -2,7 +2,8 @@
 card: with the traps that the real ones have.
 
 `python -m tests.support.fake_servers KIND CARD NAME MIB` prints its port and serves until its
-standard input ends. `POST /_fake` with JSON sets how it behaves.
+standard input ends. MIB may be a JSON object, by model, for a server that has several.
+`POST /_fake` with JSON sets how it behaves.
 """
 
 from __future__ import annotations
@@ -22,20 +23,11 @@ from urllib.parse import parse_qs, urlsplit
 
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.comfyui import ComfyUI
-from tests.support.fake import MIB, Answer, Fake, Page
+from tests.support.fake import Answer, Fake, Page
+from tests.support.fake_models import LlamaRouter, LocalAI, Sizes
+from tests.support.ollama import Ollama
 
 ROOT = Path(__file__).parent.parent.parent
-RUNNER = """
-import sys
-from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
-try:
-    SimulatedCard(sys.argv[1]).allocate(sys.argv[2], int(sys.argv[3]))
-except OutOfMemory as error:
-    print(f"cudaMalloc failed: {error}", flush=True)
-else:
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
 
 
 class Plain(Fake):
@@ -99,108 +91,6 @@ class Plain(Fake):
             if more > 0:
                 self.card.free(self.name, keep_mib=self.held)
             return 200, {"done_by": self.name}
-
-
-class Ollama(Fake):
-    """The memory belongs to a child process; /api/ps is empty before it is back; what does not
-    fit goes to the CPU without a word. `deleted` names a model that was, but is still loaded. A
-    model stays for as long after its last job as that job's `keep_alive` says, else for
-    `keep_alive_s` (below 0: for ever)."""
-
-    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
-        super().__init__(card, name, mib)
-        self.lock = threading.Lock()
-        self.runner: subprocess.Popen[str] | None = None
-        self.model = ""
-        self.on_card = 0
-        self.loads = 0
-        self.expiry: threading.Timer | None = None
-
-    def configure(self, settings: dict[str, Any]) -> Answer:
-        super().configure(settings)
-        return 200, {"loads": self.loads}
-
-    def handle(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
-        if path == "/":
-            return 200, "Ollama is running"
-        if path == "/api/version":
-            return 200, {"version": "0.33.0"}
-        if path == "/api/ps":
-            loaded = {
-                "name": self.model,
-                "size": self.needs * MIB,
-                "size_vram": self.on_card * MIB,
-            }
-            deleted = self.settings.get("deleted")
-            models = [{"name": deleted, "size": 0, "size_vram": 0}] if deleted else []
-            return 200, {"models": [*models, loaded] if self.model else models}
-        if path == "/api/generate" and body.get("model") == self.settings.get("deleted", ""):
-            return 404, {"error": f"model '{body['model']}' not found"}
-        keeps_s = _seconds(body.get("keep_alive", self.settings.get("keep_alive_s", 300)))
-        if path == "/api/generate" and keeps_s == 0 and not body.get("prompt"):
-            self._unload()
-            return 200, {"done": True, "done_reason": "unload"}
-        if path in ("/api/generate", "/api/chat"):
-            with self.lock:
-                self._expires_after(None)
-                if not self.model:
-                    self._load(body.get("model", "llama3:8b"))
-            self.work()
-            if keeps_s == 0:
-                self._unload()
-            elif keeps_s > 0:
-                with self.lock:
-                    self._expires_after(keeps_s)
-            return 200, {"message": {"content": "hello"}, "done": True}
-        return 404, {"error": "not found"}
-
-    def _expires_after(self, seconds: float | None) -> None:
-        if self.expiry is not None:
-            self.expiry.cancel()
-        self.expiry = None
-        if seconds is not None:
-            self.expiry = threading.Timer(seconds, self._unload)
-            self.expiry.daemon = True
-            self.expiry.start()
-
-    def _unload(self) -> None:
-        with self.lock:
-            self._expires_after(None)
-            runner, self.runner, self.model = self.runner, None, ""
-        if runner is not None:
-            lag = float(self.settings.get("unload_lag_s", 0.2))
-            threading.Timer(lag, self._end, (runner,)).start()
-
-    def _load(self, model: str) -> None:
-        self.loads += 1
-        for mib in (self.needs, self.needs // 2, 0):
-            self.model, self.on_card = model, mib
-            if not mib:
-                return
-            self.runner = subprocess.Popen(
-                [sys.executable, "-c", RUNNER, str(self.card.path), self.name, str(mib)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-            assert self.runner.stdout is not None
-            if "ready" in self.runner.stdout.readline():
-                return
-            self._end(self.runner)
-
-    @staticmethod
-    def _end(runner: subprocess.Popen[str]) -> None:
-        runner.kill()
-        runner.communicate(timeout=10)
-
-
-def _seconds(keep_alive: float | str) -> float:
-    """As Ollama reads it: seconds, or a text such as `5m`."""
-    if isinstance(keep_alive, str):
-        number, unit = keep_alive.rstrip("smh"), keep_alive[-1:]
-        return float(number) * {"m": 60, "h": 3600}.get(unit, 1)
-    return keep_alive
 
 
 class Vllm(Fake):
@@ -282,10 +172,12 @@ class Sglang(Fake):
         return 404, {"error": "not found"}
 
 
-FAKES: dict[str, Callable[[SimulatedCard, str, int], Fake]] = {
+FAKES: dict[str, Callable[[SimulatedCard, str, Any], Fake]] = {
     "plain": Plain,
     "sglang": Sglang,
     "ollama": Ollama,
+    "localai": LocalAI,
+    "llama-router": LlamaRouter,
     "comfyui": ComfyUI,
     "vllm": Vllm,
 }
@@ -293,7 +185,8 @@ FAKES: dict[str, Callable[[SimulatedCard, str, int], Fake]] = {
 
 def main() -> None:
     kind, path, name, mib = sys.argv[1:5]
-    fake = FAKES[kind](SimulatedCard(path), name, int(mib))
+    # Before there is a thread or a socket: see Runners.
+    fake = FAKES[kind](SimulatedCard(path), name, json.loads(mib))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -367,10 +260,10 @@ class Running:
             return answer.json() if answer.content else None
 
 
-def command(kind: str, card: Path, name: str, mib: int, port: int = 0) -> list[str]:
-    """How to start one."""
+def command(kind: str, card: Path, name: str, mib: Sizes, port: int = 0) -> list[str]:
+    """How to start one. Those with several models may be told the size of each."""
     module = "tests.support.fake_servers"
-    return [sys.executable, "-m", module, kind, str(card), name, str(mib), str(port)]
+    return [sys.executable, "-m", module, kind, str(card), name, json.dumps(mib), str(port)]
 
 
 def unmeasured() -> dict[str, str]:
@@ -379,7 +272,7 @@ def unmeasured() -> dict[str, str]:
 
 
 @contextmanager
-def fake_server(kind: str, card: Path, name: str, mib: int) -> Iterator[Running]:
+def fake_server(kind: str, card: Path, name: str, mib: Sizes) -> Iterator[Running]:
     """Run one until the block is left."""
     process = subprocess.Popen(
         command(kind, card, name, mib),
