@@ -32,6 +32,7 @@ from gpumanager.jobs.place import Places
 from gpumanager.jobs.polling import Completions
 from gpumanager.jobs.routing import Router
 from gpumanager.jobs.runner import JobRunner
+from gpumanager.jobs.shares import Shares
 from gpumanager.jobs.shortage import Shortages
 from gpumanager.keys import ApiKey
 from gpumanager.lifecycle import Lifecycle
@@ -89,7 +90,12 @@ class Broker:
         self._clock = SystemClock() if clock is None else clock
         self.events = EventLog(self._clock)
         self._emit = self.events.emit
+        keys = tuple(keys)
         self._keyring = Keyring(keys)
+        self._shares = Shares(
+            {key.name: key.max_queued for key in keys if key.max_queued is not None},
+            config.scheduler.max_queued,
+        )
         self._config_file = config_file
         self._event_file = None
         if config.events.file is not None:
@@ -161,7 +167,7 @@ class Broker:
     def _services(self) -> Services:
         """What the routes serve, each object once; made after the card and before the guard."""
         card = self.card
-        places = Places(self.registry, card.scheduler, self._keyring)
+        places = Places(self.registry, card.scheduler, self._shares)
         shortages = Shortages(self.registry, self.learned, card.sampler.look, self._emit)
         status = StatusView(
             self.registry,

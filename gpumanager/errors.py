@@ -177,7 +177,8 @@ class ConsumerTimeout(BrokerError):
 
 
 class QueueFull(BrokerError):
-    """`scheduler.max_queue` requests wait already."""
+    """`scheduler.max_queue` requests wait already, or its requester has as many in the queue as it
+    may have."""
 
     status, code = 503, "queue_full"
 

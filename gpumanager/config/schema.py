@@ -279,6 +279,10 @@ class SchedulerConfig(Model):
     """How many jobs may wait; the next one is refused with 503 `queue_full`."""
     max_wait: Seconds = 600.0
     """The longest time that a job waits; then it is refused with 503 `queue_timeout`."""
+    max_queued: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
+    """How many jobs of one requester, an API key or else a client's address, may be in the queue,
+    running ones included; the next one is refused with 503 `queue_full`. None: any number. A key's
+    own `max_queued` goes before it."""
     urgency: dict[Kind, Urgency] = Field(default_factory=dict)
     """The urgency, 0 (most urgent) to 7 (background), of jobs by their kind, where neither the
     request nor its key nor the consumer says another; a kind that is missing: 3. `load`, `unload`

@@ -5,32 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ClientGone, NoConsumer
 from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.routing import Choice
+from gpumanager.jobs.shares import Shares
 from gpumanager.model import Job
 from gpumanager.scheduling.interface import Scheduler, Ticket
 
 
-class Shares(Protocol):
-    """What each key may have in the queue."""
-
-    def enter(self, name: str) -> None:
-        """Count a job of the key's in the queue. Raises QueueFull over its share."""
-
-    def leave(self, name: str) -> None:
-        """It is out of the queue, and off the GPU."""
-
-
 class Place:
     """One request's: its consumer, which no reload removes or moves meanwhile, its share of what
-    its key may have in the queue, and its ticket, once it was taken. `config` are the consumer's
-    settings as of when the place was opened: they stay the request's own to its end. `leave`, which
-    never raises, lets go of the consumer. Safe from any thread."""
+    its requester may have in the queue, and its ticket, once it was taken. `config` are the
+    consumer's settings as of when the place was opened: they stay the request's own to its end.
+    `leave`, which never raises, lets go of the consumer. Safe from any thread."""
 
     def __init__(
         self,
@@ -66,11 +56,11 @@ class Place:
         return ClientGone("the client left", consumer=self.name)
 
     def take_ticket(self, job: Job) -> Ticket:
-        """Join the queue. Raises QueueFull if the job's key has too many in it, and what
+        """Join the queue. Raises QueueFull if the job's requester has too many in it, and what
         `Scheduler.enqueue` raises."""
-        if job.key is not None:
-            self._shares.enter(job.key)
-            self._held.append(partial(self._shares.leave, job.key))
+        leave = self._shares.enter(job)
+        if leave is not None:
+            self._held.append(leave)
         self.ticket = ticket = self._scheduler.enqueue(job)
         self._held.append(ticket.close)
         return ticket

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import hmac
 import ipaddress
-import threading
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, request
 
 from gpumanager.addresses import is_loopback
-from gpumanager.errors import BrokerError, Forbidden, QueueFull, Unauthorized
+from gpumanager.errors import BrokerError, Forbidden, Unauthorized
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.keys import ApiKey, Role
 from gpumanager.web import dashboard
@@ -41,7 +40,6 @@ CREDENTIAL_HEADERS = frozenset({"HTTP_AUTHORIZATION", "HTTP_X_API_KEY"})
 class _Known:
     name: str
     digests: tuple[bytes, ...]
-    max_queued: int | None
     role: Role
     urgency: int | None
     most_urgent: int
@@ -59,7 +57,6 @@ class Keyring:
             _Known(
                 k.name,
                 _digests(k.secret),
-                k.max_queued,
                 k.role or "admin",
                 k.urgency,
                 k.most_urgent,
@@ -67,8 +64,6 @@ class Keyring:
             for k in keys
         )
         self._named = {key.name: key for key in self._keys}
-        self._lock = threading.Lock()
-        self._queued: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -98,21 +93,6 @@ class Keyring:
             record.most_urgent = key.most_urgent
             if record.urgency is None:
                 record.urgency = key.urgency
-
-    def enter(self, name: str) -> None:
-        """Count a job of the key's in the queue. Raises QueueFull over its `max_queued`."""
-        key = self._named.get(name)
-        limit = None if key is None else key.max_queued
-        with self._lock:
-            queued = self._queued.get(name, 0)
-            if limit is not None and queued >= limit:
-                raise QueueFull(f"{queued} jobs of key '{name}' are in the queue", retry_after=1)
-            self._queued[name] = queued + 1
-
-    def leave(self, name: str) -> None:
-        """The counterpart of `enter`."""
-        with self._lock:
-            self._queued[name] -= 1
 
 
 class Checks:

@@ -177,3 +177,27 @@ def test_an_operators_calls_have_an_urgency_too(release: threading.Event, move: 
             assert held.result().status_code == moved.result().status_code == 200
             release.clear()
     assert seen == [(2, "127.0.0.1"), (0, "127.0.0.1")]
+
+
+def test_one_address_cannot_fill_the_queue(
+    held_consumer: ScriptedConsumer, release: threading.Event
+) -> None:
+    """What is refused takes no place, and a job that has left gives its own back."""
+    settings = config_for(held_consumer.url, scheduler={"max_queued": 2})
+    with live_broker(settings) as broker:
+        jobs = []
+        for count in (1, 2):
+            jobs.append(Outcome(lambda: broker.post("/v1/tts")))
+            broker.await_line(count)
+        for _ in range(2):
+            refused = broker.post("/v1/tts")
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.json() == {
+                "error": "queue_full",
+                "message": "2 jobs of the client at 127.0.0.1 are in the queue, and it may have "
+                "no more",
+                "retryable": True,
+            }
+        release.set()
+        assert [job.result().status_code for job in jobs] == [200, 200]
+        assert broker.post("/v1/tts").status_code == 200

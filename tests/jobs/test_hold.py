@@ -20,10 +20,10 @@ from gpumanager.errors import ConsumerTimeout, ConsumerUnhealthy, ConsumerUnreac
 from gpumanager.jobs.hold import Hold, Means
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.shares import Shares
 from gpumanager.model import Job
 from gpumanager.scheduling.factory import locked
 from gpumanager.telemetry.events import Event
-from gpumanager.web.security import Keyring
 from tests.jobs.test_cancellation import FakeCalls, FakeExchange
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
@@ -53,7 +53,7 @@ class Held:
             emit=self.events.append,
             after_job=self.after.append,
         )
-        places = Places(self.registry, self.scheduler, Keyring([]))
+        places = Places(self.registry, self.scheduler, Shares())
         self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0, ignore)
         self.exchange: Any = FakeExchange()
         place = places.open("m")

@@ -8,8 +8,8 @@ from gpumanager.config import Config
 from gpumanager.errors import NoConsumer
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.routing import Choice
+from gpumanager.jobs.shares import Shares
 from gpumanager.scheduling.factory import locked
-from gpumanager.web.security import Keyring
 from tests.support.clock import FakeClock
 from tests.support.known import config_of, registry_of
 
@@ -23,7 +23,7 @@ class Setting:
         clock = FakeClock()
         self.registry = registry_of(FIRST, clock)
         scheduler = locked(max_queue=9, max_wait=60, clock=clock)
-        self.places = Places(self.registry, scheduler, Keyring([]))
+        self.places = Places(self.registry, scheduler, Shares())
         self.reloads: list[Config] = []
         self.chosen_by: list[Config] = []
 
