@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import islice
 from typing import Protocol
 
 from gpumanager.clock import Clock, wall_time
 from gpumanager.errors import BrokerError, QueueFull, ShuttingDown
 from gpumanager.model import Job, QueueEntry, Stats, Turn
+from gpumanager.scheduling.backlog import Backlog
 from gpumanager.scheduling.decision import (
     Decision,
     Picture,
@@ -38,9 +37,6 @@ _LONGEST_RETRY_S = 300.0
 _RETRY_REUSED_S = 0.25
 """For so long what was estimated for one refusal is told to the next, of a queue as long as it was:
 a full one is asked again and again."""
-
-_UPCOMING = 100
-"""Jobs of the queue that are told of; what comes later hardly matters for who must go now."""
 
 
 class Granted(Ticket, Protocol):
@@ -100,16 +96,11 @@ class Queue:
         self._clock = clock
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # OrderedDict, not dict: finding the first of a dict whose head was deleted many times
-        # walks over the holes.
-        self._waiting: OrderedDict[int, Waiting] = OrderedDict()
-        self._running: dict[int, Running] = {}
+        self._backlog = backlog = Backlog(policy, None if room is None else _Seen(room))
+        self._waiting = backlog.waiting
+        self._running = backlog.running
         self._tickets: dict[int, QueueTicket] = {}
         self._last_number = 0
-        self._total_jobs = 0
-        self._longest_overtake = 0
-        self._last_wait_s = 0.0
-        self._last_run_s = 0.0
         self._draining = False
         self._retry: tuple[int, float, float] | None = None
 
@@ -121,7 +112,7 @@ class Queue:
                 self._last_number = number = self._last_number + 1
                 place = Waiting(number, job, since=now, deadline=now + max_wait)
                 ticket = QueueTicket(self, place)
-                self._waiting[number] = place
+                self._backlog.add(place)
                 self._tickets[number] = ticket
                 self._grant_locked(now)
                 if number not in self._waiting or len(self._waiting) <= self._max_queue:
@@ -159,7 +150,7 @@ class Queue:
 
     def upcoming(self) -> tuple[str, ...]:
         with self._lock:
-            return tuple(place.job.resident for place in self._upcoming_locked())
+            return tuple(place.job.resident for place in self._backlog.upcoming())
 
     def estimate(self, job: Job) -> Turn:
         waiting, running, now = self._places()
@@ -171,16 +162,17 @@ class Queue:
 
     def stats(self) -> Stats:
         with self._lock:
-            oldest = next(iter(self._waiting.values()), None)
+            backlog = self._backlog
+            oldest = backlog.oldest
             return Stats(
                 queue_depth=len(self._waiting),
                 in_flight=len(self._running),
-                total_jobs=self._total_jobs,
-                last_wait_ms=round(self._last_wait_s * 1000),
-                last_run_ms=round(self._last_run_s * 1000),
+                total_jobs=backlog.total_jobs,
+                last_wait_ms=round(backlog.last_wait_s * 1000),
+                last_run_ms=round(backlog.last_run_s * 1000),
                 oldest_queued=None if oldest is None else wall_time(self._clock, oldest.since),
                 evictions=0 if self._room is None else self._room.evictions,
-                longest_overtake=self._longest_overtake,
+                longest_overtake=backlog.longest_overtake,
             )
 
     def drain(self) -> None:
@@ -204,13 +196,9 @@ class Queue:
     def _grant_locked(self, now: float, to_begin: list[QueueTicket] | None = None) -> None:
         """Have those start, or be prepared, whose turn it is. Those that can start, and asked to be
         begun by who grants, are put into `to_begin`, where there is one, and woken later."""
-        policy = self._policy
-        while self._waiting and len(self._running) < policy.limit:
-            waiting = tuple(islice(self._waiting.values(), policy.looks_at))
-            ready = self._ready_locked(waiting)
-            decision = decide(
-                Picture(waiting, tuple(self._running.values()), ready=ready, now=now), policy
-            )
+        backlog = self._backlog
+        while backlog.may_grant:
+            decision = decide(backlog.picture(now), self._policy)
             if isinstance(decision, Start):
                 for number in decision.tickets:
                     self._give_locked(number, now, to_begin)
@@ -220,61 +208,23 @@ class Queue:
             else:
                 return
 
-    def _ready_locked(self, waiting: Iterable[Waiting]) -> set[int]:
-        """The tickets of those that the card need not be looked at for."""
-        room = self._room
-        if room is None:
-            return {place.ticket for place in waiting}
-        try:
-            return {
-                place.ticket
-                for place in waiting
-                if place.job.makes_room and place.job.runs and room.ready(place.job)
-            }
-        except Exception:  # whose turn it is must not depend on it
-            log.exception("looking at who is ready failed")
-            return set()
-
     def _give_locked(
         self, number: int, now: float, to_begin: list[QueueTicket] | None = None
     ) -> None:
         """The GPU is this one's."""
-        if number != next(iter(self._waiting)):
-            self._count_overtakes_locked(number)
-        place, ticket = self._waiting.pop(number), self._tickets[number]
-        self._running[number] = Running(number, place.job, since=now)
-        self._total_jobs += 1
-        ticket._waited_s = self._last_wait_s = now - place.since
+        place, ticket = self._backlog.grant(number, now), self._tickets[number]
+        ticket._waited_s = now - place.since
         if to_begin is not None and ticket._begin is not None:
             ticket._beginning = True
             to_begin.append(ticket)
         else:
             ticket._turn.notify()
 
-    def _count_overtakes_locked(self, number: int) -> None:
-        for place in self._waiting.values():
-            if place.ticket == number:
-                return
-            ticket = self._tickets[place.ticket]
-            ticket._overtaken += 1
-            self._longest_overtake = max(self._longest_overtake, ticket._overtaken)
-
-    def _upcoming_locked(self) -> tuple[Waiting, ...]:
-        takes = (place for place in self._waiting.values() if place.job.makes_room)
-        return tuple(islice(takes, _UPCOMING))
-
     def _preparing_locked(self, number: int, card: Card, so_far: SoFar) -> Picture:
         """For a ticket that has the GPU, and whose consumer has yet to get its room."""
         if number not in self._running:
             raise RuntimeError(f"ticket {number} was closed already")
-        return Picture(
-            self._upcoming_locked(),
-            tuple(self._running.values()),
-            card=card,
-            preparing=number,
-            so_far=so_far,
-            now=self._clock.monotonic(),
-        )
+        return self._backlog.preparing(number, self._clock.monotonic(), card, so_far)
 
     def _cancel_locked(self, ticket: QueueTicket, error: BrokerError) -> None:
         if ticket._error is None:
@@ -288,10 +238,10 @@ class Queue:
         if ticket is None:
             return
         now = self._clock.monotonic()
-        if (place := self._waiting.pop(number, None)) is not None:
+        if (place := self._backlog.remove(number, now)) is not None:
             ticket._waited_s = now - place.since
         else:
-            self._last_run_s = now - self._running.pop(number).since
+            self._backlog.end(number, now)
             if not self._running:
                 self._idle.notify_all()
         if self._waiting:
@@ -300,7 +250,7 @@ class Queue:
     def _places(self) -> tuple[list[Waiting], list[Running], float]:
         """Who waits, in the order of the queue, and who runs, as of one instant."""
         with self._lock:
-            waiting, running = list(self._waiting.values()), list(self._running.values())
+            waiting, running = list(self._backlog.in_order()), list(self._running.values())
             return waiting, running, self._clock.monotonic()
 
     def _forecast(
@@ -317,3 +267,18 @@ class Queue:
         seconds = min(_LONGEST_RETRY_S, self._forecast(waiting, running, now).done_s)
         self._retry = depth, now, seconds
         return seconds
+
+
+class _Seen:
+    """What a room knows without a look at the card. A fault in it must not decide whose turn it
+    is."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def ready(self, job: Job) -> bool:
+        try:
+            return self._room.ready(job)
+        except Exception:
+            log.exception("looking at who is ready failed")
+            return False

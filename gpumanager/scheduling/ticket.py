@@ -32,7 +32,6 @@ class QueueTicket:
         "_beginning",
         "_begun",
         "_error",
-        "_overtaken",
         "_place",
         "_queue",
         "_turn",
@@ -56,7 +55,6 @@ class QueueTicket:
         self._begin: Callable[[], bool] | None = None
         self._beginning = False
         self._begun = False
-        self._overtaken = 0
         self._unprepared = False
 
     @property

@@ -1,0 +1,149 @@
+"""Who waits and who runs, in which order, and what each has been through: plain data, changed by
+whoever is in charge of it. No threads, no I/O and no clock: time comes in as a number.
+
+`Queue` keeps one under its lock. A simulation keeps one in virtual time, and drives it like this
+(`now` never goes back; `sight` says what the card looks like at that moment):
+
+    backlog = Backlog(policy, sight)
+    backlog.add(Waiting(ticket, job, since=now, deadline=now + 600))   # tickets rise with arrival
+    while backlog.may_grant:
+        decision = decide(backlog.picture(now), policy)
+        if isinstance(decision, Start):
+            for ticket in decision.tickets:
+                backlog.grant(ticket, now)      # it runs at once; its end comes later
+        elif isinstance(decision, Prepare):
+            backlog.grant(decision.ticket, now) # it has the GPU; the card is looked at for it:
+            # decide(backlog.preparing(ticket, now, card, so_far), policy) says who has to go first
+        else:
+            break                               # until the next arrival or end
+    ...
+    backlog.end(ticket, now)                    # its job is over: decide again
+    backlog.remove(ticket, now)                 # or it left while it waited: decide again
+
+Ask after every arrival, leaving and end, and after every grant, as above. A job that could not be
+placed (`Refuse`) is ended like one that ran.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from heapq import heappop, heappush
+from itertools import islice
+from typing import Protocol
+
+from gpumanager.model import Job
+from gpumanager.scheduling.decision import Picture, SoFar
+from gpumanager.scheduling.memory import Card
+from gpumanager.scheduling.policy import Policy, Running, Waiting
+
+UPCOMING = 100
+"""Jobs of the queue that are told of; what comes later hardly matters for who must go now."""
+
+
+class Sight(Protocol):
+    """What is known of the card without a look at it. Must be cheap, and must not raise."""
+
+    def ready(self, job: Job) -> bool:
+        """Whether what the job needs surely is on the card, so that it can start as it is."""
+
+
+class Backlog:
+    """The queue and those that run, for one `policy`. Without `sight`, all jobs are ready: nothing
+    is decided by memory."""
+
+    def __init__(self, policy: Policy, sight: Sight | None = None) -> None:
+        self._policy = policy
+        self._sight = sight
+        # OrderedDict, not dict: finding the first of a dict whose head was deleted many times
+        # walks over the holes.
+        self.waiting: OrderedDict[int, Waiting] = OrderedDict()
+        self.running: dict[int, Running] = {}
+        self.total_jobs = 0
+        self.longest_overtake = 0
+        self.last_wait_s = 0.0
+        self.last_run_s = 0.0
+        self._ahead: list[int] = []  # a heap of granted tickets, some of which overtook the first
+
+    # -- what happens ----------------------------------------------------------------------
+
+    def add(self, place: Waiting) -> None:
+        """A job came."""
+        self.waiting[place.ticket] = place
+
+    def remove(self, ticket: int, now: float) -> Waiting | None:  # noqa: ARG002  # for accounts
+        """A job that waits has left. None if none with that ticket waits."""
+        return self.waiting.pop(ticket, None)
+
+    def grant(self, ticket: int, now: float) -> Waiting:
+        """A job that waits has the GPU from now on. Raises KeyError if it does not wait."""
+        place = self.waiting.pop(ticket)
+        if (first := self.oldest) is not None and first.ticket < ticket:
+            self._count_overtakes(first.ticket, ticket)
+        self.running[ticket] = Running(ticket, place.job, since=now)
+        self.total_jobs += 1
+        self.last_wait_s = now - place.since
+        return place
+
+    def end(self, ticket: int, now: float) -> Running:
+        """A job that had the GPU gives it back. Raises KeyError if it does not have it."""
+        ended = self.running.pop(ticket)
+        self.last_run_s = now - ended.since
+        return ended
+
+    # -- what is to be decided -------------------------------------------------------------
+
+    @property
+    def may_grant(self) -> bool:
+        """Whether there may be something to decide: somebody waits, and the policy may let one
+        more run."""
+        return bool(self.waiting) and len(self.running) < self._policy.limit
+
+    def picture(self, now: float) -> Picture:
+        """For `decide`: whose turn it is. Costs the same however many wait."""
+        waiting = tuple(islice(self.waiting.values(), self._policy.looks_at))
+        sight = self._sight
+        ready = {
+            place.ticket
+            for place in waiting
+            if sight is None or (place.job.makes_room and place.job.runs and sight.ready(place.job))
+        }
+        return Picture(waiting, tuple(self.running.values()), ready=ready, now=now)
+
+    def preparing(self, ticket: int, now: float, card: Card, so_far: SoFar) -> Picture:
+        """For `decide`: what is to be done for a job that has the GPU, and has yet to get its room.
+        Raises KeyError if it does not have it."""
+        _ = self.running[ticket]
+        return Picture(
+            self.upcoming(),
+            tuple(self.running.values()),
+            card=card,
+            preparing=ticket,
+            so_far=so_far,
+            now=now,
+        )
+
+    def upcoming(self) -> tuple[Waiting, ...]:
+        """The first of those that take memory, in the order in which they will be granted as things
+        stand."""
+        takes = (place for place in self.in_order() if place.job.makes_room)
+        return tuple(islice(takes, UPCOMING))
+
+    def in_order(self) -> Iterator[Waiting]:
+        """All that wait, in the order in which they will be granted as things stand."""
+        return iter(self.waiting.values())
+
+    @property
+    def oldest(self) -> Waiting | None:
+        """Of those that wait, the one that came first."""
+        return next(iter(self.waiting.values()), None)
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _count_overtakes(self, first: int, ticket: int) -> None:
+        """Of all that wait, the first was overtaken most often: by all that came after it and were
+        granted already."""
+        heappush(self._ahead, ticket)
+        while self._ahead[0] < first:
+            heappop(self._ahead)
+        self.longest_overtake = max(self.longest_overtake, len(self._ahead))
