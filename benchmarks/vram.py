@@ -21,6 +21,8 @@ whose models take memory of a simulated card; the broker is `waitress-serve wsgi
 - high: one consumer declares three times what it needs.
 - wrong, wrong-not-healed: as totals, without the lag, and every declaration is 40 % too low; with
   healing, and with `retry: false`.
+- models: other consumers, three servers with three models each, of which nothing is declared.
+- models-one-figure: the same trace, with one figure for each server.
 
 Prints its figures as JSON, and exits with 1 if any job failed or was refused, for want of memory or
 else, that would have fitted (in the last two modes that is expected; one that asks for more than
@@ -50,7 +52,9 @@ from typing import Any
 import psutil
 import requests
 
+from benchmarks import vram_models
 from benchmarks.running import Broker, serving
+from benchmarks.tally import Tally
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.fake_servers import command, fake_server
 from tests.support.ports import free_port
@@ -105,31 +109,15 @@ MODES = {
     "wrong-not-healed": Mode(
         {"per_process": False}, _WRONG, retry=False, release_timeout=3, expected=True
     ),
+    "models": Mode(),
+    "models-one-figure": Mode(expected=True),
 }
-
-
-@dataclass
-class Tally:
-    """What came of the jobs."""
-
-    statuses: Counter[str] = field(default_factory=Counter)
-    out_of_memory: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def count(self, answer: requests.Response, label: str = "") -> None:
-        """Take in an answer; with a label, of a job that is expected to fail."""
-        word = label + str(answer.status_code)
-        body = answer.text
-        if answer.status_code == 503:
-            word += " " + str(answer.json().get("error"))
-        with self.lock:
-            self.statuses[word] += 1
-            if not label and answer.status_code >= 500 and "out of memory" in body.lower():
-                self.out_of_memory += 1
 
 
 def run(name: str, jobs: int, seed: int) -> dict[str, Any]:
     """One mode; its figures."""
+    if name.startswith("models"):
+        return {"mode": name} | vram_models.run(name != "models", jobs, seed)
     mode = MODES[name]
     jobs = max(1, round(jobs * mode.jobs_share))
     with ExitStack() as stack:
@@ -354,6 +342,7 @@ def main() -> int:
         print(json.dumps(figures), flush=True)
         if not MODES[name].expected:
             broken |= figures["refused"] > 0 or figures["failed_otherwise"] > 0
+            broken |= name == "models" and figures["out_of_memory_seen_by_clients"] > 0
     return int(broken)
 
 

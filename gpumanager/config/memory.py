@@ -77,6 +77,11 @@ _OUT_OF_MEMORY = (
     r"(failed|unable) to allocate (CUDA|ROCm|Vulkan|SYCL|backend) ?\w* ?buffer",
     r"No available memory for the cache blocks",
     r"(not enough|insufficient) (GPU memory|VRAM)\b",
+    # These two do not say why a model was not loaded; a lack of memory is the usual reason. The
+    # first is of llama.cpp's router (the name may be missing, as it is the request's own word), the
+    # second of LocalAI with llama.cpp's backend.
+    r"\bmodel name=\s*\S*\s+failed to load\b",
+    r"could not load model: rpc error: code = Canceled\b",
 )
 
 

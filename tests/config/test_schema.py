@@ -372,6 +372,9 @@ def test_placeholders_and_query() -> None:
         "VK_ERROR_OUT_OF_DEVICE_MEMORY",
         "XPU out of memory. Tried to allocate 2.00 GiB",
         "No available memory for the cache blocks. Try increasing gpu_memory_utilization",
+        "model name=ggml-org/gemma-3-12b-it-GGUF:Q4_K_M failed to load",
+        "model name=\\n failed to load",
+        "with internal loader: could not load model: rpc error: code = Canceled desc = ",
     ],
 )
 def test_the_words_for_out_of_memory(text: str) -> None:
@@ -387,6 +390,8 @@ def test_the_words_for_out_of_memory(text: str) -> None:
         "internal error",
         "failed to allocate a slot for the request",
         "rate limit exceeded",
+        "model name=x is not found",
+        "could not load model: rpc error: code = Unavailable desc = error reading from server: EOF",
     ],
 )
 def test_other_words(text: str) -> None:

@@ -54,8 +54,9 @@ class Loaded:
 
 class Models(Fake):
     """What the three have in common: the models by name, and how often each was loaded, unloaded
-    (by whomever), found no room, or went to the CPU in part. `load_s` is how long a load takes;
-    `models` in the settings replaces the sizes."""
+    because somebody asked, or for reasons of the server's own, found no room, or went to the CPU
+    in part. `/_fake/unload_all` unloads all of them, as a server might have it. A load takes
+    `load_s`; `models` in the settings replaces the sizes."""
 
     def __init__(self, card: SimulatedCard, name: str, sizes: Sizes) -> None:
         super().__init__(card, name, sizes if isinstance(sizes, int) else 0)
@@ -66,7 +67,8 @@ class Models(Fake):
         self.loaded: dict[str, Loaded] = {}
         self.used = 0
         self.counts = {
-            word: Counter[str]() for word in ("loads", "unloads", "out_of_memory", "spills")
+            word: Counter[str]()
+            for word in ("loads", "unloads", "own_unloads", "out_of_memory", "spills")
         }
 
     def configure(self, settings: dict[str, Any]) -> Answer:
@@ -75,6 +77,16 @@ class Models(Fake):
         told: dict[str, Any] = {f"{word}_of": dict(each) for word, each in self.counts.items()}
         told |= {word: each.total() for word, each in self.counts.items()}
         return 200, told | {"context": {each.name: each.context for each in self._listed()}}
+
+    def unload_all(self) -> Answer:
+        """As if each had been asked for."""
+        for each in self._listed():
+            self._unload(each.name)
+        return 200, {}
+
+    def _unload(self, name: str) -> Answer:
+        """Unload one, as its own call has it."""
+        raise NotImplementedError
 
     def _size(self, sizes: Sizes) -> None:
         for name, size in {} if isinstance(sizes, int) else sizes.items():
@@ -116,7 +128,6 @@ class Models(Fake):
             self.changed.notify_all()
 
     def _end_after(self, lag: float, loaded: Loaded) -> None:
-        self._count("unloads", loaded.name)
         timer = threading.Timer(lag, self._end, (loaded,))
         timer.daemon = True
         timer.start()
@@ -153,7 +164,7 @@ class LocalAI(Models):
             rows = [{"id": name, "object": "model"} for name in self.sizes]
             return 200, {"object": "list", "data": rows}
         if path == "/backend/shutdown":
-            return self._shut_down(body.get("model"))
+            return self._unload(body.get("model"))
         if path in self.JOBS or path == "/backend/load":
             name = self._find(body.get("model"))
             if name is None:
@@ -187,9 +198,9 @@ class LocalAI(Models):
         said = "Canceled desc = " if mute else f"Unknown desc = {OUT_OF_MEMORY.format(mib)}"
         return _error(500, what + said)
 
-    def _shut_down(self, name: object) -> Answer:
+    def _unload(self, name: str) -> Answer:
         with self.changed:
-            loaded = self.loaded.get(str(name))
+            loaded = self.loaded.get(name)
             if loaded is None:
                 return _error(404, "model not found")
             patience = self.settings.get("patience_s", 30.0)
@@ -270,7 +281,7 @@ class LlamaRouter(Models):
             self.failed.discard(name)
             if name not in self.loaded and len(self.loaded) >= self.settings.get("models_max", 4):
                 oldest = min(self.loaded.values(), key=lambda each: each.used)
-                self._unload(oldest.name)
+                self._unload(oldest.name, "own_unloads")
                 self.changed.wait_for(lambda: self.loaded.get(oldest.name) is not oldest)
             size = self._size_of(name)
             loaded = self.loaded.get(name) or self._start(
@@ -284,13 +295,14 @@ class LlamaRouter(Models):
                 self._begin(loaded)
             return loaded
 
-    def _unload(self, name: str) -> Answer:
+    def _unload(self, name: str, word: str = "unloads") -> Answer:
         with self.changed:
             loaded = self.loaded.get(name)
             if loaded is None:
                 return _error(400, "model is not running", "invalid_request_error")
             if not loaded.leaving:
                 loaded.leaving = True
+                self._count(word, name)
                 self._end_after(float(self.settings.get("unload_lag_s", 0.2)), loaded)
         return 200, {"success": True}
 

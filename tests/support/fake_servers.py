@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.comfyui import ComfyUI
 from tests.support.fake import Answer, Fake, Page
-from tests.support.fake_models import LlamaRouter, LocalAI, Sizes
+from tests.support.fake_models import LlamaRouter, LocalAI, Models, Sizes
 from tests.support.ollama import Ollama
 
 ROOT = Path(__file__).parent.parent.parent
@@ -199,6 +199,8 @@ def main() -> None:
             body = json.loads(raw) if raw else {}
             if parts.path == "/_fake":
                 status, said = fake.configure(body)
+            elif parts.path == "/_fake/unload_all" and isinstance(fake, Models):
+                status, said = fake.unload_all()
             else:
                 query = parse_qs(parts.query)
                 status, said = fake.refuses(self.headers) or fake.handle(

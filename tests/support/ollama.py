@@ -48,10 +48,7 @@ class Ollama(Models):
         keeps_s = _seconds(body.get("keep_alive", self.settings.get("keep_alive_s", 300)))
         only_loads = path == "/api/generate" and not body.get("prompt")
         if only_loads and keeps_s == 0:
-            with self.changed:
-                if name in self.loaded:
-                    self._let_go(self.loaded[name])
-            return 200, {"model": name, "response": "", "done": True, "done_reason": "unload"}
+            return self._unload(name)
         context = body.get("options", {}).get("num_ctx")
         with self.changed:
             loaded = self._ready(name, context or self.settings.get("context", DEFAULT_CONTEXT))
@@ -70,6 +67,13 @@ class Ollama(Models):
         if path.startswith("/v1/"):
             return 200, {"model": name, "choices": [{"message": {"content": "hello"}}]}
         return 200, {"model": name, "message": {"content": "hello"}, "done": True}
+
+    def _unload(self, name: str) -> Answer:
+        with self.changed:
+            if name in self.loaded:
+                self._count("unloads", name)
+                self._let_go(self.loaded[name])
+        return 200, {"model": name, "response": "", "done": True, "done_reason": "unload"}
 
     def _size(self, sizes: Sizes) -> None:
         if not isinstance(sizes, int):
@@ -133,6 +137,7 @@ class Ollama(Models):
     def _gone(self, loaded: Loaded) -> None:
         """Unload one of its own, and wait until its memory is back."""
         pid = loaded.pid
+        self._count("own_unloads", loaded.name)
         self._let_go(loaded)
         while self.loaded.get(loaded.name) is loaded or pid in self.ending:
             self.changed.wait()
