@@ -156,7 +156,13 @@ class MemoryReading:
     """The card's memory in MiB, and what its sensors say: load in percent, power in W beside its
     limit, temperature in degrees Celsius. What the card does not tell is None; `fault` says which
     of the optional fields failed and how. `processes` are those the card knows to hold memory,
-    None where it does not tell; `holdings` is what was made of them, None if nobody tried."""
+    None where it does not tell, for the reason `untold`; `holdings` is what was made of them, None
+    if nobody tried. `local_pids`: the numbers of the processes are those of this PID namespace, for
+    sure.
+
+    `memory` is `host` where the chip has none of its own: then the figures are those of the host's
+    memory, of which all of its programs take, and `on_gpu_mib` is what is held of it for the GPU,
+    None where that is not known."""
 
     total_mib: int
     used_mib: int
@@ -169,6 +175,10 @@ class MemoryReading:
     power_w: float | None = None
     power_limit_w: float | None = None
     temperature_c: int | None = None
+    memory: Literal["own", "host"] = "own"
+    on_gpu_mib: int | None = None
+    untold: str = ""
+    local_pids: bool = False
 
     def measured_mib(self, consumer: str) -> int | None:
         """MiB the consumer's processes hold; None where that cannot be told."""

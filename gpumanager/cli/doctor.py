@@ -74,7 +74,7 @@ def _findings(config: Config, file: str, keys: int, key: str | None) -> Iterator
     attributor = Attributor(consumers, contained, processes, clock)
     memory = GpuMemory(open_card(config.gpu.device), clock, attributor)
     try:
-        yield from diagnosis.card(memory.read(), "")
+        yield from diagnosis.card(memory.read(), "", config.gpu.reserved_mib)
     except GpuUnavailable as error:
         yield from diagnosis.card(None, str(error))
     finally:

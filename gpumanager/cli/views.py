@@ -146,6 +146,8 @@ def card(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
         key.append(f"{name} {_mib(mib)}  ")
     bar.append("·" * (size - drawn), style="dim")
     key.append(f"free {_mib(gpu['free_mib'])} of {_mib(total)}")
+    if gpu.get("memory") == "host":
+        key.append(" of the host's memory, which is the card's")
     parts: list[RenderableType] = [bar, key]
     if gpu["source"] != "measured":
         parts.append(Text(gpu.get("err", "by the declared figures"), style="yellow"))

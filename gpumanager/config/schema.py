@@ -258,7 +258,7 @@ class GpuConfig(Model):
 
     total_mib: Mib = 0
     """The card's memory where there is no driver; with one, a limit below NVML's figure. 0: what
-    NVML says."""
+    NVML says. Where the card's memory is the host's (GB10, Jetson): the GPU's share of it."""
     reserved_mib: Mib = 256
     """Memory that is kept free."""
     device: Annotated[StrictInt | StrictStr, BeforeValidator(values.device)] = 0

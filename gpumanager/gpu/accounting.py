@@ -34,17 +34,17 @@ def balance(
     """Draw up the balance.
 
     `reading` is None where the card cannot be measured; `last` is then its latest reading, if there
-    ever was one. `total_mib` is the configured total (0: none), which also caps a measured card;
+    ever was one. `total_mib` is the configured total (0: none), which also caps a measured card; of
+    the host's memory it caps what is held for the GPU, where that is known.
     `held_mib` is what each consumer is taken to hold.
     """
     if reading is not None:
         total = total_mib or reading.total_mib
-        return Balance(
-            "measured",
-            total_mib=total,
-            used_mib=reading.used_mib,
-            free_mib=max(0, min(reading.free_mib, total - reading.used_mib)),
-        )
+        used_mib = reading.used_mib
+        if total_mib and reading.memory == "host" and reading.on_gpu_mib is not None:
+            used_mib = reading.on_gpu_mib  # what other programs take is not the GPU's share
+        free_mib = max(0, min(reading.free_mib, total - used_mib))
+        return Balance("measured", total_mib=total, used_mib=used_mib, free_mib=free_mib)
     used = sum(held_mib)
     if last is not None:
         total_mib = total_mib or last.total_mib

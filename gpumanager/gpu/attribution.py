@@ -52,9 +52,9 @@ class Attributor:
     def attribute(self, reading: MemoryReading) -> Holdings:
         """Never raises: what cannot be found out is said in `reason`."""
         if reading.processes is None:
-            return Holdings(reason="the driver gives no figures per process (WSL2, WDDM, MIG)")
+            return Holdings(reason=_untold(reading))
         pids = frozenset(process.pid for process in reading.processes)
-        if not pids and reading.used_mib > UNSEEN_MIB:
+        if not pids and self._hides(reading):
             return Holdings(reason=f"{reading.used_mib} MiB are in use, but no process shows")
         try:
             self._look(pids)
@@ -65,6 +65,13 @@ class Attributor:
         if elsewhere:
             return Holdings(reason="the card's processes are outside this PID namespace")
         return self._drawn_up(reading.processes)
+
+    def _hides(self, reading: MemoryReading) -> bool:
+        """Whether processes must be there that do not show. Of the host's memory much is in use
+        by all of its programs."""
+        if reading.memory == "host":
+            return not self._table.sees_all()
+        return reading.used_mib > UNSEEN_MIB
 
     def _elsewhere(self, pids: frozenset[int]) -> bool:
         """Whether the driver's numbers are those of another PID namespace: then a number that
@@ -149,3 +156,11 @@ class Attributor:
         found = {name: place for name, place in self._found.places.items() if place.is_in(network)}
         self._here.update(found)
         return frozenset(found)
+
+
+def _untold(reading: MemoryReading) -> str:
+    """Why the driver's figures are missing, and where that is so."""
+    why = reading.untold or "the driver gives no figures per process"
+    if reading.memory == "host":
+        return f"{why}; on a Jetson before Thor only root may read the kernel's"
+    return f"{why} (WSL2, WDDM, MIG)"

@@ -16,13 +16,22 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.host.processes import host_memory
+from gpumanager.gpu.unified import Board, HostMemory, shares
+from gpumanager.host.processes import sees_all
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 
 MIB = 1024 * 1024
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 SIMULATED = "simulated:"
+RETRY_S = 10.0
+"""How often NVML is looked for where the host's memory is known without it."""
+
+MOST_PID = 2**22
+"""PID_MAX_LIMIT of Linux: no process has a higher number. Some boards' NVML lists some that do."""
+
+_NO_FIGURES = "the driver gives no figures per process"
+
 SENSED_EVERY_S = 1.0
 """Power and temperature take the driver longer than the memory, which is read every 100 ms while
 a release is watched, so they are asked for less often."""
@@ -44,7 +53,8 @@ class Card(Protocol):
 
 
 class NvmlCard:
-    """A card read through NVML. `device` is NVML's index or a UUID.
+    """A card read through NVML. `device` is NVML's index or a UUID. Where the chip has no memory of
+    its own, the host's is the card's; a Jetson without NVML is read without it.
 
     `load_module` imports pynvml, lazily since most of a process's life may not need it.
     """
@@ -54,48 +64,100 @@ class NvmlCard:
         device: int | str,
         load_module: Callable[[], ModuleType] = lambda: import_module("pynvml"),
         monotonic: Callable[[], float] = time.monotonic,
+        board: Board | None = None,
+        sees_all: Callable[[], bool] = sees_all,
     ) -> None:
         self._device = device
         self._monotonic = monotonic
+        self._board = Board() if board is None else board
+        self._sees_all = sees_all
+        self._without: tuple[float, MemoryReading] | None = None
         self._sensed: tuple[float, _Sensors] | None = None
         self._load_module = load_module
         self._nvml: Any = None
         self._handle: Any = None
 
     def read(self) -> MemoryReading:
+        if self._without is not None and self._monotonic() < self._without[0]:
+            return self._by_the_host(self._without[1])
         try:
             if self._handle is None:
                 self._open()
-            total, free = self._memory()
-        except Exception as error:  # NVMLLibraryMismatchError is no NVMLError
-            raise GpuUnavailable(f"NVML: {error}") from error
-        faults: list[str] = []
-        name = self._optional(faults, "name", self._nvml.nvmlDeviceGetName)
+            faults: list[str] = []
+            name = self._name(faults)
+            total, free, host = self._memory(name)
+        except Exception as error:  # noqa: BLE001  # NVMLLibraryMismatchError is no NVMLError
+            return self._without_nvml(error)
+        self._without = None
         rates = self._optional(faults, "utilization", self._nvml.nvmlDeviceGetUtilizationRates)
         sensors = self._sensors()
         faults += sensors.faults
-        processes = self._processes(faults)
-        return MemoryReading(
+        processes, untold = self._processes(faults)
+        reading = MemoryReading(
             total_mib=total // MIB,
             used_mib=(total - free) // MIB,
             free_mib=free // MIB,
-            name=name.decode() if isinstance(name, bytes) else name,
+            name=name,
             utilization_percent=None if rates is None else rates.gpu,
             fault="; ".join(faults) or None,
             processes=processes,
+            untold=untold,
             power_w=sensors.power_w,
             power_limit_w=sensors.power_limit_w,
             temperature_c=sensors.temperature_c,
         )
+        return reading if host is None else self._shared(reading, host)
 
-    def _memory(self) -> tuple[int, int]:
-        """Bytes in all, and free. A chip that shares the host's memory, as GB10, has no figures of
-        its own: the host's memory is the card's, and what the host can still give is free."""
+    def _name(self, faults: list[str]) -> str | None:
+        name = self._optional(faults, "name", self._nvml.nvmlDeviceGetName)
+        return name.decode() if isinstance(name, bytes) else name
+
+    def _memory(self, name: str | None) -> tuple[int, int, HostMemory | None]:
+        """Bytes in all, and free; and the host's, where that is the card's."""
         try:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
         except self._nvml.NVMLError_NotSupported:
-            return host_memory()
-        return memory.total, memory.free
+            host = self._board.memory()
+            return host.total, host.free, host
+        with contextlib.suppress(OSError, KeyError):  # no Linux
+            if shares(name, memory.total, host := self._board.memory()):
+                return host.total, host.free, host
+        return memory.total, memory.free, None
+
+    def _without_nvml(self, error: Exception) -> MemoryReading:
+        """What the host tells of a Jetson of which NVML tells nothing. Raises GpuUnavailable."""
+        board = self._board.jetson() if self._device == 0 else None
+        if board is None:
+            raise GpuUnavailable(f"NVML: {error}") from error
+        self.close()
+        empty = MemoryReading(0, 0, 0, name=board, untold=f"{_NO_FIGURES} (NVML: {error})")
+        self._without = self._monotonic() + RETRY_S, empty
+        return self._by_the_host(empty)
+
+    def _by_the_host(self, reading: MemoryReading) -> MemoryReading:
+        try:
+            host = self._board.memory()
+        except (OSError, KeyError) as error:
+            raise GpuUnavailable(f"the host's memory: {error}") from error
+        measured = replace(
+            reading,
+            total_mib=host.total // MIB,
+            used_mib=(host.total - host.free) // MIB,
+            free_mib=host.free // MIB,
+        )
+        return self._shared(measured, host)
+
+    def _shared(self, reading: MemoryReading, host: HostMemory) -> MemoryReading:
+        """With who holds what of the host's memory, and how much of it is held for the GPU."""
+        processes, untold = reading.processes, reading.untold
+        if processes is None and (told := self._board.processes()) is not None:
+            processes, untold = told, ""
+        on_gpu = None if host.on_gpu is None else host.on_gpu // MIB
+        if on_gpu is None and processes is not None and self._sees_all():
+            on_gpu = sum(each.mib for each in processes)
+        return replace(
+            reading, memory="host", on_gpu_mib=on_gpu, processes=processes, untold=untold
+        )
 
     def _sensors(self) -> _Sensors:
         """What the slower sensors say, or said within the last `SENSED_EVERY_S`."""
@@ -120,20 +182,22 @@ class NvmlCard:
         self._sensed = (now, sensors)
         return sensors
 
-    def _processes(self, faults: list[str]) -> tuple[GpuProcess, ...] | None:
-        """Every process with its MiB; None where the platform does not tell all of them."""
+    def _processes(self, faults: list[str]) -> tuple[tuple[GpuProcess, ...] | None, str]:
+        """Every process with its MiB; None where the platform does not tell all, and why."""
         nvml = self._nvml
         compute = self._optional(faults, "processes", nvml.nvmlDeviceGetComputeRunningProcesses)
         if compute is None:
-            return None
+            return None, _NO_FIGURES
         graphics = self._optional(faults, "processes", nvml.nvmlDeviceGetGraphicsRunningProcesses)
         figures: dict[int, int] = {}
         for row in [*compute, *(graphics or ())]:
             if row.usedGpuMemory is None:
-                return None  # WDDM, WSL2, MIG
+                return None, _NO_FIGURES
+            if not 0 < row.pid <= MOST_PID:
+                return None, f"the driver lists a process {row.pid}, which no process can be"
             # One that is in both lists is told of twice, a moment apart: the larger figure counts.
             figures[row.pid] = max(figures.get(row.pid, 0), row.usedGpuMemory)
-        return tuple(GpuProcess(pid, used // MIB) for pid, used in sorted(figures.items()))
+        return tuple(GpuProcess(pid, used // MIB) for pid, used in sorted(figures.items())), ""
 
     def close(self) -> None:
         nvml, self._nvml, self._handle, self._sensed = self._nvml, None, None, None
@@ -189,6 +253,7 @@ class SimulatedMemory:
             memory.used_mib,
             memory.free_mib,
             name="simulated card",
+            local_pids=True,
             processes=None
             if held is None
             else tuple(GpuProcess(pid, mib) for pid, mib in sorted(held.items())),

@@ -126,22 +126,21 @@ class SystemProcesses:
         )
 
     def sees_all(self) -> bool:
-        try:
-            return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
-        except OSError:
-            return True  # no Linux: no such namespaces
+        return sees_all()
+
+
+def sees_all() -> bool:
+    """Whether this process is in the machine's own PID namespace."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+    except OSError:
+        return True  # no Linux: no such namespaces
 
 
 def programs_at(port: int, table: ProcessTable) -> tuple[str, ...]:
     """Who listens at a TCP port of this machine, by program and pid, as far as it may be seen."""
     pids = {pid for (_, at), own in table.listeners().items() if at == port for pid in own}
     return tuple(f"{table.name(pid) or 'a process'} (pid {pid})" for pid in sorted(pids))
-
-
-def host_memory() -> tuple[int, int]:
-    """The machine's memory in bytes: in all, and what it can still give."""
-    memory = psutil.virtual_memory()
-    return memory.total, memory.available
 
 
 def with_birth(pids: Iterable[int]) -> list[tuple[int, float]]:

@@ -18,7 +18,7 @@ from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerUnreachable
 from gpumanager.model import CONTEXT_MIB, MemoryReading, ProbeReport, StoppedBy
 from gpumanager.residency.census import usable
-from gpumanager.residency.release import LEAKED_SHARE
+from gpumanager.residency.release import LEAKED_SHARE, noise_mib
 from gpumanager.residency.rest import Rest
 from gpumanager.residency.settling import Settling, Unloaded
 from gpumanager.scheduling.interface import Release, Ticket
@@ -148,12 +148,14 @@ class Evictor:
             if method.name not in tried:
                 tried.append(method.name)
             expected = max(0, (held_mib if holds is None else holds) - floor_mib)
+            # Of the host's memory another program may have taken at once what it gave back.
+            certain = holds is not None and before is not None and not noise_mib(name, before)
             unloaded = Unloaded(
                 name,
                 consumer,
                 before,
                 expected,
-                certain=holds is not None,
+                certain=certain,
                 call=consumer.settled if method.http else None,
                 again=bool(method.http) and times_asked < MOST_ASKED,
             )

@@ -42,5 +42,7 @@ def _holders(target: str, card: Card) -> list[str]:
         listed.append(f"{process.name or 'process'} (pid {process.pid}) {process.mib} MiB")
         others -= process.mib
     if others > 0:
-        listed.append(f"others {others} MiB")
+        shared = card.reading is not None and card.reading.memory == "host"
+        who = "other programs of this machine" if shared else "others"
+        listed.append(f"{who} {others} MiB")
     return listed

@@ -14,7 +14,7 @@ from gpumanager.clock import Clock
 from gpumanager.config import ConsumerConfig, Settled
 from gpumanager.consumers.registry import Registry
 from gpumanager.model import MemoryReading
-from gpumanager.residency.release import LEAKED_SHARE, judge
+from gpumanager.residency.release import LEAKED_SHARE, judge, noise_mib
 from gpumanager.residency.rest import BUSY_LIMIT_S, BUSY_POLL_S, Rest
 from gpumanager.scheduling.interface import Release, Ticket
 
@@ -179,7 +179,7 @@ class _Watch:
     def look(self, before: MemoryReading, after: MemoryReading, now: float) -> Release:
         """Judge it by two readings, and note whether anything changed."""
         release = judge(self.unloaded.name, before, after, self.unloaded.expected_mib)
-        if release.mib != self._last_mib:
+        if abs(release.mib - self._last_mib) > noise_mib(self.unloaded.name, before):
             self._last_mib, self._changed_at = release.mib, now
         return release
 

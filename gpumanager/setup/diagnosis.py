@@ -14,6 +14,9 @@ from gpumanager.model import MemoryReading
 from gpumanager.setup.brokers import RunningBroker, Stranger
 from gpumanager.setup.configfile import local_port
 
+KEPT_SHARE = 16
+"""Of the host's memory where that is the card's, one part in so many should be kept free."""
+
 Level = Literal["good", "warning", "bad"]
 
 
@@ -26,8 +29,9 @@ class Finding:
     remedy: str = ""
 
 
-def card(reading: MemoryReading | None, reason: str) -> Iterator[Finding]:
-    """The driver, and whether it tells whose memory it is. `reason`: why there is no reading."""
+def card(reading: MemoryReading | None, reason: str, reserved_mib: int = 0) -> Iterator[Finding]:
+    """The driver, and whether it tells whose memory it is. `reason`: why there is no reading;
+    `reserved_mib`: what the config keeps free."""
     if reading is None:
         yield Finding(
             "bad",
@@ -36,13 +40,22 @@ def card(reading: MemoryReading | None, reason: str) -> Iterator[Finding]:
             "the declared figures decide",
         )
         return
-    yield Finding("good", f"{reading.name or 'the card'}: {reading.total_mib} MiB, measured")
+    shared = " of the host's memory, which is the card's" if reading.memory == "host" else ""
+    size = f"{reading.total_mib} MiB{shared}"
+    yield Finding("good", f"{reading.name or 'the card'}: {size}, measured")
+    if shared and reserved_mib < reading.total_mib // KEPT_SHARE:
+        yield Finding(
+            "warning",
+            f"the card has no memory of its own: the programs of this machine take from the same, "
+            f"and only {reserved_mib} MiB of it are reserved for them",
+            f"set gpu.reserved_mib, to {reading.total_mib // KEPT_SHARE} or more",
+        )
     if reading.holdings is not None and reading.holdings.reason:
         yield Finding(
             "warning",
             f"the memory of single processes is not known: {reading.holdings.reason}",
             "in a container, run the broker with the host's PID namespace (pid: host); under WSL2 "
-            "and MIG only the card's totals are known",
+            "and MIG only the card's totals are known; on a Jetson the kernel tells root only",
         )
     for process in reading.holdings.foreign if reading.holdings is not None else ():
         yield Finding(

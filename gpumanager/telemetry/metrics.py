@@ -19,7 +19,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from gpumanager.config import Config
@@ -265,6 +270,9 @@ class _Now(Collector):
 
     def _card(self, status: Mapping[str, Any]) -> Iterator[Metric]:
         gpu = status["gpu"]
+        named = InfoMetricFamily("gpumanager_gpu", "The card, and whose its memory is.")
+        named.add_metric([], {"name": gpu.get("name", ""), "memory": gpu.get("memory", "")})
+        yield named
         yield GaugeMetricFamily(
             "gpumanager_gpu_memory_total_bytes", "The card's memory.", gpu["total_mib"] * MIB
         )

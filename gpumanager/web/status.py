@@ -92,6 +92,9 @@ class StatusView:
             view["name"] = gpu.reading.name
         if gpu.reading is not None:
             view |= sensed(gpu.reading)
+            view["memory"] = gpu.reading.memory
+            if gpu.reading.on_gpu_mib is not None:
+                view["on_gpu_mib"] = gpu.reading.on_gpu_mib
         if gpu.reading is not None and (holdings := gpu.reading.holdings) is not None:
             view["attribution"] = {"source": "totals" if holdings.reason else "processes"}
             if holdings.reason:

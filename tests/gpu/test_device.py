@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from gpumanager.gpu.device import (
@@ -43,6 +42,8 @@ class FakeNvml:
         self.calls: list[str] = []
         self.compute: list[tuple[int, int | None]] = []
         self.graphics: list[tuple[int, int | None]] = []
+        self.memory_mib = (24576, 20000)
+        self.called = "NVIDIA {}"
 
     def _answer(self, name: str, value: Any) -> Any:
         self.calls.append(name)
@@ -64,11 +65,12 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
         # `used` leaves out what the driver reserves; `free` is what can be had.
-        info = SimpleNamespace(total=24576 * MIB, free=20000 * MIB, used=4000 * MIB)
+        total, free = self.memory_mib
+        info = SimpleNamespace(total=total * MIB, free=free * MIB, used=4000 * MIB)
         return self._answer("memory", info)
 
     def nvmlDeviceGetName(self, handle: str) -> Any:  # noqa: N802
-        return self._answer("name", f"NVIDIA {handle}")
+        return self._answer("name", self.called.format(handle))
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> Any:  # noqa: N802
         return self._answer("compute", [_process(*each) for each in self.compute])
@@ -172,17 +174,6 @@ def test_without_a_list_of_processes_the_totals_remain(error: Exception, fault: 
     nvml.failing = {"compute": error}
     reading = card(nvml).read()
     assert (reading.processes, reading.free_mib, reading.fault) == (None, 20000, fault)
-
-
-def test_a_chip_without_memory_of_its_own_has_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml()
-    nvml.failing = {"memory": NotSupported("no")}
-    host = SimpleNamespace(total=119_000 * MIB, available=90_000 * MIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
-    nvml.compute = [(7, 1000)]
-    reading = card(nvml).read()
-    assert (reading.total_mib, reading.used_mib, reading.free_mib) == (119_000, 29_000, 90_000)
-    assert reading.processes == (GpuProcess(7, 1000),)
 
 
 def test_a_card_is_chosen_by_uuid() -> None:

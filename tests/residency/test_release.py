@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
@@ -92,3 +94,44 @@ def test_a_victim_that_ended_is_known_by_its_processes_of_before() -> None:
 
 def test_nothing_to_expect_is_nothing_to_miss() -> None:
     assert judge("victim", totals(1000), totals(1000), 0).outcome == "released"
+
+
+# -- where the card's memory is the host's ---------------------------------------------------------
+
+
+def of_host(free: int, on_gpu: int | None = None, **held: int) -> MemoryReading:
+    reading = replace(totals(free), memory="host", on_gpu_mib=on_gpu)
+    return replace(reading, holdings=Holdings(dict(held))) if held else reading
+
+
+@pytest.mark.parametrize("others", [-700, -60, 0, 60, 700])
+def test_what_is_held_for_the_gpu_counts_and_not_what_other_programs_do(others: int) -> None:
+    before = of_host(3000, on_gpu=5000)
+    kept, gone = of_host(3000 + others, on_gpu=5000), of_host(4000 + others, on_gpu=4000)
+    assert judge("victim", before, kept, 1000).outcome == "leaked"
+    assert judge("victim", before, gone, 1000).mib == 1000
+    assert judge("victim", before, gone, 1000).complete
+
+
+@pytest.mark.parametrize("before", [of_host(3000, on_gpu=5000), of_host(3000, victim=4000)])
+def test_another_program_may_take_at_once_what_the_victim_gave(before: MemoryReading) -> None:
+    known = {"on_gpu": 1000} if before.on_gpu_mib else {"victim": 0}
+    release = judge("victim", before, of_host(3100, **known), 4000)
+    assert (release.outcome, release.taken_by) == ("stolen", "other programs of this machine")
+
+
+def test_a_consumer_that_took_it_is_named() -> None:
+    before, after = of_host(3000, victim=4000, other=0), of_host(3000, victim=0, other=3500)
+    assert judge("victim", before, after, 4000).taken_by == "other (+3500 MiB)"
+
+
+@pytest.mark.parametrize("others", [-300, -20, 0, 20, 300])
+def test_a_small_change_of_the_hosts_memory_proves_nothing(others: int) -> None:
+    release = judge("victim", of_host(3000), of_host(3000 + others), 400)
+    assert release.outcome == "unverified"
+    assert judge("victim", of_host(3000), of_host(7000 + others), 4000).outcome == "released"
+    assert judge("victim", of_host(3000), of_host(3000 + others), 4000).outcome == "leaked"
+
+
+def test_nothing_expected_is_nothing_missed() -> None:
+    assert judge("victim", of_host(3000), of_host(2900), 0).outcome != "unverified"

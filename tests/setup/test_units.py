@@ -161,6 +161,27 @@ def test_foreign_processes_and_missing_figures_are_warnings() -> None:
     assert levels(diagnosis.card(reading, "")) == ["good", "warning", "warning"]
 
 
+@pytest.mark.parametrize(
+    ("reserved_mib", "expected"), [(256, ["good", "warning"]), (8000, ["good"])]
+)
+def test_a_card_with_the_hosts_memory_leaves_some_to_other_programs(
+    reserved_mib: int, expected: list[str]
+) -> None:
+    reading = MemoryReading(120_000, 30_000, 90_000, name="NVIDIA GB10", memory="host")
+    findings = list(diagnosis.card(reading, "", reserved_mib))
+    assert levels(findings) == expected
+    size = "120000 MiB of the host's memory, which is the card's"
+    assert findings[0].what == f"NVIDIA GB10: {size}, measured"
+    assert "7500" in findings[-1].remedy or expected == ["good"]
+
+
+@pytest.mark.parametrize("memory", ["own", "host"])
+def test_the_terminal_says_whose_the_cards_memory_is(memory: str) -> None:
+    gpu = {"total_mib": 8000, "used_mib": 3000, "free_mib": 5000, "source": "measured"}
+    text = shown(views.card({"gpu": {**gpu, "memory": memory}, "consumers": []}))
+    assert ("of the host's memory, which is the card's" in text) == (memory == "host")
+
+
 def test_two_brokers_are_one_too_many() -> None:
     first = RunningBroker(1, True, "/one.yaml", 0)
     assert levels(diagnosis.brokers([])) == []

@@ -19,7 +19,8 @@ function parts(status) {
   }
   const rest = gpu.used_mib - held - foreign.reduce((sum, each) => sum + each.mib, 0);
   if (rest > 0) {
-    found.push({key: "rest", name: "the driver and others", mib: rest, className: "rest"});
+    const name = gpu.memory === "host" ? "this machine's other programs" : "the driver and others";
+    found.push({key: "rest", name, mib: rest, className: "rest"});
   }
   const kept = Math.min(gpu.reserved_mib, Math.max(0, gpu.free_mib));
   if (gpu.free_mib - kept > 0) {

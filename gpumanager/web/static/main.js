@@ -47,6 +47,7 @@ function drawAll() {
   const wrong = drawAttention(status, now());
   document.title = (wrong ? `(${wrong}) ` : "") + "gpumanager";
   tell(byId("what"), `${status.version} on ${status.listen}${status.gpu.name ? ", " + status.gpu.name : ""}`
+    + (status.gpu.memory === "host" ? ", whose memory is the host's" : "")
     + (operator() ? "" : "; this key sees and cancels its own jobs"));
   byId("broker-buttons").hidden = false;
   for (const id of ["reload", "drain"]) byId(id).hidden = !operator();
