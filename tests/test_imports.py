@@ -56,7 +56,7 @@ def files_that_mention(library: str) -> set[str]:
         ),
         ("prometheus_client", {"telemetry/metrics.py"}),
         ("opentelemetry", {"telemetry/tracing.py"}),
-        ("rich", {"cli/top.py", "cli/views.py", "cli/watching.py"}),
+        ("rich", {"cli/policyviews.py", "cli/top.py", "cli/views.py", "cli/watching.py"}),
         ("psutil", {"host/processes.py", "residency/stopping.py", "host/signals.py"}),
         ("cuda.bindings.driver", {"host/checkpoint.py"}),
     ],

@@ -6,6 +6,15 @@ Each module is a group of commands; what only some of them need is imported when
 
 from gpumanager.cli.group import main
 
-from gpumanager.cli import connect, doctor, operating, serving, setup, watching  # isort: skip
+from gpumanager.cli import connect, doctor, operating, serving, setup, simulating, watching  # isort: skip
 
-__all__ = ["connect", "doctor", "main", "operating", "serving", "setup", "watching"]
+__all__ = [
+    "connect",
+    "doctor",
+    "main",
+    "operating",
+    "serving",
+    "setup",
+    "simulating",
+    "watching",
+]

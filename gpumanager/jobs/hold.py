@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gpumanager.clock import Clock
+from gpumanager.clock import Clock, rfc3339, wall_time
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
 from gpumanager.consumers.learning import Learned
@@ -235,12 +235,21 @@ class Hold:
     def _note(self, seconds: float) -> None:
         ticket = self._place.ticket
         assert ticket is not None  # noqa: S101  # it has begun
-        job = ticket.job
+        job, now = ticket.job, self._means.registry.now
+        came = self._began - ticket.prepared_s - ticket.waited_s
+        total_mib = now.config.gpu.total_mib
+        if now.gpu.reading is not None:
+            total_mib = now.gpu.reading.total_mib
         self._means.emit(
             JobEnded(
                 consumer=job.consumer,
+                model=job.model,
                 kind=job.kind,
                 ticket=ticket.number,
+                arrived=rfc3339(wall_time(self._means.clock, came)),
+                urgency=job.urgency,
+                requester=job.requester,
+                session=job.session,
                 client=job.client,
                 address=self._record.client,
                 request_id=job.request_id,
@@ -251,5 +260,7 @@ class Hold:
                 wait_ms=round(ticket.waited_s * 1000, 1),
                 prepare_ms=round(ticket.prepared_s * 1000, 1),
                 run_ms=round(seconds * 1000, 1),
+                needed_mib=now.of(job).needed(job.resident).mib,
+                total_mib=total_mib or None,
             )
         )

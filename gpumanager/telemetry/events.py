@@ -31,6 +31,11 @@ FIELDS = {
     "status": "the HTTP status of the answer",
     "failure": "the code of the error that ended it",
     "code": "the code of the broker's error",
+    "model": "the model that the job named, where the broker knows models apart",
+    "urgency": "how urgent the job was: 0 (now) to 7 (background)",
+    "requester": "who shares the GPU with others: the name of the key, else the client's address",
+    "session": "the conversation that the job belonged to, by `X-Session-Id`",
+    "arrived": "when the job came",
     "wait_ms": "time in the queue",
     "prepare_ms": "time until others were unloaded and the consumer was loaded",
     "run_ms": "time that the job ran after that",
@@ -56,12 +61,15 @@ FIELDS = {
     "client_bytes": "bytes that the client sent",
     "consumer_bytes": "bytes that the consumer sent",
     "timeout_ms": "how long running jobs may take to finish",
+    "total_mib": "the card's memory",
     "version": "the broker's version",
 }
 """What each field says. Names tell the unit: `_ms` (or just `ms`), `_mib` (or just `mib`),
 `_bytes`."""
 
-PRIVATE = frozenset({"address", "client", "key", "path", "request_id", "traceparent"})
+PRIVATE = frozenset(
+    {"address", "client", "key", "path", "request_id", "requester", "session", "traceparent"}
+)
 """Fields that tell who somebody is."""
 
 
@@ -119,8 +127,13 @@ class JobEnded(Event):
     """A job that held the GPU is over. Without a `failure` the consumer answered, with `status`."""
 
     consumer: str
+    model: str | None = None
     kind: str
     ticket: int
+    arrived: str | None = None
+    urgency: int | None = None
+    requester: str | None = None
+    session: str | None = None
     client: str
     address: str
     request_id: str
@@ -131,6 +144,8 @@ class JobEnded(Event):
     wait_ms: float
     prepare_ms: float
     run_ms: float
+    needed_mib: int | None = None
+    total_mib: int | None = None
 
 
 @declared("refused", None)

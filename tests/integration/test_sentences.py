@@ -51,6 +51,7 @@ READING = {
 
 WRITING = {
     "events": lambda file: ["--trace", file],
+    "simulate": lambda file: ["alternating", "--jobs", "4", "--plot", file],
     "setup": lambda file: ["--config", file, "--ports", "1", "--yes", "--no-service"],
 }
 """Commands that write a file."""

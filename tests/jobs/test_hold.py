@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import gpumanager
+from gpumanager.clock import rfc3339, wall_time
 from gpumanager.config import Config, parse_config
 from gpumanager.consumers.admission import Admission
 from gpumanager.consumers.breaker import Breakers
@@ -112,6 +113,15 @@ def test_the_gpu_comes_back_with_the_last_of_the_answer() -> None:
     job.hold.end()  # and once
     event = job.is_over()
     assert (event["status"], event["run_ms"], event.get("failure")) == (200, 3000, None)
+
+
+def test_the_event_has_what_a_replay_needs() -> None:
+    job = Held(vram_resident_mib=3000)
+    job.begin().clock.advance(2)
+    event = job.answered().is_over()
+    assert event["arrived"] == rfc3339(wall_time(job.clock, job.clock.monotonic() - 2))
+    assert (event["needed_mib"], event["urgency"], event["requester"]) == (3000, 3, "-")
+    assert not {"total_mib", "model", "session"} & set(event)  # which nobody knows
 
 
 def test_a_consumer_that_broke_off_gives_it_back_at_once() -> None:

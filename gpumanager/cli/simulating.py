@@ -1,0 +1,135 @@
+"""Commands that say what a policy would do: to a made-up workload, or to what a broker's own event
+file says has happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpumanager.cli.group import fail, main
+
+if TYPE_CHECKING:
+    from gpumanager.simulation.policies import Comparison, Promise
+
+POLICIES = ("fifo", "unbounded", "one-model")
+WORKLOADS = (
+    "chat-bursts",
+    "voice-assistant",
+    "image-night",
+    "agent-fleet",
+    "alternating",
+    "mixed",
+)
+
+
+def _about_policies(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both commands."""
+    for option in (
+        click.option(
+            "--plot",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Draw it into this file, as SVG.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON, with every figure."),
+        click.option(
+            "--max-overtaken-by",
+            type=click.IntRange(min=0),
+            help="The policies' `max_overtaken_by`; by default the broker's.",
+        ),
+        click.option(
+            "--max-overtake",
+            type=click.FloatRange(min=0),
+            help="The policies' `max_overtake`, in seconds; by default the broker's.",
+        ),
+        click.option(
+            "--policy",
+            "policies",
+            multiple=True,
+            type=click.Choice(POLICIES),
+            help="Play this policy; may be given several times. By default all.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("workloads", nargs=-1, type=click.Choice(WORKLOADS))
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 5000),
+    help="How many jobs a workload has; by default 120 to 200. Of up to 12, the optimum is shown.",
+)
+@_about_policies
+def simulate(
+    workloads: tuple[str, ...],
+    seed: int,
+    jobs: int | None,
+    policies: tuple[str, ...],
+    max_overtake: float | None,
+    max_overtaken_by: int | None,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Say what each policy makes of made-up WORKLOADS, by default of all.
+
+    They are played in virtual time, by the broker's own decisions, on a card of 24 GB. The same
+    seed gives the same figures.
+    """
+    from gpumanager.simulation.policies import compared
+    from gpumanager.simulation.workloads import workload
+
+    if plot is not None and len(workloads) != 1:
+        raise click.UsageError("--plot draws one workload: name it")
+    promise = _promise(max_overtake, max_overtaken_by)
+    found = [
+        compared(workload(name, seed, jobs), _once(policies) or POLICIES, promise)
+        for name in _once(workloads) or WORKLOADS
+    ]
+    if as_json:
+        answers = [{"seed": seed, **each.as_json()} for each in found]
+        click.echo(json.dumps(answers, indent=2))
+    else:
+        _show(found)
+    _draw(plot, found[0])
+
+
+def _promise(max_overtake: float | None, max_overtaken_by: int | None) -> Promise:
+    from gpumanager.simulation.policies import Promise
+
+    usual = Promise()
+    return Promise(
+        usual.max_overtake if max_overtake is None else max_overtake,
+        usual.max_overtaken_by if max_overtaken_by is None else max_overtaken_by,
+    )
+
+
+def _once(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _show(found: Sequence[Comparison]) -> None:
+    from gpumanager.cli import policyviews, views
+
+    console = views.console()
+    for number, each in enumerate(found):
+        if number:
+            console.print()
+        console.print(policyviews.comparison(each, brief=len(found) > 1))
+
+
+def _draw(path: Path | None, found: Comparison) -> None:
+    if path is None:
+        return
+    from gpumanager.simulation.plot import svg
+
+    try:
+        path.write_text(svg(found), encoding="utf-8")
+    except OSError as error:
+        fail(f"{path} cannot be written: {error.strerror or error}")
+    click.echo(f"{path}: drawn", err=True)
