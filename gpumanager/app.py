@@ -25,6 +25,7 @@ from gpumanager.consumers.statefile import StateFile
 from gpumanager.consumers.stopped import Stopped
 from gpumanager.gpu.device import Card
 from gpumanager.host.processes import ConsumerProcesses, SystemProcesses
+from gpumanager.jobs.deadlines import Deadlines
 from gpumanager.jobs.hold import Means
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.owners import Owners
@@ -127,6 +128,7 @@ class Broker:
             self._emit,
             card,
         )
+        self._deadlines = Deadlines(self.card.scheduler, self._clock, config.scheduler.max_wait)
         self._completions = Completions(self._calls, self._clock, self._emit)
         self._owners = Owners()
         self._catalogue = ModelCatalogue(self._models_of, self._clock)
@@ -167,7 +169,7 @@ class Broker:
     def _services(self) -> Services:
         """What the routes serve, each object once; made after the card and before the guard."""
         card = self.card
-        places = Places(self.registry, card.scheduler, self._shares)
+        places = Places(self.registry, card.scheduler, self._shares, self._deadlines)
         shortages = Shortages(self.registry, self.learned, card.sampler.look, self._emit)
         status = StatusView(
             self.registry,
@@ -272,6 +274,7 @@ class Broker:
         """The threads that do not depend on the consumers."""
         workers = [
             PeriodicWorker("watcher", self.watcher.sweep, retry_s=1.0),
+            self._deadlines.worker,
             *self.card.workers(),
         ]
         if self._state is not None:

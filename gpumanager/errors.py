@@ -184,9 +184,29 @@ class QueueFull(BrokerError):
 
 
 class QueueTimeout(BrokerError):
-    """The request waited for `scheduler.max_wait` without its turn coming."""
+    """The request waited as long as `scheduler.max_wait` or its client allows without its turn
+    coming, or its turn is not expected in that time.
+
+    `estimate_s`: in so many seconds it was expected, where that is why it was refused.
+    """
 
     status, code = 503, "queue_timeout"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        consumer: str | None = None,
+        retry_after: float | None = None,
+        estimate_s: float | None = None,
+    ) -> None:
+        super().__init__(message, consumer=consumer, retry_after=retry_after)
+        self.estimate_s = estimate_s
+
+    def envelope(self) -> dict[str, object]:
+        estimate_s = self.estimate_s
+        said = {} if estimate_s is None else {"estimate_s": round(estimate_s, 1)}
+        return {**super().envelope(), **said}
 
 
 class InsufficientVram(BrokerError):

@@ -10,6 +10,7 @@ from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ClientGone, NoConsumer
 from gpumanager.jobs.client import ClientWatch
+from gpumanager.jobs.deadlines import Deadlines
 from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.shares import Shares
 from gpumanager.model import Job
@@ -28,6 +29,7 @@ class Place:
         config: ConsumerConfig,
         scheduler: Scheduler,
         shares: Shares,
+        deadlines: Deadlines,
         leave: Callable[[], object],
     ) -> None:
         self.name = name
@@ -35,6 +37,7 @@ class Place:
         self.ticket: Ticket | None = None
         self._scheduler = scheduler
         self._shares = shares
+        self._deadlines = deadlines
         self._lock = threading.Lock()
         self._held = [leave]
 
@@ -56,13 +59,17 @@ class Place:
         return ClientGone("the client left", consumer=self.name)
 
     def take_ticket(self, job: Job) -> Ticket:
-        """Join the queue. Raises QueueFull if the job's requester has too many in it, and what
-        `Scheduler.enqueue` raises."""
+        """Join the queue. Raises QueueTimeout if its turn would not come in time, QueueFull if the
+        job's requester has too many in it, and what `Scheduler.enqueue` raises."""
+        if job.max_wait is not None:
+            self._deadlines.check(job)
         leave = self._shares.enter(job)
         if leave is not None:
             self._held.append(leave)
         self.ticket = ticket = self._scheduler.enqueue(job)
         self._held.append(ticket.close)
+        if job.max_wait is not None:
+            self._deadlines.joined()
         return ticket
 
     def give_up(self) -> None:
@@ -77,10 +84,13 @@ class Place:
 class Places:
     """Opens a place for each request, by the config and the queue of the moment."""
 
-    def __init__(self, registry: Registry, scheduler: Scheduler, shares: Shares) -> None:
+    def __init__(
+        self, registry: Registry, scheduler: Scheduler, shares: Shares, deadlines: Deadlines
+    ) -> None:
         self._registry = registry
         self._scheduler = scheduler
         self._shares = shares
+        self._deadlines = deadlines
 
     def chosen(self, choose: Callable[[], Choice]) -> tuple[Choice, Place]:
         """What `choose` chooses, and a place with that consumer, by one and the same config: where
@@ -104,4 +114,6 @@ class Places:
 
     def _place(self, name: str, config: Config) -> Place:
         leave = partial(self._registry.leave, name)
-        return Place(name, config.consumers[name], self._scheduler, self._shares, leave)
+        return Place(
+            name, config.consumers[name], self._scheduler, self._shares, self._deadlines, leave
+        )

@@ -39,6 +39,8 @@ def guess(seconds: float) -> Times:
 
 RUN, LOAD, UNLOAD = guess(1.0), guess(5.0), guess(1.0)
 COLD = guess(RUN.mean + LOAD.mean)
+NOTHING = Times(p50=0.0, p95=0.0, count=1, mean=0.0)
+"""Of a job that ends as soon as its consumer is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +99,40 @@ class Forecast:
 
 
 def forecast(
-    waiting: Iterable[Waiting], running: Iterable[Running], outlook: Outlook, now: float
+    waiting: Iterable[Waiting],
+    running: Iterable[Running],
+    outlook: Outlook,
+    now: float,
+    *,
+    exact: bool = True,
 ) -> Forecast:
-    """Play the queue through. For one job at a time; an upper bound for several."""
+    """Play the queue through, one job at a time, in this order. Where that is not `exact`, since
+    several may run at once or some may overtake others, it is an upper bound, and counts as
+    guessed."""
     queue = [place.job for place in waiting]
     card = _Card(outlook, now)
     names = [job.resident for job in queue if job.makes_room]
     begun = {each.ticket: _begun(each, card, names) for each in running}
     ahead = sum(turn.left_s for turn in begun.values())
     overdue = any(turn.overdue for turn in begun.values())
+    guessed = not exact or any(turn.guessed for turn in begun.values())
     played: list[Turn] = []
     position = 0
     for job in queue[:PLAYED]:
         position += job.makes_room
         turn = card.take(job, names[position : position + UPCOMING], ahead)
-        played.append(replace(turn, wait_s=max(LEAST_S, ahead), overdue=overdue))
+        wait_s = max(LEAST_S, ahead)
+        played.append(replace(turn, wait_s=wait_s, overdue=overdue, guessed=guessed))
         ahead += turn.left_s
+        guessed |= turn.guessed
     switching = _switching(queue, played)
     for job in queue[PLAYED:]:
-        run_s = _run_s(job, outlook.profile(job.resident))
+        profile = outlook.profile(job.resident)
+        run_s = _run_s(job, profile)
         evict_s, load_s = switching.get(job.resident, switching[""]) if job.makes_room else (0, 0)
-        played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue))
+        played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue, guessed))
         ahead += evict_s + load_s + run_s
+        guessed |= not _run_times(job, profile).count
     return Forecast(begun, played, ahead)
 
 
@@ -163,14 +177,20 @@ class _Card:
         resident = self._residents.get(profile.resident.name, profile.resident)
         if not job.makes_room:
             self._unload(resident)
-            return Turn(run_s=run_s if resident.loaded else 0.0)
+            if not resident.loaded:
+                return Turn()
+            return Turn(run_s=run_s, guessed=not profile.unload.count)
         victims = self._victims(resident.name, behind, after_s)
         for victim in victims:
             self._unload(victim)
         load_s = 0.0 if resident.loaded else profile.load.mean
-        evict_s = sum(self._outlook.profile(victim.name).unload.mean for victim in victims)
+        unloads = [self._outlook.profile(victim.name).unload for victim in victims]
+        evict_s = sum(times.mean for times in unloads)
+        used = [*unloads, *([] if resident.loaded else [profile.load])]
+        used += [profile.run] if job.runs else []
+        guessed = not all(times.count for times in used)
         self._load(resident, self._now + after_s + evict_s + load_s + run_s)
-        return Turn(evict_s=evict_s, load_s=load_s, run_s=run_s)
+        return Turn(evict_s=evict_s, load_s=load_s, run_s=run_s, guessed=guessed)
 
     def _victims(self, name: str, behind: Sequence[str], after_s: float) -> Sequence[Resident]:
         demand = self._demands.get(name)
@@ -221,7 +241,9 @@ def _begun(running: Running, card: _Card, behind: Sequence[str]) -> Turn:
         since = profile.running_since if outlook.profiles else running.since
         times = profile.cold if profile.runs_cold else profile.run
     if since is not None:
-        return Turn(run_s=left(times, now - since), overdue=is_overdue(times, now - since))
+        elapsed = now - since
+        overdue, guessed = is_overdue(times, elapsed), not times.count
+        return Turn(run_s=left(times, elapsed), overdue=overdue, guessed=guessed)
     if doing is None:
         return turn
     elapsed = now - doing.since
@@ -240,10 +262,14 @@ def _begun(running: Running, card: _Card, behind: Sequence[str]) -> Turn:
     )
 
 
-def _run_s(job: Job, profile: Profile) -> float:
+def _run_times(job: Job, profile: Profile) -> Times:
     if not job.makes_room:
-        return profile.unload.mean
-    return profile.run.mean if job.runs else 0.0
+        return profile.unload
+    return profile.run if job.runs else NOTHING
+
+
+def _run_s(job: Job, profile: Profile) -> float:
+    return _run_times(job, profile).mean
 
 
 def _switching(queue: Collection[Job], played: Sequence[Turn]) -> dict[str, tuple[float, float]]:

@@ -78,6 +78,10 @@ class Scheduler(Protocol):
     def cancel(self, ticket: int, error: BrokerError) -> bool:
         """Cancel by number; False if there is no such ticket (any more)."""
 
+    def refuse(self, ticket: int, error: BrokerError) -> bool:
+        """Have a ticket that still waits leave the queue with `error`, by its number. False if it
+        does not wait (any more): then nothing happens to it."""
+
     def queue(self) -> tuple[QueueEntry, ...]:
         """Who runs and who waits, in the order of the tickets, as of one instant."""
 

@@ -132,6 +132,13 @@ class Queue:
             found = self._tickets.get(ticket)
         return found is not None and found.cancel(error)
 
+    def refuse(self, ticket: int, error: BrokerError) -> bool:
+        with self._lock:
+            if ticket not in self._waiting:
+                return False
+            self._cancel_locked(self._tickets[ticket], error)
+            return True
+
     def queue(self) -> tuple[QueueEntry, ...]:
         waiting, running, now = self._places()
         expected = self._forecast(waiting, running, now)
@@ -157,7 +164,7 @@ class Queue:
         place = Waiting(0, job, since=now, deadline=now)
         turn = self._forecast([*waiting, place], running, now).turns[-1]
         if self._policy.next_up([*waiting, place], running, now) is place:
-            return replace(turn, wait_s=0.0, overdue=False)
+            return replace(turn, wait_s=0.0, overdue=False, guessed=False)
         return turn
 
     def stats(self) -> Stats:
@@ -256,7 +263,7 @@ class Queue:
     def _forecast(
         self, waiting: Iterable[Waiting], running: Iterable[Running], now: float
     ) -> Forecast:
-        return forecast(waiting, running, self._outlook(), now)
+        return forecast(waiting, running, self._outlook(), now, exact=self._policy.limit == 1)
 
     def _retry_after(self) -> float:
         """Seconds until the queue as it stands is done."""

@@ -18,6 +18,7 @@ from gpumanager.consumers.breaker import Breakers
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ConsumerTimeout, ConsumerUnhealthy, ConsumerUnreachable
+from gpumanager.jobs.deadlines import Deadlines
 from gpumanager.jobs.hold import Hold, Means
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.record import RequestRecord
@@ -54,7 +55,8 @@ class Held:
             emit=self.events.append,
             after_job=self.after.append,
         )
-        places = Places(self.registry, self.scheduler, Shares())
+        deadlines = Deadlines(self.scheduler, self.clock, 60)
+        places = Places(self.registry, self.scheduler, Shares(), deadlines)
         self.record = RequestRecord("r", "POST", "/v1/tts", "127.0.0.1", 0.0, ignore)
         self.exchange: Any = FakeExchange()
         place = places.open("m")

@@ -6,6 +6,7 @@ import pytest
 
 from gpumanager.config import Config
 from gpumanager.errors import NoConsumer
+from gpumanager.jobs.deadlines import Deadlines
 from gpumanager.jobs.place import Places
 from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.shares import Shares
@@ -23,7 +24,7 @@ class Setting:
         clock = FakeClock()
         self.registry = registry_of(FIRST, clock)
         scheduler = locked(max_queue=9, max_wait=60, clock=clock)
-        self.places = Places(self.registry, scheduler, Shares())
+        self.places = Places(self.registry, scheduler, Shares(), Deadlines(scheduler, clock, 60))
         self.reloads: list[Config] = []
         self.chosen_by: list[Config] = []
 

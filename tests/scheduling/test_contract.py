@@ -151,6 +151,23 @@ def test_a_cancelled_job_is_told_once(make: Make, before: bool) -> None:
     ticket.close()
 
 
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_only_who_waits_can_be_refused(make: Make) -> None:
+    """So that nobody who looks at the queue aborts a job that has begun meanwhile."""
+    scheduler = build(make)
+    first, second, third = (scheduler.enqueue(job()) for _ in range(3))
+    error = QueueTimeout("too late")
+    assert [scheduler.refuse(each.number, error) for each in (first, second)] == [False, True]
+    with pytest.raises(QueueTimeout) as told:
+        second.wait()
+    assert told.value is error
+    assert not scheduler.refuse(second.number, error)
+    first.wait()
+    first.close()
+    third.wait()
+    assert not scheduler.refuse(first.number, error)
+
+
 @pytest.mark.parametrize("make", EVERY)
 def test_cancelling_what_is_over_or_never_was_says_so(make: Make) -> None:
     scheduler = build(make)
@@ -547,7 +564,7 @@ def test_the_queue_tells_positions_and_when_each_turn_is_expected() -> None:
     # 20 s of the running job are left; then 2 s, then 30 s
     assert [entry.turn.wait_s for entry in line] == [0, 20, 22, 52]
     assert [entry.turn.run_s for entry in line] == [20, 2, 30, 2]
-    assert scheduler.estimate(job("comfyui")) == Turn(wait_s=54, run_s=30)
+    assert scheduler.estimate(job("comfyui")) == Turn(wait_s=54, run_s=30, guessed=True)
 
 
 @pytest.mark.parametrize("make", EVERY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -118,7 +119,10 @@ def test_an_empty_queue_is_done() -> None:
 
 def test_of_strangers_there_are_guesses() -> None:
     turns = played(waiting("a", "b"), Outlook(), running("c")).turns
-    assert turns == [Turn(wait_s=1, run_s=1), Turn(wait_s=2, run_s=1)]
+    assert turns == [
+        Turn(wait_s=1, run_s=1, guessed=True),
+        Turn(wait_s=2, run_s=1, guessed=True),
+    ]
 
 
 def test_each_consumer_takes_what_it_usually_takes() -> None:
@@ -195,13 +199,15 @@ def test_a_load_runs_nothing() -> None:
 def test_a_job_that_runs_needs_what_is_left_of_it() -> None:
     view = outlook(profile("voice", 3000, loaded=True, run=30, running_since=NOW - 10))
     found = played(waiting("voice"), view, running("voice", NOW - 25))
-    assert found.running[1] == Turn(run_s=20)
+    assert found.running[1] == Turn(run_s=20, guessed=True)
     assert found.turns[0].wait_s == 20
 
 
 def test_one_that_loads_with_its_job_needs_the_load_too() -> None:
     cold = profile("voice", 3000, loaded=True, running_since=NOW - 4, runs_cold=True)
-    assert played([], outlook(cold), running("voice", NOW - 4)).running[1] == Turn(run_s=8)
+    assert played([], outlook(cold), running("voice", NOW - 4)).running[1] == Turn(
+        run_s=8, guessed=True
+    )
 
 
 def test_an_overdue_job_says_so_and_so_do_those_behind_it() -> None:
@@ -240,6 +246,64 @@ def test_an_unload_that_goes_on_has_its_rest_left() -> None:
     found = played(waiting("voice"), view, running("voice", NOW - 0.75, makes_room=False))
     assert found.turns[0].wait_s == 0.75  # as long again: it was never seen
     assert found.turns[0].load_s == 10
+
+
+# -- what of it was never seen ---------------------------------------------------------------------
+
+
+def known(name: str, mib: int = 3000, *, loaded: bool = True, **more: Any) -> Profile:
+    """A consumer whose every time was seen at least once; `more` replaces some."""
+    times = {"run": seen(2), "cold": seen(12), "load": seen(10), "unload": seen(1)}
+    return replace(profile(name, mib, loaded=loaded), **{**times, **more})
+
+
+def test_a_wait_is_guessed_if_anything_before_it_was_never_seen() -> None:
+    """The turn of the stranger itself is guessed; what it waits for is not."""
+    view = outlook(known("voice"), known("stranger", run=guess(2)))
+    turns = played(waiting("voice", "stranger", "voice", "voice"), view).turns
+    assert [turn.guessed for turn in turns] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("unseen", ["run", "load", "unload"])
+def test_only_what_happens_counts(unseen: str) -> None:
+    """`llm` has to be loaded, and `voice` unloaded for it; both are tried with one guess."""
+    names = {"run": "llm", "load": "llm", "unload": "voice"}
+    for guessed in (False, True):
+        change: dict[str, Any] = {unseen: guess(1)} if guessed else {}
+        view = outlook(
+            known("voice", 6000, **(change if names[unseen] == "voice" else {"load": guess(1)})),
+            known("llm", 6000, loaded=False, **(change if names[unseen] == "llm" else {})),
+        )
+        turns = played(waiting("llm", "llm"), view).turns
+        assert [turn.guessed for turn in turns] == [False, guessed]
+
+
+def test_what_runs_is_guessed_if_nothing_like_it_was_seen() -> None:
+    for times, guessed in ((seen(9), False), (guess(9), True)):
+        view = outlook(known("voice", run=times, running_since=NOW - 1))
+        found = played(waiting("voice"), view, running("voice", NOW - 1))
+        assert (found.running[1].guessed, found.turns[0].guessed) == (guessed, guessed)
+
+
+def test_moves_are_guessed_by_the_times_that_they_take() -> None:
+    view = outlook(known("voice", run=guess(2)))
+    moves = [*waiting("voice", makes_room=False), *waiting("voice", runs=False)]
+    turns = played([*moves, *waiting("voice", "voice")], view).turns
+    assert [turn.guessed for turn in turns] == [False, False, False, True]
+
+
+def test_those_far_behind_are_guessed_as_those_before_them() -> None:
+    view = outlook(known("voice"), known("stranger", run=guess(2)))
+    queue = waiting(*["voice"] * (PLAYED + 2), "stranger", "voice")
+    assert [turn.guessed for turn in played(queue, view).turns][-3:] == [False, False, True]
+
+
+def test_an_order_that_may_change_is_a_guess() -> None:
+    view = outlook(known("voice"))
+    queue = waiting("voice")
+    assert [
+        forecast(queue, (), view, NOW, exact=exact).turns[0].guessed for exact in (True, False)
+    ] == [False, True]
 
 
 # -- a long one ------------------------------------------------------------------------------------

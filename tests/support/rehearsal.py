@@ -262,7 +262,8 @@ class Rehearsal:
         )
         size: dict[str, Any] = {"max_queue": 12, "max_wait": 60, "clock": self.clock}
         if old:
-            self.inner: Any = queue.Queue(policy.FirstComeFirstServed(1), **size)
+            old_queue: Any = queue.Queue  # not all that a Scheduler has by now
+            self.inner = old_queue(policy.FirstComeFirstServed(1), **size)
             self.scheduler: Any = eviction.Evicting(self.inner, _Patient(self), self.clock)
         else:
             self.inner = self.scheduler = factory.locked(**size, room=_Patient(self))

@@ -1,0 +1,99 @@
+"""Jobs whose turn will not come in the time that their clients wait for it (`Prefer: wait=N`): they
+are told so as soon as that is known.
+
+Nobody is refused on a guess: the estimate has to rest on times that were all seen before, and no
+job that runs may be overdue. A job that comes is refused if its turn is expected later than its
+client waits. One that waits already has to be late by a margin: estimates go up and down a little
+while a job runs, and it has waited so far.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gpumanager.clock import Clock
+from gpumanager.errors import QueueTimeout
+from gpumanager.model import Job, QueueEntry
+from gpumanager.scheduling.interface import Scheduler
+from gpumanager.worker import PeriodicWorker
+
+EVERY_S = 1.0
+"""The least time between two looks at those that wait."""
+
+MARGIN = 1.25
+"""So many times longer than what is left to it has one that waits to be expected to wait on."""
+
+LONGEST_RETRY_S = 300.0
+
+
+class Deadlines:
+    """Of the jobs at one scheduler, which itself lets none wait longer than `max_wait` seconds.
+    `worker` looks at those that wait; it is not started. Safe from any thread."""
+
+    def __init__(self, scheduler: Scheduler, clock: Clock, max_wait: float) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._max_wait = max_wait
+        self._asleep = True
+        self._next = -math.inf
+        self.worker = PeriodicWorker("deadlines", self.look, retry_s=EVERY_S)
+
+    def check(self, job: Job) -> None:
+        """Raises QueueTimeout if a job that comes now will not have its turn in time."""
+        limit = self._limit(job)
+        turn = self._scheduler.estimate(job)
+        if turn.wait_s > limit and not turn.guessed and not turn.overdue:
+            raise QueueTimeout(
+                f"no turn within {_seconds(limit)}: it is expected in {_seconds(turn.wait_s)}",
+                consumer=job.consumer,
+                retry_after=min(turn.wait_s - limit, LONGEST_RETRY_S),
+                estimate_s=turn.wait_s,
+            )
+
+    def joined(self) -> None:
+        """A job with a deadline has joined the queue."""
+        if self._asleep:
+            self.worker.wake()
+
+    def look(self) -> float:
+        """Refuse those whose turn will not come in time any more. Returns the seconds until it is
+        to be called again."""
+        now = self._clock.monotonic()
+        if now < self._next:
+            self._asleep = False  # nobody need wake it: it looks soon
+            return self._next - now
+        self._next = now + EVERY_S
+        self._asleep = True  # before the look: who joins after it has it made again
+        waiting = [
+            entry
+            for entry in self._scheduler.queue()
+            if entry.state == "waiting" and entry.job.max_wait is not None
+        ]
+        if not waiting:
+            return math.inf
+        self._asleep = False
+        for entry in waiting:
+            error = self._too_late(entry, self._clock.monotonic())
+            if error is not None:
+                self._scheduler.refuse(entry.ticket, error)
+        return EVERY_S
+
+    def _limit(self, job: Job) -> float:
+        return self._max_wait if job.max_wait is None else min(job.max_wait, self._max_wait)
+
+    def _too_late(self, entry: QueueEntry, now: float) -> QueueTimeout | None:
+        limit, waited, turn = self._limit(entry.job), now - entry.since, entry.turn
+        left = max(0.0, limit - waited)
+        if turn.guessed or turn.overdue or turn.wait_s <= MARGIN * left:
+            return None
+        return QueueTimeout(
+            f"no turn within {_seconds(limit)}: after {_seconds(waited)} it is expected in "
+            f"{_seconds(turn.wait_s)}",
+            consumer=entry.job.consumer,
+            retry_after=min(max(0.0, turn.wait_s - limit), LONGEST_RETRY_S),
+            estimate_s=turn.wait_s,
+        )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{round(seconds, 1):g} s"
