@@ -219,6 +219,34 @@ class Declared:
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """What becomes of the memory that a consumer holds, loaded and at rest, while it is used.
+
+    `verdict`: `steady`, `grows` (with its use, as caches do, but not on and on), `leaks`, or
+    `unknown` as long as too little was seen. A leak goes on `over` the `jobs` since a load, and is
+    given back by an unload, or over `loads`: after each unload more is left. `fresh_mib` is what it
+    held at rest just after it was loaded; `grown_mib` how much more that is by now, after `jobs`
+    jobs. `at` is since when the verdict is so, in seconds since the epoch.
+    """
+
+    verdict: Literal["unknown", "steady", "grows", "leaks"] = "unknown"
+    over: Literal["", "jobs", "loads"] = ""
+    fresh_mib: int = 0
+    grown_mib: int = 0
+    mib_per_job: float = 0.0
+    mib_per_load: int = 0
+    jobs: int = 0
+    at: float | None = None
+
+    @property
+    def leaked_mib(self) -> int:
+        """What it holds that is of no use to its jobs, and would be back after an unload."""
+        if self.verdict != "leaks" or self.over != "jobs":
+            return 0
+        return min(self.grown_mib, round(self.mib_per_job * self.jobs))
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
@@ -233,6 +261,7 @@ class ConsumerState:
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card; `items`
     the models that it says are loaded.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
+    `growth` says whether what it holds at rest grows with its jobs.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
     `stopped_by` is set while the broker has stopped it to take its memory back; `quarantine` says
     why it is not asked to release memory now, empty if it is; that lasts until `quarantine_until`,
@@ -266,6 +295,7 @@ class ConsumerState:
     leaks: int = 0
     health_since: float | None = None
     pinned: bool | None = None
+    growth: Growth = Growth()
 
     def is_releasing(self, now: float) -> bool:
         """Whether it was unloaded, by the broker or by itself, so lately that its memory may still

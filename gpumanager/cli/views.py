@@ -213,6 +213,8 @@ def _state(consumer: Mapping[str, Any]) -> Text:
         return Text("down", style="red")
     if "on_cpu" in consumer:
         return Text("partly on the CPU", style="yellow")
+    if consumer.get("growth", {}).get("verdict") == "leaks":
+        return Text("leaks memory", style="yellow")
     return Text("healthy", style="green")
 
 

@@ -24,6 +24,7 @@ from gpumanager.consumers.footprint import (
     count,
     seconds,
 )
+from gpumanager.consumers.growth import Growths
 from gpumanager.model import Declared
 
 _TIMES = ("load_s", "unload_s", "run_s", "cold_s")
@@ -128,7 +129,8 @@ class _Record:
 
 
 class Learned:
-    """The figures of all consumers. Safe from any thread. `now` gives seconds since the epoch."""
+    """The figures of all consumers; `growths` knows which of them leak. Safe from any thread. `now`
+    gives seconds since the epoch."""
 
     def __init__(self, names: Iterable[str], now: Callable[[], float] = time.time) -> None:
         self._now = now
@@ -137,6 +139,7 @@ class Learned:
         self._known: Mapping[str, Figures] = MappingProxyType(dict.fromkeys(self._records, NOTHING))
         self._tell: Callable[[Mapping[str, Figures]], object] = lambda known: None  # noqa: ARG005
         self._changes = 0
+        self.growths = Growths()
 
     def publish(self, tell: Callable[[Mapping[str, Figures]], object]) -> None:
         """Have `tell`, which never raises, told what is known, by consumer, now and after each
@@ -157,6 +160,7 @@ class Learned:
             self._records[name] = _Record()
             self._changed(name)
             self._changes += 1
+        self.growths.forget(name)
 
     def forget_the_old(self) -> None:
         """Figures that have counted for long enough count no more."""
@@ -287,6 +291,7 @@ class Learned:
                     "footprint": record.footprint.as_data(),
                     "residue_mib": record.residue_mib,
                     "residue_at": record.residue_at,
+                    "growth": self.growths.as_data(name),
                     **{
                         each: [round(seconds, 4) for seconds in record.times[each]]
                         for each in _TIMES
@@ -308,6 +313,9 @@ class Learned:
             record.residue_mib = None if residue is None else count(residue)
             at = entry.get("residue_at")  # a newer key
             record.residue_at = None if at is None else seconds(at)
+            growth = entry.get("growth")  # a newer key
+            if growth is not None:
+                self.growths.restore(name, growth)
             for each in _TIMES:
                 values = entry.get(each, ()) if each == "cold_s" else entry[each]  # a newer key
                 record.times[each].extend(seconds(value) for value in values)

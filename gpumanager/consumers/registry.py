@@ -19,7 +19,14 @@ from gpumanager.consumers import transitions
 from gpumanager.consumers.learning import Figures
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
-from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, ProbeReport, StoppedBy
+from gpumanager.model import (
+    CONTEXT_MIB,
+    ConsumerState,
+    GpuState,
+    Growth,
+    ProbeReport,
+    StoppedBy,
+)
 
 _UNKNOWN = ConsumerState(loaded=False)
 
@@ -205,6 +212,11 @@ class Registry:
             name, lambda state: transitions.quarantined(state, reason, ends_mib, now)
         )
         return after.quarantine_until - now
+
+    def note_growth(self, name: str, growth: Growth) -> None:
+        """Publish whether what it holds grows."""
+        if self.now.states[name].growth != growth:
+            self._change(name, lambda state: replace(state, growth=growth))
 
     def release(self, name: str) -> None:
         """It released its memory after all, or an operator wants it asked: no quarantine."""

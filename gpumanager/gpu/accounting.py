@@ -80,11 +80,14 @@ def held(
     A figure it reported itself is a lower bound while a job since may have loaded more: it is
     credited with that, but taken to hold what it declares. So is one that is only assumed to be
     loaded, which is credited with nothing. One that the broker has unloaded just before `now` is
-    credited with no more than it keeps, `keeps_mib`: the rest may be on its way back. While the
+    credited with no more than it keeps, `keeps_mib`: the rest may be on its way back. One that
+    leaks is not credited with what it has leaked: its jobs cannot use that. While the
     card cannot be read, one that is loaded holds what it held in the `last` reading, if that is
     more than it declares, and one that is not what it keeps.
     """
     known = _held(name, state, declared_mib, reading, last)
+    if state.loaded and state.growth.leaked_mib:
+        known = replace(known, surely_mib=max(0, known.surely_mib - state.growth.leaked_mib))
     if reading is None and last is not None and not state.loaded:
         # What it keeps unloaded shows in no report of its own.
         kept = min(last.measured_mib(name) or 0, keeps_mib)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from gpumanager.clock import Clock
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.gpu.device import GpuMemory, GpuUnavailable
-from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, MemoryReading
+from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Growth, MemoryReading
 from gpumanager.telemetry import events
 
 BUSY_INTERVAL_S = 0.5
@@ -38,7 +39,8 @@ class Sampler:
 
     def look(self) -> MemoryReading | None:
         """Take one sample now; None where the card cannot be measured."""
-        before, asked_at = self._registry.now.gpu, self._clock.monotonic()
+        known, asked_at = self._registry.now, self._clock.monotonic()
+        before = known.gpu
         try:
             reading = self._memory.read()
         except GpuUnavailable as error:
@@ -49,7 +51,7 @@ class Sampler:
             # What it shows was so then, or later: a reading from before an eviction must not look
             # younger than it.
             after = GpuState(reading, asked_at, reading.fault or "")
-        self._learn(after.reading)
+        self._learn(after.reading, known.states)
         self._registry.set_gpu(after)
         if after.err != before.err:
             lost = events.GpuUnavailable(reason=after.err) if after.err else None
@@ -63,13 +65,15 @@ class Sampler:
             return min(self._interval, BUSY_INTERVAL_S)
         return self._interval
 
-    def _learn(self, reading: MemoryReading | None) -> None:
+    def _learn(self, reading: MemoryReading | None, before: Mapping[str, ConsumerState]) -> None:
         """What loaded consumers hold is a lower bound of what they need, what unloaded ones hold
         an upper bound of what they keep; and one that did not release its memory in time, but
-        most of it since, may be asked again."""
+        most of it since, may be asked again. `before` is how they were before the reading."""
         self._learned.forget_the_old()
-        for name, state in self._registry.now.states.items():
-            mib = None if reading is None else reading.measured_mib(name)
+        for name, seen in self._registry.now.states.items():
+            mib, state = None if reading is None else reading.measured_mib(name), seen
+            if name in before and before[name].residency_version == state.residency_version:
+                state = replace(state, growth=self._watch_growth(name, state, mib))
             if state.on_cpu:
                 self._learned.spilled(name)
             else:
@@ -88,6 +92,35 @@ class Sampler:
             if state.quarantine and mib <= state.quarantine_mib:
                 self._registry.release(name)
 
+    def _watch_growth(self, name: str, state: ConsumerState, mib: int | None) -> Growth:
+        """Between its jobs: whether what it holds grows with them. Returns what is so now."""
+        if mib is None and not state.report_outdated:
+            # That it holds nothing after an unload is only taken for granted.
+            surely = state.loaded or state.stopped_by is not None
+            mib = state.resident_mib if surely else state.resident_mib or None
+        if state.active or state.busy or state.on_cpu or mib is None:
+            return state.growth
+        growths, at, jobs = (
+            self._learned.growths,
+            self._clock.now().timestamp(),
+            state.total_requests,
+        )
+        if state.loaded:
+            was, now = growths.at_rest(name, mib, jobs, at, frozenset(state.items))
+        else:
+            was, now = growths.unloaded(name, mib, jobs, at)
+        self._registry.note_growth(name, now)
+        if now.verdict == "leaks" and (was.verdict, was.over) != (now.verdict, now.over):
+            self._emit(
+                events.Leaking(
+                    consumer=name,
+                    over=now.over or "jobs",
+                    each_mib=round(now.mib_per_job) if now.over == "jobs" else now.mib_per_load,
+                    grown_mib=now.grown_mib,
+                )
+            )
+        return now
+
     def _learn_held(self, name: str, state: ConsumerState, reading: MemoryReading | None) -> None:
         if not state.loaded:
             return
@@ -97,7 +130,9 @@ class Sampler:
                 self._learned.held(name, state.resident_mib, "reported", working=False)
         elif mib or (working and not _hides_a_model(reading)):
             # At work and holding nothing here: it is on another card, or on the CPU.
-            self._learned.held(name, mib, working=working)
+            # What it has leaked is not what its jobs need: it would be back after an unload.
+            needed = max(0, mib - state.growth.leaked_mib)
+            self._learned.held(name, needed, working=working)
 
 
 def _hides_a_model(reading: MemoryReading | None) -> bool:

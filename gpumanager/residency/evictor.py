@@ -124,6 +124,9 @@ class Evictor:
         eviction_methods = list(
             usable(consumer, self._registry.get(name)) or consumer.eviction_methods
         )
+        if self._registry.get(name).growth.over == "loads":
+            # Its unload leaves more behind each time; a new process does not.
+            eviction_methods.sort(key=lambda method: bool(method.http))
         times_asked = 0
         while eviction_methods:
             method = eviction_methods.pop(0)

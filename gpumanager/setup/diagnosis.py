@@ -165,6 +165,22 @@ def consumers(config: Config, status: Mapping[str, Any] | None) -> Iterator[Find
             )
         if each["probed"] and not each["healthy"]:
             yield Finding("bad", f"{name} is down: {each.get('last_error', '')}", f"start {name}")
+        growth = each.get("growth", {})  # a newer key
+        if growth.get("verdict") == "leaks":
+            over_loads = growth.get("over") == "loads"
+            more = (
+                f"after each unload it keeps {growth.get('mib_per_load', 0)} MiB more"
+                if over_loads
+                else f"{growth.get('mib_per_job', 0)} MiB with each job, {growth['grown_mib']} MiB "
+                "so far"
+            )
+            yield Finding(
+                "warning",
+                f"{name} leaks memory of the card: {more}",
+                f"restart {name}, and give it an eviction method that does, as a unit or container"
+                if over_loads
+                else f"`gpumanager unload {name}` frees it; look for a newer version of {name}",
+            )
         if "on_cpu" in each:
             models = ", ".join(each["on_cpu"])
             yield Finding(

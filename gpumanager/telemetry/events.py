@@ -52,6 +52,9 @@ FIELDS = {
     "pause_ms": "how long it is sent no jobs, or is not asked to unload",
     "available_mib": "how much memory the consumer held, plus what was free",
     "needed_mib": "how much memory was taken to be enough",
+    "each_mib": "how much more it holds after each of them",
+    "grown_mib": "how much more it holds than just after it was loaded",
+    "over": "`jobs`: it grows with its jobs; `loads`: more is left after each unload",
     "short_mib": "how much memory is missing, by the figures",
     "how": "`resumed`: the same process; `replaced`: another one",
     "added": "consumers that the config has now",
@@ -289,6 +292,18 @@ class EvictionSkipped(Event):
 
     consumer: str
     target: str
+
+
+@declared("leaking", "consumer leaks", "warning")
+class Leaking(Event):
+    """A consumer holds more and more of the card's memory, and does not level off as a cache would:
+    more with each of its jobs, or left behind after each unload. An unload, or a restart, frees
+    it."""
+
+    consumer: str
+    over: Literal["jobs", "loads"]
+    each_mib: int
+    grown_mib: int
 
 
 @declared("loaded_meanwhile", "loaded again meanwhile")

@@ -307,7 +307,13 @@ class _Now(Collector):
             "quarantined": "Whether it is asked to unload no more, since it gave nothing back.",
             "breaker_open": "Whether its jobs are refused after failures in a row.",
             "on_cpu": "Whether a model of it went to the CPU in part.",
+            "leaks": "Whether what it holds at rest grows and does not level off.",
         }
+        grown = GaugeMetricFamily(
+            "gpumanager_consumer_grown_bytes",
+            "What it holds more, at rest, than just after it was loaded.",
+            labels=["consumer"],
+        )
         families = {
             name: GaugeMetricFamily(f"gpumanager_consumer_{name}", text, labels=["consumer"])
             for name, text in flags.items()
@@ -320,7 +326,11 @@ class _Now(Collector):
             families["quarantined"].add_metric(name, float("quarantine" in consumer))
             families["breaker_open"].add_metric(name, float(consumer["breaker"] != "closed"))
             families["on_cpu"].add_metric(name, float("on_cpu" in consumer))
+            growth = consumer["growth"]
+            families["leaks"].add_metric(name, float(growth["verdict"] == "leaks"))
+            grown.add_metric(name, growth.get("grown_mib", 0) * MIB)
         yield healthy
+        yield grown
         yield from families.values()
 
 

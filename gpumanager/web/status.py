@@ -18,7 +18,7 @@ from gpumanager.gpu.accounting import Balance, Held
 from gpumanager.gpu.history import MemorySample
 from gpumanager.gpu.inventory import believable, holders, left
 from gpumanager.jobs.shortage import MemoryFailures
-from gpumanager.model import MemoryReading, QueueEntry
+from gpumanager.model import Growth, MemoryReading, QueueEntry
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
 from gpumanager.web.ways import drop_in_routes
@@ -126,6 +126,7 @@ class StatusView:
             "routes": drop_in_routes(snapshot.config, name),
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(snapshot.figures(name), snapshot.needed(name)),
+            "growth": _growth(state.growth),
         }
         if state.assumed is not None:
             view["assumed"] = True
@@ -220,6 +221,25 @@ def _figure(figure: Figure) -> dict[str, Any]:
     view: dict[str, Any] = {"mib": figure.mib, "source": figure.source}
     if figure.at is not None:
         view["at"] = _since_epoch(figure.at)
+    return view
+
+
+def _growth(growth: Growth) -> dict[str, Any]:
+    """Whether what it holds at rest grows, since when, from what, and by how much."""
+    view: dict[str, Any] = {
+        "verdict": growth.verdict,
+        "fresh_mib": growth.fresh_mib,
+        "grown_mib": growth.grown_mib,
+        "jobs": growth.jobs,
+    }
+    if growth.over:
+        view["over"] = growth.over
+    if growth.mib_per_job:
+        view["mib_per_job"] = growth.mib_per_job
+    if growth.mib_per_load:
+        view["mib_per_load"] = growth.mib_per_load
+    if growth.at is not None:
+        view["since"] = _since_epoch(growth.at)
     return view
 
 

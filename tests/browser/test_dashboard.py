@@ -360,6 +360,8 @@ def test_every_event_has_its_sentence(opened: Open) -> None:
         {"event": "out_of_memory_doubted", "available_mib": 2800, "needed_mib": 2000},
         {"event": "gpu_unavailable", "reason": "power: Unknown Error"},
         {"event": "answer_truncated", "reason": "it closed the connection"},
+        {"event": "leaking", "over": "jobs", "each_mib": 5, "grown_mib": 900},
+        {"event": "leaking", "over": "loads", "each_mib": 5, "grown_mib": 900},
         {"event": "quarantined", "reason": "gave back 0 of 2800 MiB"},
         {"event": "cancel_failed", "reason": "it answered 500", "job": "7"},
         {"event": "housekeeping_failed", "kind": "restore", "reason": "the card is full"},

@@ -296,3 +296,15 @@ def test_a_release_that_was_cut_short_and_loaded_again_says_nothing(what: str) -
         learned.kept("tts", 3000, 5.0)
     learned.kept("tts", 800, 11.0)
     assert learned.figures("tts").residue_mib is None
+
+
+def test_whether_it_leaks_is_known_after_a_restart_and_can_be_forgotten() -> None:
+    learned, again = Learned(["tts"]), Learned(["tts"])
+    for job in range(60):
+        learned.growths.at_rest("tts", 3000 + 5 * job, job, 0.0)
+    again.restore(json.loads(json.dumps(learned.as_data())))
+    _, growth = again.growths.at_rest("tts", 3000, 0, 1.0)
+    assert (growth.verdict, growth.mib_per_job) == ("leaks", 5.0)
+    again.forget("tts")
+    _, growth = again.growths.at_rest("tts", 3000, 0, 1.0)
+    assert growth.verdict == "unknown"

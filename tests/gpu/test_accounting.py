@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpumanager.gpu.accounting import Balance, Held, balance, disproved, held, plausible
-from gpumanager.model import RELEASE_S, ConsumerState, GpuProcess, Holdings, MemoryReading
+from gpumanager.model import (
+    RELEASE_S,
+    ConsumerState,
+    GpuProcess,
+    Growth,
+    Holdings,
+    MemoryReading,
+)
 
 READING = MemoryReading(total_mib=24000, used_mib=6000, free_mib=18000)
 
@@ -92,3 +99,13 @@ def test_what_surely_is_loaded_disproves_what_would_not_fit_beside_it() -> None:
     assert disproved(states, DECLARED, 10_000) == ["llm"]
     assert disproved(states, DECLARED, 15_000) == []
     assert disproved(states, DECLARED, 0) == []  # no total, no ledger
+
+
+def test_one_that_leaks_is_not_credited_with_what_it_has_leaked() -> None:
+    growth = Growth("leaks", "jobs", grown_mib=900, mib_per_job=10.0, jobs=80)
+    reading = MemoryReading(8000, 4000, 4000, holdings=Holdings({"tts": 4000}))
+    state = ConsumerState(loaded=True, growth=growth)
+    assert held("tts", state, 3000, reading) == Held(4000, 3200, "measured")
+    assert held("tts", replace(state, loaded=False), 3000, reading).surely_mib == 4000
+    cache = replace(growth, verdict="grows", over="")
+    assert held("tts", replace(state, growth=cache), 3000, reading).surely_mib == 4000

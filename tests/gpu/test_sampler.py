@@ -210,3 +210,91 @@ class Told:
     def attribute(self, reading: MemoryReading) -> Holdings:
         assert reading.holdings is not None
         return reading.holdings
+
+
+# -- growth and leaks ----------------------------------------------------------------------------
+
+
+class Leaky:
+    """A sampler over one consumer, which is seen at rest after each of its jobs."""
+
+    def __init__(self, *, attributed: bool = True) -> None:
+        self.clock, self.learned = FakeClock(), Learned(["tts"])
+        self.registry = registry_of({"tts": True}, self.clock)
+        self.told: list[events.Event] = []
+        self.attributed = attributed
+        self.card = ScriptedCard()
+        memory = GpuMemory(self.card, self.clock, Told())
+        self.sampler = Sampler(
+            memory, self.registry, self.learned, self.clock, self.told.append, interval=2.0
+        )
+
+    def look(self, mib: int) -> None:
+        self.card.answers.append(attributed(tts=mib) if self.attributed else attributed())
+        self.sampler.look()
+
+    def job(self, at_work_mib: int, at_rest_mib: int) -> None:
+        self.registry.job_started("tts")
+        self.look(at_work_mib)
+        self.learned.ran("tts", 1)
+        self.registry.job_finished("tts")
+        if not self.attributed:
+            report = ProbeReport(loaded=True, resident_mib=at_rest_mib)
+            version = self.registry.get("tts").residency_version
+            self.registry.probe_succeeded("tts", report, seen_version=version)
+        self.look(at_rest_mib)
+
+
+@pytest.mark.parametrize("per_process", [True, False], ids=["measured", "reported"])
+def test_a_leak_is_told_once(per_process: bool) -> None:
+    it = Leaky(attributed=per_process)
+    for job in range(60):
+        it.job(4000 + 20 * job, 3000 + 20 * job)
+    told = [event for event in it.told if isinstance(event, events.Leaking)]
+    assert [(each.over, each.each_mib) for each in told] == [("jobs", 20)]
+    growth = it.registry.get("tts").growth
+    assert (growth.verdict, growth.grown_mib) == ("leaks", 59 * 20)
+
+
+def test_what_has_leaked_is_not_what_its_jobs_need() -> None:
+    """They need what a fresh one needs: after the next load it holds no more than that."""
+    it = Leaky()
+    for job in range(140):
+        it.job(4000 + 20 * job, 3000 + 20 * job)
+    assert it.learned.needed("tts", Declared()).mib == pytest.approx(4000, abs=40)
+
+
+def test_what_a_cache_keeps_is_what_its_jobs_need() -> None:
+    it = Leaky()
+    for job in range(140):
+        it.job(4000 + min(1000, 100 * job), 3000 + min(1000, 100 * job))
+    assert it.registry.get("tts").growth.verdict == "grows"
+    assert it.learned.needed("tts", Declared()).mib == 5000
+
+
+def test_what_is_seen_while_a_job_ends_is_not_at_rest() -> None:
+    """The reading may be of before the job's end."""
+    it = Leaky()
+    it.registry.job_started("tts")
+    read = it.sampler._memory.read
+
+    def slow() -> MemoryReading:
+        reading = read()
+        it.registry.job_finished("tts")
+        return reading
+
+    it.sampler._memory.read = slow  # type: ignore[method-assign]
+    it.look(9000)
+    assert it.registry.get("tts").growth.fresh_mib == 0
+
+
+def test_a_leak_over_unloads_is_told() -> None:
+    it = Leaky()
+    for load in range(8):
+        for _ in range(3):
+            it.job(4000, 3000 + 50 * load)
+        it.registry.set_loaded("tts", False)
+        it.look(500 + 50 * load)
+        it.registry.set_loaded("tts", True)
+    (told,) = [event for event in it.told if isinstance(event, events.Leaking)]
+    assert (told.over, told.each_mib) == ("loads", 50)

@@ -824,3 +824,45 @@ def test_without_figures_per_process_the_totals_have_to_do(card: SimulatedCard) 
         assert gpu["foreign"] == []
         eventually(lambda: status_of(broker, "voice")["resident_source"] == "reported")
         assert status_of(broker, "voice")["attribution"] == "totals"
+
+
+# -- growth and leaks ----------------------------------------------------------------------------
+
+
+def seen_at_rest(broker: LiveBroker, jobs: int, **growth: Any) -> None:
+    """Wait until the sampler has seen what it holds after so many jobs since its load."""
+    seen = {"jobs": jobs, **growth}
+    eventually(lambda: seen.items() <= status_of(broker, "leaky")["growth"].items())
+
+
+def test_a_leak_is_shown_and_an_unload_frees_it(card: SimulatedCard) -> None:
+    consumers = {"leaky": {"fake": "plain", "mib": 3000}, "good": {"fake": "vllm", "mib": 4000}}
+    with box(card, consumers) as (broker, fakes):
+        fakes["leaky"].set(leaks_mib=20)
+        for number in range(1, 43):
+            assert job(broker, "tts").status_code == 200
+            seen_at_rest(broker, number)
+        growth = status_of(broker, "leaky")["growth"]
+        assert (growth["verdict"], growth["over"], growth["mib_per_job"]) == ("leaks", "jobs", 20)
+        assert (growth["fresh_mib"], growth["grown_mib"]) == (3020, 41 * 20)
+        assert status_of(broker, "good")["growth"]["verdict"] != "leaks"
+        events = broker.get("/v1/events").json()["events"]
+        (told,) = [each for each in events if each["event"] == "leaking"]
+        assert (told["consumer"], told["each_mib"], told["level"]) == ("leaky", 20, "warning")
+        metrics = broker.get("/metrics").text
+        assert 'gpumanager_consumer_leaks{consumer="leaky"} 1.0' in metrics
+        assert 'gpumanager_consumer_grown_bytes{consumer="leaky"} 8.5983232e+08' in metrics
+        assert broker.post("/v1/consumers/leaky/unload").json()["outcome"] == "released"
+        eventually(lambda: status_of(broker, "leaky")["growth"]["grown_mib"] == 0)
+        assert status_of(broker, "leaky")["growth"]["verdict"] == "leaks"  # it is the same server
+
+
+def test_what_unloads_leave_behind_more_and_more_is_a_leak(card: SimulatedCard) -> None:
+    with box(card, {"leaky": {"fake": "plain", "mib": 3000}}) as (broker, fakes):
+        fakes["leaky"].set(leaves_mib=50)
+        for number in range(1, 8):
+            assert job(broker, "tts").status_code == 200
+            seen_at_rest(broker, 1, fresh_mib=3000 + 50 * (number - 1))
+            broker.post("/v1/consumers/leaky/unload")
+        seen_at_rest(broker, 1, mib_per_load=50)
+        assert status_of(broker, "leaky")["growth"]["over"] == "loads"

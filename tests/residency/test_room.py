@@ -28,6 +28,7 @@ from gpumanager.errors import (
 from gpumanager.model import (
     GpuProcess,
     GpuState,
+    Growth,
     Holdings,
     Job,
     MemoryReading,
@@ -725,6 +726,22 @@ def test_what_leaks_goes_to_its_next_method() -> None:
     state = bench.registry.get("tts")
     assert (state.stopped_by, state.quarantine, state.loaded) == (StoppedBy("unit"), "", False)
     assert bench.room.evictions == 1
+
+
+def test_what_its_unload_leaves_behind_is_freed_by_the_method_that_ends_its_process() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": METHODS}}, total=9000)
+    bench.registry.note_growth("tts", Growth("leaks", "loads", mib_per_load=200))
+    bench.resident("tts", used=50)
+    bench.make_room("llm")
+    assert bench.calls == ["unit tts"]
+
+
+def test_what_leaks_with_its_jobs_is_unloaded_by_its_call() -> None:
+    bench = attributed({**THREE, "tts": {"vram_resident_mib": 3000, "evict": METHODS}}, total=9000)
+    bench.registry.note_growth("tts", Growth("leaks", "jobs", mib_per_job=5.0))
+    bench.resident("tts", used=50)
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
 
 
 def test_what_leaks_by_every_method_is_quarantined_and_the_next_goes() -> None:

@@ -268,6 +268,8 @@ def consumer(**more: Any) -> dict[str, Any]:
         ({"stopped_by": "unit"}, "stopped by the broker (unit)"),
         ({"quarantine": "x"}, "in quarantine"),
         ({"on_cpu": ["m"]}, "partly on the CPU"),
+        ({"growth": {"verdict": "leaks"}}, "leaks memory"),
+        ({"growth": {"verdict": "grows"}}, "healthy"),
     ],
 )
 def test_how_a_service_is_in_a_word(more: dict[str, Any], word: str) -> None:
@@ -280,6 +282,32 @@ def test_how_a_service_is_in_a_word(more: dict[str, Any], word: str) -> None:
     assert word in text
     assert "it (tts)" in text
     assert "1 min 30 s ago" in text
+
+
+@pytest.mark.parametrize(
+    ("growth", "said", "advice"),
+    [
+        (
+            {"over": "jobs", "mib_per_job": 5.2, "grown_mib": 900},
+            "leaks memory of the card: 5.2 MiB with each job, 900 MiB so far",
+            "gpumanager unload it",
+        ),
+        (
+            {"over": "loads", "mib_per_load": 40, "grown_mib": 0},
+            "leaks memory of the card: after each unload it keeps 40 MiB more",
+            "restart it",
+        ),
+    ],
+)
+def test_doctor_says_who_leaks_and_what_frees_it(
+    growth: dict[str, Any], said: str, advice: str
+) -> None:
+    config = parse_config("consumers: {it: {url: 'http://127.0.0.1:1', pinned: true, health: /h}}")
+    status = {"consumers": [consumer(name="it", growth={"verdict": "leaks", **growth})]}
+    _, finding = diagnosis.consumers(config, status)
+    assert finding.level == "warning"
+    assert said in finding.what
+    assert advice in finding.remedy
 
 
 def test_status_says_since_when_and_why_a_consumer_is_down() -> None:

@@ -36,12 +36,14 @@ class Plain(Fake):
     [status, body]` it answers every job so, and does nothing. `suspended` is what a checkpoint of
     the driver does to it: its memory is elsewhere, its jobs stand still, and /health goes on
     answering. A job with `needs` takes so many MiB for itself, and gives back what is more than
-    usual."""
+    usual. With `leaks_mib` each job leaves so much behind until the unload; with `leaves_mib` each
+    unload does, until the process ends."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
         self.lock = threading.Lock()
         self.held = 0
+        self.left = self.leaked = 0
         self.running = threading.Event()
         self.running.set()
 
@@ -72,10 +74,13 @@ class Plain(Fake):
         with self.lock:
             if path == "/unload":
                 share, seconds = self.settings.get("steps", (1.0, 0.0))
-                self.card.free(self.name, keep_mib=round(self.held * (1 - share)))
+                if self.held:
+                    self.left += self.settings.get("leaves_mib", 0)
+                kept = round(self.held * (1 - share)) + self.left
+                self.card.free(self.name, keep_mib=kept)
                 if share < 1:
                     threading.Timer(seconds, self.card.free, (self.name,)).start()
-                self.held = 0
+                self.held = self.leaked = 0
                 return 200, {"loaded": False}
             more = (body or {}).get("needs", 0) - self.needs
             try:
@@ -89,7 +94,10 @@ class Plain(Fake):
                 return 500, {"error": f"CUDA out of memory. {error}"}
             self.work()
             if more > 0:
-                self.card.free(self.name, keep_mib=self.held)
+                self.card.free(self.name, keep_mib=self.held + self.left + self.leaked)
+            if leaks := self.settings.get("leaks_mib", 0):
+                self.card.allocate(self.name, leaks)
+                self.leaked += leaks
             return 200, {"done_by": self.name}
 
 

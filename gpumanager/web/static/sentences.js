@@ -67,6 +67,11 @@ const SENTENCES = {
   eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method] ?? "its method"}: ${e.reason}.`,
     "Its next eviction method is tried; see evict in the config."],
   eviction_skipped: (e) => [`${e.consumer} was not unloaded for ${e.target}, because it works on somebody else's job.`, ""],
+  leaking: (e) => [e.over === "loads"
+    ? `${e.consumer} leaks memory: after each unload it keeps ${mib(e.each_mib)} more than after the one before.`
+    : `${e.consumer} leaks memory: with each job it holds ${mib(e.each_mib)} more, and does not level off.`,
+    e.over === "loads" ? "Restart it, and give it an eviction method that does (unit, container, signal)."
+      : "Unload it to get the memory back."],
   loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else just after its unload; the broker unloads it again.`,
     "Find out who uses it without the broker."],
   tried_anyway: (e) => [`${e.consumer} is tried, although ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
