@@ -99,6 +99,72 @@ def simulate(
     _draw(plot, found[0])
 
 
+@main.command()
+@click.argument("events", nargs=-1, required=True)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False),
+    help="Take the consumers' sizes, and what may be unloaded, from this config.",
+)
+@click.option(
+    "--card-mib",
+    type=click.IntRange(min=1),
+    help="The card's memory; by default what the config or the events say.",
+)
+@click.option(
+    "--clients-wait",
+    is_flag=True,
+    help="Take a client whose job came within 10 s after the end of its last one to have waited "
+    "for that: its job comes as long after it in the replay, too.",
+)
+@_about_policies
+def replay(
+    events: tuple[str, ...],
+    config_path: str | None,
+    card_mib: int | None,
+    clients_wait: bool,
+    policies: tuple[str, ...],
+    max_overtake: float | None,
+    max_overtaken_by: int | None,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Say what each policy would have made of what a broker's EVENTS say has happened, beside what
+    really happened.
+
+    EVENTS are files that a broker has written (`events.file`), or that `gpumanager events --json`
+    printed; - is the standard input. Nothing is changed, and no broker is asked.
+    """
+    from gpumanager.config import ConfigError, load_config
+    from gpumanager.simulation.engine import Impossible
+    from gpumanager.simulation.eventlines import BadEvents, read
+    from gpumanager.simulation.policies import compared
+    from gpumanager.simulation.recorded import reconstruct
+
+    promise = _promise(max_overtake, max_overtaken_by)
+    try:
+        config = None if config_path is None else load_config(config_path)
+        name = events[0] if len(events) == 1 else f"{events[0]} and {len(events) - 1} more"
+        recorded = reconstruct(
+            read(_once(events)), name, config, card_mib, clients_wait=clients_wait
+        )
+        found = compared(recorded.trace, _once(policies) or POLICIES, promise, recorded.real)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except BadEvents as error:
+        fail(str(error))
+    except Impossible as error:
+        fail(f"{error}: with --config and --card-mib other sizes can be given")
+    if as_json:
+        click.echo(json.dumps({**found.as_json(), "guesses": recorded.guesses}, indent=2))
+    else:
+        _show([found])
+        for guess in recorded.guesses:
+            click.echo(f"- {guess}")
+    _draw(plot, found)
+
+
 def _promise(max_overtake: float | None, max_overtaken_by: int | None) -> Promise:
     from gpumanager.simulation.policies import Promise
 

@@ -44,6 +44,7 @@ LISTENING = {"demo": [], "setup": ["--ports", "1", "--dry-run"]}
 READING = {
     "check": lambda file: [file],
     "doctor": lambda file: ["--config", file],
+    "replay": lambda file: [file],
     "serve": lambda file: ["--config", file],
     "setup": lambda file: ["--config", file, "--ports", "1", "--dry-run"],
 }

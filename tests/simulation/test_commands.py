@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from gpumanager.cli import main, simulating
 from gpumanager.simulation.policies import POLICIES
 from gpumanager.simulation.workloads import WORKLOADS
+from tests.simulation.test_recorded import SWAP
 
 
 def run(*words: str) -> Result:
@@ -54,9 +55,62 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     assert path.read_text().startswith("<svg")
 
 
+def events_in(tmp_path: Path) -> str:
+    """A file of a broker that served two consumers in turn."""
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in SWAP))
+    return str(path)
+
+
+def test_replay_shows_what_really_happened_beside_the_policies(tmp_path: Path) -> None:
+    path = events_in(tmp_path)
+    done = run("replay", path)
+    assert done.exit_code == 0
+    for name in ("really", *POLICIES, "optimum"):
+        assert f"\n{name} " in done.stdout
+    found = json.loads(run("replay", path, "--policy", "fifo", "--json").stdout)
+    really, fifo = found["policies"]
+    assert (really["policy"], fifo["policy"]) == ("really", "fifo")
+    assert (really["swaps"], fifo["swaps"]) == (1, 1)
+    assert really["waits"] == fifo["waits"]
+    assert found["guesses"] == []
+
+
+def test_replay_reads_what_events_prints(tmp_path: Path) -> None:
+    text = Path(events_in(tmp_path)).read_text()
+    done = CliRunner().invoke(main, ["replay", "-", "--policy", "fifo", "--json"], input=text)
+    assert json.loads(done.stdout)["jobs"] == 3
+
+
+def test_replay_draws_and_takes_other_sizes(tmp_path: Path) -> None:
+    config, plot = tmp_path / "consumers.yaml", tmp_path / "it.svg"
+    config.write_text("consumers: {a: {url: 'http://127.0.0.1:1', vram_resident_mib: 2000}}")
+    more = ["--config", str(config), "--card-mib", "16000", "--plot", str(plot), "--clients-wait"]
+    done = run("replay", events_in(tmp_path), "--policy", "fifo", "--json", *more)
+    assert json.loads(done.stdout)["policies"][1]["swaps"] == 0  # both fit
+    assert "really" in plot.read_text()
+
+
+def test_a_job_that_could_not_be_placed_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "consumers.yaml"
+    config.write_text(
+        "consumers: {a: {url: 'http://127.0.0.1:1', unload: /u, pinned: true}, "
+        "b: {url: 'http://127.0.0.1:1', unload: /u}}"
+    )
+    done = run("replay", events_in(tmp_path), "--policy", "fifo", "--config", str(config))
+    assert done.exit_code == 1
+    assert "job 2: there is no room for b" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["replay"], "Missing argument 'EVENTS...'"),
+        (["replay", "/nowhere"], "/nowhere cannot be read: No such file or directory"),
+        (["replay", "/etc/passwd"], "/etc/passwd, line 1: is no JSON object"),
+        (["replay", "x", "--config", "/nowhere"], "/nowhere: 1 fault"),
+        (["replay", "x", "--card-mib", "0"], "0 is not in the range"),
+        (["replay", "x", "--max-overtake", "-1"], "-1.0 is not in the range"),
         (["simulate", "nope"], "'nope' is not one of 'chat-bursts'"),
         (["simulate", "--policy", "lifo"], "'lifo' is not one of 'fifo'"),
         (["simulate", "--jobs", "0"], "0 is not in the range"),

@@ -1,0 +1,435 @@
+"""What a broker's events say has happened, as a trace that can be played again, and as the course
+that it really took."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+from gpumanager.config import Config
+from gpumanager.model import parts_of, resident_name
+from gpumanager.simulation.eventlines import BadEvents, Line, Lines
+from gpumanager.simulation.results import overtakes
+from gpumanager.simulation.trace import Course, Footprint, Move, Operation, Played, Task, Trace
+
+GUESSED_LOAD_S = 5.0
+GUESSED_UNLOAD_S = 1.0
+"""Of what was never seen to load or unload."""
+
+THINK_S = 10.0
+"""A client whose job comes within so long after the end of its last one has waited for that."""
+
+COLD = 2.0
+"""A first job that takes so many times what is usual has loaded its consumer itself."""
+
+_MOVES: Mapping[str, Operation] = {"evicted": "unload", "loaded": "load", "resumed": "load"}
+_GAVE_UP = ("queue_timeout", "client_gone")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What was recorded: to be played again, and as it was. `guesses` says in words what the events
+    do not tell, and what was taken instead."""
+
+    trace: Trace
+    real: Course
+    guesses: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Job:
+    """A job as its events tell of it; times are seconds since the epoch."""
+
+    needs: str
+    kind: str
+    requester: str
+    urgency: int
+    session: str | None
+    came: float
+    granted: float | None
+    began: float | None
+    ended: float
+    ticket: float
+    operation: Operation | None = None
+    run_s: float = 0.0
+    number: int = 0
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the events say of one resident."""
+
+    needed_mib: float = 0.0
+    loads: list[float] = field(default_factory=list)
+    unloads: list[float] = field(default_factory=list)
+
+
+def reconstruct(
+    lines: Lines,
+    name: str,
+    config: Config | None = None,
+    card_mib: int | None = None,
+    *,
+    clients_wait: bool = False,
+) -> Recorded:
+    """The trace and the course of these events. Sizes are those of the `config`, if one is given
+    and declares them, else what the broker made room for; so is the card's, if not `card_mib`.
+    With `clients_wait`, a client that seems to have waited for its answer is played so.
+
+    Raises BadEvents, if a field has a value that it never has, or if something that is needed is
+    told nowhere."""
+    jobs = [_job(line) for line in lines.events if line.event == "job"]
+    if not jobs:
+        raise BadEvents(f"{name} has no job that had the GPU: there is nothing to play")
+    jobs += _gave_up(lines.events, jobs)
+    known = _sizes(lines.events)
+    moves = _moves(lines.events)
+    jobs += _operations(moves, jobs)
+    jobs.sort(key=lambda job: (job.came, job.ticket))
+    for number, job in enumerate(jobs, start=1):
+        job.number = number
+    loaded = _walk(jobs, moves, known)
+    began = jobs[0].came
+    guesses: list[str] = []
+    footprints = {
+        each: _footprint(each, known.get(each, _Known()), config, guesses)
+        for each in sorted({job.needs for job in jobs} | loaded)
+    }
+    total_mib = _total_mib(lines.events, config, card_mib, name)
+    reserved_mib = (config or Config()).gpu.reserved_mib
+    tasks = _tasks(jobs, began, clients_wait=clients_wait)
+    try:
+        trace = Trace(
+            name,
+            total_mib,
+            footprints,
+            tasks,
+            reserved_mib=reserved_mib,
+            order=(config or Config()).eviction,
+            loaded=_that_fit(loaded, footprints, total_mib - reserved_mib, jobs),
+        )
+    except ValueError as error:
+        raise BadEvents(f"{error}; a config with other sizes can be given with --config") from None
+    if lines.missed:
+        guesses.append(f"{lines.missed} events are missing, which the broker did not keep")
+    if lines.cut:
+        guesses.append(f"{lines.cut} is not whole, and was passed over")
+    return Recorded(trace, _course(jobs, moves, tasks, began), tuple(guesses))
+
+
+# -- what the events say ---------------------------------------------------------------------------
+
+
+def _job(line: Line) -> _Job:
+    wait_s, prepare_s, run_s = (
+        line.number(each) / 1000 for each in ("wait_ms", "prepare_ms", "run_ms")
+    )
+    came = line.moment("arrived")
+    if came is None:  # of a broker that did not tell yet
+        came = line.at - wait_s - prepare_s - run_s
+    client = line.text("client", "-")
+    return _Job(
+        resident_name(line.text("consumer"), line.maybe_text("model")),
+        line.text("kind"),
+        line.text("requester", client),
+        int(line.number("urgency", 3)),
+        line.maybe_text("session"),
+        came,
+        came + wait_s,
+        came + wait_s + prepare_s,
+        came + wait_s + prepare_s + run_s,
+        line.number("ticket"),
+        run_s=run_s,
+    )
+
+
+def _gave_up(events: Iterable[Line], jobs: Sequence[_Job]) -> Iterable[_Job]:
+    """Those that waited, and left before their turn. What they would have been is taken to be what
+    is usual of their consumer."""
+    usual: dict[str, Counter[str]] = {}
+    like: dict[str, list[_Job]] = {}
+    for job in jobs:
+        usual.setdefault(parts_of(job.needs)[0], Counter())[job.needs] += 1
+        like.setdefault(job.needs, []).append(job)
+    for line in events:
+        if line.event != "refused" or line.fields.get("code") not in _GAVE_UP:
+            continue
+        wait_s, consumer = (line.maybe_number("wait_ms") or 0.0) / 1000, line.maybe_text("consumer")
+        if not wait_s or consumer not in usual:
+            continue
+        ((needs, _),) = usual[consumer].most_common(1)
+        yield _Job(
+            needs,
+            like[needs][0].kind,
+            line.text("client", "-"),
+            like[needs][0].urgency,
+            None,
+            line.at - wait_s,
+            None,
+            None,
+            line.at,
+            0,
+            run_s=median(job.run_s for job in like[needs]),
+        )
+
+
+def _name(line: Line) -> str:
+    return resident_name(line.text("consumer"), line.maybe_text("model"))
+
+
+def _sizes(events: Iterable[Line]) -> dict[str, _Known]:
+    known: dict[str, _Known] = {}
+    for line in events:
+        if line.event == "job":
+            needed = line.maybe_number("needed_mib")
+            if needed is not None:
+                known.setdefault(_name(line), _Known()).needed_mib = needed
+        elif line.event in _MOVES:
+            each, seconds = known.setdefault(_name(line), _Known()), line.number("ms") / 1000
+            if line.event == "evicted":
+                each.unloads.append(seconds)
+                each.needed_mib = each.needed_mib or line.number("expected_mib", 0)
+            else:
+                each.loads.append(seconds)
+    return known
+
+
+@dataclass(slots=True)
+class _Move:
+    """A load or an unload as an event tells of it; `target` is whom it was for."""
+
+    what: Operation
+    name: str
+    target: str
+    at: float
+    seconds: float
+    job: _Job | None = None
+
+
+def _moves(events: Iterable[Line]) -> list[_Move]:
+    found = []
+    for line in events:
+        what = _MOVES.get(line.event)
+        if what is None or line.fields.get("outcome") in ("gone", "busy"):
+            continue
+        name, seconds = _name(line), line.number("ms") / 1000
+        found.append(
+            _Move(what, name, line.text("target", name), line.at - seconds, seconds),
+        )
+    return found
+
+
+_SLACK_S = 0.05
+"""Between what an event says of its time, and when it really was."""
+
+_AT_ONCE = 64
+"""So many jobs have the GPU at once, at most."""
+
+
+def _operations(moves: Sequence[_Move], jobs: Sequence[_Job]) -> list[_Job]:
+    """Give each move the job that it was made for. Returns those that no event tells of: what an
+    operator, or the broker itself, had loaded or unloaded."""
+    preparing = sorted((job for job in jobs if job.granted is not None), key=_granted)
+    begins = [_granted(job) for job in preparing]
+    own: list[_Job] = []
+    before: dict[str, list[_Move]] = {}  # unloads that made room for the next load, by its name
+    for move in moves:
+        latest = bisect_right(begins, move.at + _SLACK_S)
+        for job in reversed(preparing[max(0, latest - _AT_ONCE) : latest]):
+            assert job.began is not None  # noqa: S101  # it was granted
+            if move.at <= job.began + _SLACK_S:
+                move.job = job
+                break
+        else:
+            if move.what == "unload" and move.target != move.name:
+                before.setdefault(move.target, []).append(move)
+                continue
+            parts = [*before.pop(move.name, ()), move] if move.what == "load" else [move]
+            own.append(_operation(move, parts[0].at))
+            for each in parts:
+                each.job = own[-1]
+    for move in (each for rest in before.values() for each in rest):
+        own.append(_operation(move, move.at))  # whoever it was for did not come to it
+        move.job = own[-1]
+    return own
+
+
+def _granted(job: _Job) -> float:
+    return job.ended if job.granted is None else job.granted
+
+
+def _operation(move: _Move, since: float) -> _Job:
+    end = move.at + move.seconds
+    began = end if move.what == "load" else move.at
+    return _Job(
+        move.name, move.what, "-", 7, None, since, since, began, end, 0, operation=move.what
+    )
+
+
+# -- what follows from it --------------------------------------------------------------------------
+
+
+def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]) -> set[str]:
+    """Who was loaded at the beginning. On the way: jobs that loaded their consumer themselves run
+    for what is usual, and the rest is a load."""
+    usual = _usual_runs(jobs)
+    steps: list[tuple[float, int, _Move | _Job]] = [(_done(move), 0, move) for move in moves]
+    steps += [
+        (job.began, 1, job) for job in jobs if job.began is not None and job.operation is None
+    ]
+    steps.sort(key=lambda step: step[:2])
+    at_first: set[str] = set()
+    state: dict[str, bool] = {}
+    for _, _, step in steps:
+        if isinstance(step, _Move):
+            if step.name not in state and step.what == "unload":
+                at_first.add(step.name)
+            state[step.name] = step.what == "load"
+            continue
+        name = step.needs
+        normal = usual.get(name, step.run_s)
+        slow = step.run_s > COLD * normal
+        if state.get(name) is False or (name not in state and slow):
+            loading_s = max(0.0, step.run_s - normal)
+            if state.get(name) is False or slow:
+                known.setdefault(name, _Known()).loads.append(loading_s)
+                step.run_s = min(step.run_s, normal)
+        elif name not in state:
+            at_first.add(name)
+        state[name] = True
+    return at_first
+
+
+def _done(move: _Move) -> float:
+    """When a move was over: before the job began that it was made for, whatever was rounded."""
+    end, job = move.at + move.seconds, move.job
+    return end if job is None or job.began is None else min(end, job.began)
+
+
+def _usual_runs(jobs: Iterable[_Job]) -> dict[str, float]:
+    runs: dict[str, list[float]] = {}
+    for job in jobs:
+        if job.began is not None and job.operation is None:
+            runs.setdefault(job.needs, []).append(job.run_s)
+    return {name: median(each) for name, each in runs.items() if len(each) > 2}
+
+
+def _footprint(name: str, known: _Known, config: Config | None, guesses: list[str]) -> Footprint:
+    consumer, model = parts_of(name)
+    settings = None if config is None else config.consumers.get(consumer)
+    mib = known.needed_mib
+    if settings is not None and model is None and settings.vram_resident_mib:
+        mib = settings.vram_resident_mib
+    if not mib:
+        guesses.append(f"what {name} needs is told nowhere: it is taken to need no memory")
+    if not known.loads:
+        guesses.append(f"{name} was never seen to load: it is taken to take {GUESSED_LOAD_S:g} s")
+    load_s = median(known.loads) if known.loads else GUESSED_LOAD_S
+    unload_s = median(known.unloads) if known.unloads else GUESSED_UNLOAD_S
+    if settings is None:
+        return Footprint(round(mib), load_s, unload_s)
+    return Footprint(
+        round(mib),
+        load_s,
+        unload_s,
+        movable=bool(settings.eviction_methods)
+        and not settings.pinned
+        and not settings.vram_managed,
+        priority=settings.priority,
+        coexists_with=frozenset(settings.can_coexist_with),
+    )
+
+
+def _total_mib(
+    events: Iterable[Line], config: Config | None, card_mib: int | None, name: str
+) -> int:
+    if card_mib is not None:
+        return card_mib
+    if config is not None and config.gpu.total_mib:
+        return config.gpu.total_mib
+    told = [line.maybe_number("total_mib") for line in events if line.event == "job"]
+    for mib in reversed(told):
+        if mib:
+            return int(mib)
+    raise BadEvents(
+        f"neither {name} nor a config (--config) says how much memory the card has: "
+        "give it with --card-mib"
+    )
+
+
+def _that_fit(
+    loaded: Iterable[str], footprints: Mapping[str, Footprint], room: int, jobs: Sequence[_Job]
+) -> frozenset[str]:
+    """Of those that seem to have been loaded, the ones that were used first, as far as they fit."""
+    first: dict[str, float] = {}
+    for job in jobs:
+        first.setdefault(job.needs, job.came)
+    found: set[str] = set()
+    for name in sorted(loaded, key=lambda each: (first.get(each, 0.0), each)):
+        if sum(footprints[each].mib for each in (*found, name)) <= room:
+            found.add(name)
+    return frozenset(found)
+
+
+def _tasks(jobs: Sequence[_Job], began: float, *, clients_wait: bool) -> tuple[Task, ...]:
+    tasks: list[Task] = []
+    last: dict[str, _Job] = {}
+    for job in jobs:
+        task = Task(
+            job.number,
+            round(job.came - began, 3),
+            job.needs,
+            round(job.run_s, 4),
+            job.kind,
+            job.requester,
+            job.urgency,
+            job.session,
+            leaves_s=round(job.ended - job.came, 3) if job.granted is None else None,
+            operation=job.operation,
+        )
+        before = last.get(job.requester)
+        if clients_wait and before is not None and job.operation is None:
+            think_s = job.came - before.ended
+            if 0 <= think_s <= THINK_S and before.operation is None:
+                task = replace(task, at=0.0, after=before.number, think_s=round(think_s, 3))
+        if before is None or job.ended > before.ended:
+            last[job.requester] = job
+        tasks.append(task)
+    return tuple(tasks)
+
+
+def _course(
+    jobs: Sequence[_Job], moves: Sequence[_Move], tasks: Sequence[Task], began: float
+) -> Course:
+    granted = {job.number: job.granted - began for job in jobs if job.granted is not None}
+    past = overtakes(
+        granted, {job.number: job.ended - began for job in jobs if job.granted is None}
+    )
+    played = tuple(
+        Played(
+            task,
+            job.came - began,
+            granted.get(job.number),
+            None if job.began is None else job.began - began,
+            job.ended - began,
+            *past[job.number],
+        )
+        for job, task in zip(jobs, tasks, strict=True)
+    )
+    steps: list[tuple[float, int, tuple[str, ...]]] = [
+        (at, 0, ("grant", str(number))) for number, at in granted.items()
+    ]
+    made: list[Move] = []
+    for move in moves:
+        assert move.job is not None  # noqa: S101  # `_operations` has seen to it
+        number = move.job.number
+        made.append(Move(move.what, move.name, number, move.at - began, move.seconds))
+        if move.job.operation != "unload":
+            what = "evict" if move.what == "unload" else "load"
+            at = max(move.at - began, granted.get(number, 0.0))  # whatever was rounded
+            steps.append((at, 1, (what, move.name, str(number))))
+    steps.sort(key=lambda step: step[:2])
+    return Course("really", played, tuple(made), tuple(what for *_, what in steps))

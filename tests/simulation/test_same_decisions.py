@@ -1,0 +1,57 @@
+"""The broker and the simulator decide the same on a recorded trace, event for event."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpumanager.config import EventsConfig
+from gpumanager.scheduling.policy import FirstComeFirstServed, Policy
+from gpumanager.simulation.eventlines import read
+from gpumanager.simulation.policies import Promise, played
+from gpumanager.simulation.recorded import Recorded, reconstruct
+from gpumanager.simulation.trace import Footprint, Trace
+from gpumanager.simulation.workloads import WORKLOADS, workload
+from gpumanager.telemetry.eventfile import EventFile
+from tests.support.virtual import VirtualBroker
+
+JOBS = 60
+
+POLICIES: dict[str, Policy] = {"fifo": FirstComeFirstServed()}
+
+
+def of_consumers(trace: Trace) -> Trace:
+    """The same trace, where every resident is a consumer, and all times are of whole ms."""
+    short = {name: name.replace("/", "-") for name in trace.footprints}
+    sizes: dict[str, Footprint] = {short[name]: each for name, each in trace.footprints.items()}
+    tasks = tuple(replace(task, needs=short[task.needs]) for task in trace.tasks)
+    return replace(trace, footprints=sizes, tasks=tasks)
+
+
+def recorded(trace: Trace, policy: Policy, tmp_path: Path) -> Recorded:
+    """What a broker's event file says of how it served the trace."""
+    broker = VirtualBroker(trace, policy)
+    broker.run()
+    path = tmp_path / f"{trace.name}.jsonl"
+    path.unlink(missing_ok=True)
+    EventFile(broker.events, EventsConfig(file=str(path))).close()
+    return reconstruct(read([str(path)]), "events.jsonl", broker.config)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_broker_and_the_simulator_decide_the_same(
+    name: str, policy: str, tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        trace = of_consumers(workload(name, seed, JOBS))
+        found = recorded(trace, POLICIES[policy], tmp_path)
+        assert len(found.trace.tasks) == JOBS
+        course = played(found.trace, policy, Promise())
+        assert course.decisions == found.real.decisions
+        for mine, real in zip(course.jobs, found.real.jobs, strict=True):
+            assert mine.came == pytest.approx(real.came, abs=0.002)
+            assert mine.granted == pytest.approx(real.granted, abs=0.005)
+            assert mine.ended == pytest.approx(real.ended, abs=0.005)

@@ -1,0 +1,239 @@
+"""A broker's own queue, room maker and registry, in virtual time, serving a trace: one thread, no
+sleeping. What it tells goes into an event log, as a broker's does."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import count
+from typing import Any
+
+import yaml
+
+from gpumanager.clock import rfc3339, wall_time
+from gpumanager.config import EvictionMethod, parse_config
+from gpumanager.consumers.learning import Learned
+from gpumanager.consumers.registry import Registry
+from gpumanager.model import (
+    GpuProcess,
+    GpuState,
+    Holdings,
+    Job,
+    MemoryReading,
+    ProbeReport,
+    StoppedBy,
+)
+from gpumanager.residency.room import RoomMaker
+from gpumanager.scheduling.policy import Policy
+from gpumanager.scheduling.queue import Queue
+from gpumanager.simulation.trace import Task, Trace
+from gpumanager.telemetry.eventlog import EventLog
+from gpumanager.telemetry.events import JobEnded
+from tests.support.clock import FakeClock
+
+SAMPLE_S = 0.5
+
+
+def config_of(trace: Trace) -> str:
+    """The config that a broker for this trace has."""
+    consumers: dict[str, Any] = {
+        name: {
+            "url": "http://127.0.0.1:1",
+            "load": "/load",
+            "unload": "/unload",
+            "vram_resident_mib": size.mib,
+            "priority": size.priority,
+        }
+        for name, size in trace.footprints.items()
+    }
+    gpu = {"reserved_mib": trace.reserved_mib}
+    return yaml.safe_dump({"eviction": trace.order, "gpu": gpu, "consumers": consumers})
+
+
+class VirtualBroker:
+    """Serves the trace's tasks, by `policy`. Of consumers, not of their models. It knows what loads
+    and unloads take from the start, as one that has run for a while does."""
+
+    def __init__(self, trace: Trace, policy: Policy) -> None:
+        self.trace = trace
+        self.clock = FakeClock()
+        self.events = EventLog(self.clock, keep=100_000)
+        self.config = parse_config(config_of(trace))
+        self.registry = Registry(self.config, self.clock, lambda consumer: False)
+        self.learned = Learned(trace.footprints)
+        self.learned.publish(self.registry.learn)
+        self.holds: dict[str, int] = {}
+        self._began = self.clock.monotonic()
+        self._due: list[tuple[float, int, Task]] = []
+        self._order = count()
+        self._behind: dict[int, list[Task]] = {}
+        self._open: dict[int, tuple[Any, Task]] = {}
+        self._sampled = 0.0
+        for name, size in trace.footprints.items():
+            self.learned.loaded(name, size.load_s)
+            self.learned.unloaded(name, size.unload_s, 0)
+        for task in sorted(trace.tasks, key=lambda each: (each.at, each.number)):
+            if task.after is None:
+                self._comes_at(self._began + task.at, task)
+            else:
+                self._behind.setdefault(task.after, []).append(task)
+        self.measure()
+        self.queue = Queue(
+            policy, max_queue=10_000, max_wait=1e7, clock=self.clock, room=_Patient(self)
+        )
+        self.room = RoomMaker(
+            self.registry,
+            self.learned,
+            self,
+            self,
+            self.measure,
+            lambda name: None,
+            self.clock,
+            self.events.emit,
+            self.queue.upcoming,
+        )
+        self.room._probes_due = 0.0
+
+    def run(self) -> None:
+        """Serve all of them."""
+        while self._due or self._open:
+            number = next(iter(self.queue._running), None)
+            if number is None:
+                self._pass(self._due[0][0] - self.clock.monotonic())
+                continue
+            ticket, task = self._open[number]
+            self._serve(ticket, task)
+            del self._open[number]
+            ticket.close()
+            now = self.clock.monotonic()
+            for behind in self._behind.pop(task.number, ()):
+                self._comes_at(max(self._began + behind.at, now + behind.think_s), behind)
+            self._come()
+
+    def _serve(self, ticket: Any, task: Task) -> None:
+        ticket.wait()
+        registry, name = self.registry, task.needs
+        before, began = registry.job_started(name), self.clock.monotonic()
+        assert name in self.holds
+        self._pass(task.run_s)
+        registry.job_finished(name)
+        seconds = self.clock.monotonic() - began
+        self.learned.ran(name, seconds, cold=not before.loaded)
+        job, came = ticket.job, began - ticket.prepared_s - ticket.waited_s
+        self.events.emit(
+            JobEnded(
+                consumer=job.consumer,
+                kind=job.kind,
+                ticket=ticket.number,
+                arrived=rfc3339(wall_time(self.clock, came)),
+                urgency=job.urgency,
+                requester=job.requester,
+                session=job.session,
+                client=job.client,
+                address="127.0.0.1",
+                request_id=job.request_id,
+                status=200,
+                wait_ms=round(ticket.waited_s * 1000, 1),
+                prepare_ms=round(ticket.prepared_s * 1000, 1),
+                run_ms=round(seconds * 1000, 1),
+                needed_mib=registry.now.needed(name).mib,
+                total_mib=self.trace.total_mib,
+            )
+        )
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def _comes_at(self, when: float, task: Task) -> None:
+        heapq.heappush(self._due, (when, next(self._order), task))
+
+    def _come(self) -> None:
+        while self._due and self._due[0][0] <= self.clock.monotonic():
+            _, _, task = heapq.heappop(self._due)
+            job = Job(
+                task.needs,
+                task.kind,
+                client=task.requester,
+                request_id=str(task.number),
+                urgency=task.urgency,
+                requester=task.requester,
+                session=task.session,
+            )
+            ticket = self.queue.enqueue(job)
+            self._open[ticket.number] = ticket, task
+
+    def _pass(self, seconds: float) -> None:
+        until = self.clock.monotonic() + seconds
+        while True:
+            self._come()
+            now = self.clock.monotonic()
+            if now >= self._sampled + SAMPLE_S:
+                self.measure()
+            if now >= until:
+                return
+            due = [until, self._sampled + SAMPLE_S, *(each for each, *_ in self._due[:1])]
+            self.clock.seconds = max(now, min(due))  # exactly: no sums of differences
+
+    # -- what the room maker asks of the world ---------------------------------------------------
+
+    def measure(self) -> MemoryReading:
+        names, total = list(self.trace.footprints), self.trace.total_mib
+        used = sum(self.holds.values())
+        processes = tuple(GpuProcess(names.index(n) + 1, mib) for n, mib in self.holds.items())
+        holdings = Holdings({name: self.holds.get(name, 0) for name in names})
+        reading = MemoryReading(total, used, total - used, processes=processes, holdings=holdings)
+        self._sampled = self.clock.monotonic()
+        self.registry.set_gpu(GpuState(reading, self._sampled))
+        return reading
+
+    def load(self, name: str, *_: object) -> None:
+        self._pass(self.trace.footprints[name].load_s)
+        self.holds[name] = self.trace.footprints[name].mib
+
+    warm = load
+
+    def unload(self, name: str, *_: object) -> bool:
+        self._pass(self.trace.footprints[name].unload_s)
+        self.holds.pop(name, None)
+        return True
+
+    def busy(self, name: str, *_: object) -> bool | None:
+        return None
+
+    def settled(self, name: str, *_: object) -> bool:
+        return True
+
+    def probe(self, name: str, *_: object) -> ProbeReport:
+        return ProbeReport()
+
+    def stop(self, name: str, method: EvictionMethod) -> StoppedBy:
+        raise AssertionError
+
+    def bring_back(self, name: str, stopped_by: StoppedBy) -> bool:
+        raise AssertionError
+
+
+class _Patient:
+    """The room, whose pauses pass in virtual time."""
+
+    def __init__(self, broker: VirtualBroker) -> None:
+        self._broker = broker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._broker.room, name)
+
+    def make_room(self, ticket: Any) -> None:
+        self._broker.room.make_room(_Pausing(ticket, self._broker))
+
+
+class _Pausing:
+    """A ticket whose pauses pass in virtual time."""
+
+    def __init__(self, ticket: Any, broker: VirtualBroker) -> None:
+        self._ticket = ticket
+        self._broker = broker
+
+    def pause(self, seconds: float) -> None:
+        self._broker._pass(seconds)
+        self._ticket.pause(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ticket, name)
