@@ -8,8 +8,10 @@ loads, unloads and jobs take a random time around what is usual. Each job that h
 an estimate when it comes; its error is the share of the real wait by which that was off. Then the
 broker is restarted with what it had learned (its state file), and 60 jobs come at once.
 
-Prints a Markdown table, and exits with 1 if a median is above 25 % or anybody who had to wait was
-told 0. Pure arithmetic: no broker process, no card.
+Prints a Markdown table; and another one for clients that say how long they wait (`Prefer: wait=N`):
+how many would have waited for longer, how many of those are refused when they come, and how many
+are refused who would have had their turn in time. Exits with 1 if a median is above 25 % or anybody
+who had to wait was told 0. Pure arithmetic: no broker process, no card.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from gpumanager.consumers.statefile import StateFile
 from tests.support.replay import SERVERS, Replay, Told
 
 LONGEST_MEDIAN = 0.25
+WAITS_S = (10, 30, 60, 120)
 BURST = 60
 
 
@@ -69,7 +72,19 @@ def main() -> int:
         ]
         print("|", *(f"{cell} |" for cell in cells))
         failed |= median(errors) > LONGEST_MEDIAN or zeros > 0
+    print_deadlines([each for jobs in told.values() for each in jobs])
     return int(failed)
+
+
+def print_deadlines(jobs: list[Told]) -> None:
+    print("\n| `Prefer: wait=` | Too late | Of them refused at once | Refused, but in time |")
+    print("|---|---|---|---|")
+    for limit in WAITS_S:
+        refused = [each for each in jobs if each.sure and each.told_s > limit]
+        late = [each for each in jobs if each.waited_s > limit]
+        in_time = [each for each in refused if each.waited_s <= limit]
+        found = (len(refused) - len(in_time)) / len(late)
+        print(f"| {limit} | {len(late)} of {len(jobs)} | {found:.0%} | {len(in_time)} |")
 
 
 if __name__ == "__main__":

@@ -31,3 +31,15 @@ def test_half_of_the_estimates_are_within_a_quarter_of_the_wait(seed: int, tmp_p
     assert median_error(told) <= LONGEST_MEDIAN
     last = told[-1]
     assert last.told_s == pytest.approx(last.waited_s, rel=LONGEST_MEDIAN)
+
+
+def test_few_are_refused_who_would_have_had_their_turn_in_time() -> None:
+    """Of those that are sure to come too late by what they are told, with limits around all waits
+    there are; and most of those that do are told so."""
+    told = [each for seed in range(3) for each in Replay(seed).run(200)]
+    limits = (10, 30, 60, 120)
+    refused = [(each, n) for n in limits for each in told if each.sure and each.told_s > n]
+    wrong = sum(each.waited_s <= n for each, n in refused)
+    late = sum(each.waited_s > n for n in limits for each in told)
+    assert wrong < 0.1 * len(refused)
+    assert len(refused) - wrong > 0.75 * late

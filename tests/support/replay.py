@@ -25,6 +25,7 @@ from gpumanager.model import (
     MemoryReading,
     ProbeReport,
     StoppedBy,
+    Turn,
 )
 from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.estimate import Outlook
@@ -63,11 +64,13 @@ SPREAD = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A job that had to wait: what it was told when it came, and what came of it, in seconds."""
+    """A job that had to wait: what it was told when it came, and what came of it, in seconds.
+    `sure`: it was no guess, and no job was overdue."""
 
     consumer: str
     told_s: float
     waited_s: float
+    sure: bool
 
     @property
     def error(self) -> float:
@@ -124,7 +127,7 @@ class Replay:
         )
         self.told: list[Told] = []
         self._arrivals: list[tuple[float, int]] = []
-        self._tickets: deque[tuple[Granted, int, float, float]] = deque()
+        self._tickets: deque[tuple[Granted, int, Turn, float]] = deque()
         self._left = 0
         self.measure()
 
@@ -189,8 +192,8 @@ class Replay:
                     break
                 self._advance(self._arrivals[0][0] - self.clock.monotonic())
                 continue
-            ticket, client, told_s, came = self._tickets[0]
-            self._serve(ticket, told_s, came)
+            ticket, client, told, came = self._tickets[0]
+            self._serve(ticket, told, came)
             self._tickets.popleft()
             ticket.close()
             if not burst:
@@ -208,13 +211,14 @@ class Replay:
             ticket = self.queue.enqueue(Job(name, "tts"))
             (entry,) = (each for each in self.queue.queue() if each.ticket == ticket.number)
             came = self.clock.monotonic()
-            self._tickets.append((ticket, client, entry.turn.wait_s, came))
+            self._tickets.append((ticket, client, entry.turn, came))
 
-    def _serve(self, ticket: Granted, told_s: float, came: float) -> None:
+    def _serve(self, ticket: Granted, told: Turn, came: float) -> None:
         name = ticket.job.consumer
         waited = self.clock.monotonic() - came
         if waited > 0:
-            self.told.append(Told(name, told_s, waited))
+            sure = not told.guessed and not told.overdue
+            self.told.append(Told(name, told.wait_s, waited, sure))
         self.room.make_room(_Pausing(ticket, self._advance))
         before = self.registry.job_started(name)
         began = self.clock.monotonic()
