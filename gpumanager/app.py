@@ -207,6 +207,7 @@ class Broker:
                 self._live,
                 self._admission,
                 proxy,
+                router,
                 runner,
                 forward,
                 websockets,

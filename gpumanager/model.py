@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Literal
 
 RELEASE_S = 60.0
@@ -64,6 +65,11 @@ def resident_name(consumer: str, model: str | None = None) -> str:
     """What is resident on the card by its name: a consumer, or one model of it. A consumer's own
     name has no slash in it."""
     return consumer if model is None else f"{consumer}/{model}"
+
+
+def model_key(name: str) -> str:
+    """A model's name as it is counted by: Ollama lists `name:latest` where clients say `name`."""
+    return name.removesuffix(":latest")
 
 
 def parts_of(resident: str) -> tuple[str, str | None]:
@@ -247,6 +253,35 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelState:
+    """What the broker knows of one model of a consumer. Times are monotonic seconds.
+
+    `loaded` is only known of a consumer that tells which of its models are; `sure` once it has said
+    so, or a job with the model has ended well. `held_mib` is the model's share of what its
+    consumer's processes were last seen to hold; `reported_mib` what the consumer itself says of it,
+    `needs_mib` what it says that the model would need to be on the card wholly, and `context` the
+    number of tokens that it is loaded for, None where that is not told. `active` counts its jobs.
+    `unloaded_at` is when it was unloaded, as long as its memory may be on its way back. `pinned` is
+    an operator's word on whether it may be evicted, None while the config's counts.
+    """
+
+    loaded: bool = False
+    sure: bool = False
+    held_mib: int = 0
+    reported_mib: int | None = None
+    needs_mib: int | None = None
+    context: int | None = None
+    active: int = 0
+    total_requests: int = 0
+    last_used: float | None = None
+    unloaded_at: float | None = None
+    pinned: bool | None = None
+
+
+UNUSED = ModelState()
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerState:
     """What the broker knows of one consumer. Times are monotonic seconds.
 
@@ -259,7 +294,7 @@ class ConsumerState:
     `tells` is True if its probe says whether it is loaded.
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card; `items`
-    the models that it says are loaded.
+    the models that it says are loaded; `models` what is known of each that was loaded or used.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
     `growth` says whether what it holds at rest grows with its jobs.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
@@ -296,6 +331,26 @@ class ConsumerState:
     health_since: float | None = None
     pinned: bool | None = None
     growth: Growth = Growth()
+    models: Mapping[str, ModelState] = field(default_factory=lambda: MappingProxyType({}))
+
+    def model(self, name: str) -> ModelState:
+        """What is known of one model."""
+        return self.models.get(name, UNUSED)
+
+    def has_loaded(self, model: str | None) -> bool:
+        """Whether a model is loaded, or, without one, the consumer itself."""
+        return self.loaded if model is None else self.model(model).loaded
+
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        """The models that are known to be loaded."""
+        return tuple(name for name, each in self.models.items() if each.loaded)
+
+    @property
+    def at_work(self) -> str | None:
+        """The model that its jobs work with, if it is one."""
+        working = [name for name, each in self.models.items() if each.active]
+        return working[0] if len(working) == 1 else None
 
     def is_releasing(self, now: float) -> bool:
         """Whether it was unloaded, by the broker or by itself, so lately that its memory may still
@@ -308,14 +363,26 @@ class ConsumerState:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a consumer says of a model that it has loaded: MiB on the card, MiB that it would need
+    to be there wholly, and for how many tokens. None where it does not say."""
+
+    mib: int | None = None
+    needs_mib: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """What a consumer said of itself. None where it did not say; `on_cpu` and `items` are empty
-    then."""
+    """What a consumer said of itself. None where it did not say; `on_cpu` is empty then. `items`
+    are the models that are loaded, None where it does not list them; `details` what it says of
+    them."""
 
     loaded: bool | None = None
     resident_mib: int | None = None
     on_cpu: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
+    items: tuple[str, ...] | None = None
+    details: Mapping[str, LoadedModel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,12 +195,17 @@ class Probe(Call):
     """Gives the memory it holds, in `unit`."""
     items: Expression | None = None
     """Gives a list of names: the loaded models, for `unload.for_each`."""
+    details: Expression | None = None
+    """Gives a list with an object for each loaded model: its `name`, as in `items`, and, as far as
+    the server tells, the memory that it holds on the card (`resident`), the memory that it would
+    need to be there wholly (`needs`), both in `unit`, and the tokens it was loaded for
+    (`context`)."""
     busy: Annotated[Busy | None, BeforeValidator(values.bare_expression)] = None
     """Tells whether it works on something."""
     on_cpu: Expression | None = None
     """Gives a list of the models that run partly on the CPU, because they did not fit."""
     unit: Literal["B", "KiB", "MiB", "GiB"] = "MiB"
-    """The unit of `resident`."""
+    """The unit of `resident`, and of the memory in `details`."""
     absent: tuple[Status, ...] = ()
     """Statuses that say that nothing is loaded."""
 
@@ -215,6 +220,10 @@ class Probe(Call):
     def find_items(self, answer: Any) -> Any:
         """What `items` gives for `answer`; None as above."""
         return expressions.search(self.items, answer)
+
+    def find_details(self, answer: Any) -> Any:
+        """What `details` gives for `answer`; None as above."""
+        return expressions.search(self.details, answer)
 
     def find_on_cpu(self, answer: Any) -> Any:
         """What `on_cpu` gives for `answer`; None as above."""
@@ -337,7 +346,10 @@ class ModelEntry(Model):
     served_as: ModelName | None = None
     """The name that the consumer is given instead; none: the client's."""
     vram_mib: Mib | None = None
-    """The memory that it needs; it is shown with the model. None: not known."""
+    """The memory that it needs. None: it is learned; until then, the consumer's
+    `vram_resident_mib` counts."""
+    pinned: StrictBool = False
+    """It is never evicted to make room, where the consumer can unload one model alone."""
 
 
 class ModelList(Call):

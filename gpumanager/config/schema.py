@@ -4,6 +4,7 @@ the text below a key is its description in docs/config.md and in the JSON Schema
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from gpumanager.config.calls import (
     Done,
     DropIn,
     Duration,
+    Expression,
     File,
     Health,
     Host,
@@ -55,7 +57,7 @@ from gpumanager.config.calls import (
     Url,
 )
 from gpumanager.config.memory import HTTP, EvictionMethod, OutOfMemory
-from gpumanager.model import NORMAL, Declared
+from gpumanager.model import NORMAL, Declared, model_key
 
 KINDS = ("tts", "stt", "llm", "image")
 """The kinds of job that always have a route; `routing` may name others."""
@@ -133,6 +135,11 @@ class ConsumerConfig(Model):
     """The models that it serves; none: those that it lists itself."""
     list_models: ModelList | None = None
     """The call that lists its models; none: a GET of `/v1/models`, as OpenAI has it."""
+    request_model: Expression | None = None
+    """Finds, in the JSON body of a job, the model that it works with; none: `model`."""
+    request_context: Expression | None = None
+    """Finds, in the JSON body of a job, the context length that the server has to load its model
+    for, in tokens; none: jobs do not say."""
     any_model: StrictBool = False
     """It takes whatever name a client asks for: it answers with the model that it has, or knows
     more names than it lists. A consumer that has a model by its name comes first."""
@@ -146,7 +153,8 @@ class ConsumerConfig(Model):
     """Calls by which a client stops jobs at the consumer: with a key of the role client its own
     only."""
     vram_resident_mib: Mib = 0
-    """The memory that it needs while it is loaded and works."""
+    """The memory that it needs while it is loaded and works; with several models, what the largest
+    one needs."""
     max_mib: Mib | None = None
     """The most that room is ever made for, whatever its jobs were seen to hold; none: the card."""
     elastic: StrictBool = False
@@ -198,6 +206,45 @@ class ConsumerConfig(Model):
     def declared(self) -> Declared:
         """What is declared of the memory it needs."""
         return Declared(self.vram_resident_mib, self.max_mib, self.elastic)
+
+    @cached_property
+    def tells_models_apart(self) -> bool:
+        """Whether it says which models are loaded, and can unload one of them alone."""
+        told = self.probe is not None and self.probe.items is not None
+        alone = self.unload is not None and self.unload.for_each is not None
+        return told and alone and any(method.http for method in self.eviction_methods)
+
+    @cached_property
+    def counts_by_model(self) -> bool:
+        """Whether what a job needs depends on its model: that can be told apart, or is declared, or
+        found in the request."""
+        declared = any(each.vram_mib is not None for each in self.models or ())
+        return self.tells_models_apart or declared or self.request_model is not None
+
+    def model_entry(self, model: str) -> ModelEntry | None:
+        """What the config says of a model, by the name that the consumer has for it."""
+        for entry in self.models or ():
+            if model_key(entry.served_as or entry.name) == model:
+                return entry
+        for entry in self.models or ():
+            if entry.served_as is None and fnmatchcase(model, entry.name):
+                return entry
+        return None
+
+    def pins(self, model: str, operator: bool | None) -> bool:
+        """Whether one of its models is never to be evicted, by the word of an `operator`, or, if
+        that is None, of the config."""
+        entry = self.model_entry(model)
+        return (entry is not None and entry.pinned) if operator is None else operator
+
+    def declared_for(self, model: str | None) -> Declared | None:
+        """What is declared of the memory that a model needs, None if nothing is."""
+        if model is None:
+            return self.declared
+        entry = self.model_entry(model)
+        if entry is None or entry.vram_mib is None:
+            return None
+        return Declared(entry.vram_mib, self.max_mib, self.elastic)
 
     @property
     def eviction_methods(self) -> tuple[EvictionMethod, ...]:

@@ -29,6 +29,16 @@ LONGEST_PATIENCE = 640
 RAISED_FOR_S = 7 * 24 * 3600.0
 """A raised figure counts no longer than this, however few jobs there are."""
 
+USUAL_CONTEXT = 4096
+"""Tokens that a model is taken to be loaded for, where its server does not say."""
+
+CONTEXT_SHARE = 0.25
+"""Of what a model holds, is taken to grow with the context length, where only one length was seen.
+At 4,096 tokens it is 10 to 20 % with the models of 2026: rather too much room than too little."""
+
+MOST_CONTEXTS = 8
+"""Context lengths that are remembered: the longest ones."""
+
 KEPT_S = 30 * 24 * 3600.0
 """Peaks that are older are not taken over at a restart."""
 
@@ -59,29 +69,56 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the memory that a consumer needs follows from: what its jobs were seen to hold, by the
-    card's figures and by its own; of how many jobs the former is; and what an out-of-memory has
-    raised it to. Of one moment, and never changed."""
+    """What the memory that a consumer needs, or a model of it, follows from: what its jobs were
+    seen to hold, by the card's figures and by its own; of how many jobs the former is; what an
+    out-of-memory has raised it to; and the most that was seen by the context length, in tokens,
+    that it was loaded for. Of one moment, and never changed."""
 
     measured: Figure | None = None
     reported: Figure | None = None
     measured_jobs: int = 0
     raised: Raised | None = None
+    contexts: tuple[tuple[int, int], ...] = ()
 
     @property
     def known(self) -> bool:
         """Whether enough of its jobs were measured for a declaration to count no more."""
         return self.measured_jobs >= ENOUGH
 
-    def of(self, declared: Declared) -> Figure:
-        """What it needs to be resident and work."""
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing was seen of it yet."""
+        return self.measured is None and self.reported is None and self.raised is None
+
+    def of(self, declared: Declared, context: int | None = None) -> Figure:
+        """What it needs to be resident and work; with a `context` of so many tokens."""
         found = None if declared.elastic else self._seen(declared.mib)
         found = found or Figure(declared.mib, "declared")
+        if context is not None and not declared.elastic:
+            found = self._for_context(found, context)
         if self.raised is not None and self.raised.mib > found.mib:
             found = Figure(self.raised.mib, "out-of-memory", self.raised.at)
         if declared.max_mib is not None and found.mib > declared.max_mib:
             return Figure(declared.max_mib, "declared")
         return found
+
+    def _for_context(self, usual: Figure, context: int) -> Figure:
+        """Of lengths that were seen, the next longer one counts. Beyond the longest it grows by the
+        tokens, as fast as it did between the two longest, or as is usual where one was seen."""
+        seen = self.contexts or ((USUAL_CONTEXT, usual.mib),)
+        fits = [mib for tokens, mib in seen if tokens >= context]
+        if fits:
+            mib = min(fits) if self.contexts else usual.mib
+        else:
+            (tokens, most), *shorter = reversed(seen)
+            by_token = CONTEXT_SHARE * most / tokens
+            if shorter:
+                fewer, less = shorter[0]
+                by_token = max(0.0, (most - less) / (tokens - fewer))
+            mib = round(most + by_token * (context - tokens))
+        if self.contexts or mib > usual.mib:
+            return replace(usual, mib=mib)
+        return usual
 
     def _seen(self, declared_mib: int) -> Figure | None:
         """What counts in the place of a declaration, if anything does."""
@@ -108,6 +145,7 @@ class Footprint:
         self._last: set[Seen] | None = None
         self._raised: Raised | None = None
         self._patience = PATIENCE
+        self._contexts: dict[int, int] = {}
 
     # -- what is seen ----------------------------------------------------------------------
 
@@ -122,10 +160,13 @@ class Footprint:
         self._current[source] = (mib, at)
         return True
 
-    def job_done(self, at: float) -> bool:
-        """A job has ended well; what was seen to be held meanwhile was enough for it. True if that
-        is news: anything was seen, or a raised figure is waiting for it."""
+    def job_done(self, at: float, context: int | None = None) -> bool:
+        """A job has ended well; what was seen to be held meanwhile was enough for it, and for the
+        `context`, in tokens, that its model was loaded for. True if that is news: anything was
+        seen, or a raised figure is waiting for it."""
         news = bool(self._current) or self._raised is not None
+        if context is not None:
+            self._saw_context(context)
         for source, peak in self._current.items():
             self._add(source, peak)
         self._last = set(self._current)
@@ -172,6 +213,14 @@ class Footprint:
             return False
         return True
 
+    def _saw_context(self, context: int) -> None:
+        peak = self._current.get("measured") or self._current.get("reported")
+        if peak is None:
+            return
+        self._contexts[context] = max(peak[0], self._contexts.get(context, 0))
+        if len(self._contexts) > MOST_CONTEXTS:
+            del self._contexts[min(self._contexts)]
+
     def _add(self, source: Seen, peak: tuple[int, float]) -> None:
         self._peaks[source].append(peak)
         if source == "measured":
@@ -189,7 +238,13 @@ class Footprint:
         measured = self._figure("measured")
         # Nobody asks for what it reports where that was measured.
         reported = self._figure("reported") if measured is None else None
-        return Needs(measured, reported, len(self._peaks["measured"]), self._raised)
+        return Needs(
+            measured,
+            reported,
+            len(self._peaks["measured"]),
+            self._raised,
+            tuple(sorted(self._contexts.items())),
+        )
 
     def _figure(self, source: Seen) -> Figure | None:
         peaks, current = self._peaks[source], self._current.get(source)
@@ -246,6 +301,7 @@ class Footprint:
                 "patience": raised.patience,
             },
             "patience": self._patience,
+            "contexts": [list(each) for each in self._contexts.items()],
         }
 
     def _seen_now(self, source: Seen) -> list[tuple[int, float]]:
@@ -269,6 +325,8 @@ class Footprint:
                 count(raised["patience"]),
             )
         footprint._patience = min(LONGEST_PATIENCE, max(PATIENCE, count(data["patience"])))
+        known = {count(tokens): count(mib) for tokens, mib in data.get("contexts", ())}  # newer
+        footprint._contexts = dict(sorted(known.items())[-MOST_CONTEXTS:])
         return footprint
 
 

@@ -1,5 +1,6 @@
-"""What is learned of each consumer while it works: how much memory its jobs take, what it keeps
-after an unload, how long it loads, unloads and runs. Declared values are the prior."""
+"""What is learned of each consumer, and of its models, while it works: how much memory its jobs
+take, what it keeps after an unload, how long it loads, unloads and runs. Declared values are the
+prior."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from gpumanager.consumers.footprint import (
     seconds,
 )
 from gpumanager.consumers.growth import Growths
-from gpumanager.model import Declared
+from gpumanager.consumers.shares import MOST_MODELS
+from gpumanager.model import Declared, parts_of
 
 _TIMES = ("load_s", "unload_s", "run_s", "cold_s")
 """`cold_s`: jobs that found their consumer not loaded, and loaded it themselves."""
@@ -64,10 +66,10 @@ class Figures:
     runs: tuple[float, ...] = ()
     colds: tuple[float, ...] = ()
 
-    def needed(self, declared: Declared) -> Figure:
-        """What it needs to be resident and work. It is a guess, unless it is declared: it may
-        cost others an eviction, but refuses nothing."""
-        return self.needs.of(declared)
+    def needed(self, declared: Declared, context: int | None = None) -> Figure:
+        """What it needs to be resident and work; with a `context` of so many tokens. It is a guess,
+        unless it is declared: it may cost others an eviction, but refuses nothing."""
+        return self.needs.of(declared, context)
 
     @property
     def raised(self) -> Raised | None:
@@ -129,8 +131,9 @@ class _Record:
 
 
 class Learned:
-    """The figures of all consumers; `growths` knows which of them leak. Safe from any thread. `now`
-    gives seconds since the epoch."""
+    """The figures of all consumers and their models, by the names of residents: a consumer, or
+    `consumer/model`. Nothing is known of a model before the first is learned of it. `growths` knows
+    which consumers leak. Safe from any thread. `now` gives seconds since the epoch."""
 
     def __init__(self, names: Iterable[str], now: Callable[[], float] = time.time) -> None:
         self._now = now
@@ -155,10 +158,16 @@ class Learned:
             self._changed(name)
 
     def forget(self, name: str) -> None:
-        """Forget all of one consumer: what is declared of it is all there is again."""
+        """Forget all of one consumer and its models, or of one model: what is declared of it is all
+        there is again."""
         with self._lock:
-            self._records[name] = _Record()
-            self._changed(name)
+            for model in [each for each in self._records if each.startswith(f"{name}/")]:
+                self._drop(model)
+            if parts_of(name)[1] is not None:
+                self._drop(name)
+            else:
+                self._records[name] = _Record()
+                self._changed(name)
             self._changes += 1
         self.growths.forget(name)
 
@@ -171,9 +180,9 @@ class Learned:
                     self._changed(name)
 
     def figures(self, name: str) -> Figures:
-        """What is known of one consumer."""
+        """What is known of one consumer or model."""
         self.forget_the_old()
-        return self._known[name]
+        return self._known.get(name, NOTHING)
 
     def needed(self, name: str, declared: Declared) -> Figure:
         """See `Figures.needed`."""
@@ -183,42 +192,45 @@ class Learned:
         """It holds so much, loaded: by the card's figures for its processes, or by its own; during
         a job or, not `working`, at rest."""
         with self._lock:
-            record = self._records[name]
+            record = self._record(name)
             was_releasing, record.releasing = record.releasing, None
             news = record.footprint.saw(mib, source, self._now(), working=working)
             self._changes += news
             if news or was_releasing:  # most samples are none
                 self._changed(name)
 
-    def ran(self, name: str, seconds: float, *, cold: bool = False) -> None:
-        """A job of it has ended well. `cold`: the consumer was not loaded before it, so that
-        loading is part of what it took."""
+    def ran(
+        self, name: str, seconds: float, *, cold: bool = False, context: int | None = None
+    ) -> None:
+        """A job of it has ended well. `cold`: it was not loaded before, so that loading is part of
+        what it took. `context` is for how many tokens its model is loaded."""
         with self._lock:
-            record = self._records[name]
+            record = self._record(name)
             record.times["cold_s" if cold else "run_s"].append(seconds)
-            self._changed(name, footprint=record.footprint.job_done(self._now()))
+            self._changed(name, footprint=record.footprint.job_done(self._now(), context))
             self._changes += 1
 
     def knows_enough(self, name: str) -> bool:
         """Whether enough of its jobs were measured for a declaration to count no more."""
-        return self._known[name].needs.known
+        return self._known.get(name, NOTHING).needs.known
 
     def spilled(self, name: str) -> None:
         """Part of it is on the CPU: what it held since it was loaded is not what it needs."""
         with self._lock:
-            self._records[name].footprint.spilled()
+            self._record(name).footprint.spilled()
             self._changed(name)
 
     def failed(self, name: str) -> None:
         """A job of it has failed: what it held meanwhile says nothing."""
         with self._lock:
-            self._records[name].footprint.discard()
-            self._changed(name)
+            if name in self._records:
+                self._records[name].footprint.discard()
+                self._changed(name)
 
     def loaded(self, name: str, seconds: float) -> None:
         """Note how many seconds a load took."""
         with self._lock:
-            self._records[name].times["load_s"].append(seconds)
+            self._record(name).times["load_s"].append(seconds)
             self._changed(name)
             self._changes += 1
 
@@ -227,7 +239,7 @@ class Learned:
         it may come back until `until` (monotonic seconds), that is what it keeps only if it still
         does then."""
         with self._lock:
-            record = self._records[name]
+            record = self._record(name)
             record.times["unload_s"].append(seconds)
             record.footprint.unloaded()
             record.releasing = None
@@ -262,13 +274,38 @@ class Learned:
     def ran_out(self, name: str, needed_mib: int) -> None:
         """A job ran out of memory that needs so much at least."""
         with self._lock:
-            self._records[name].footprint.raise_to(needed_mib, self._now())
+            self._record(name).footprint.raise_to(needed_mib, self._now())
             self._changed(name)
             self._changes += 1
 
+    def _record(self, name: str) -> _Record:
+        """With the lock: what is known of a consumer, or of a model, of which this may be the
+        first. Of a consumer's models the `MOST_MODELS` are kept that were heard of last."""
+        consumer, model = parts_of(name)
+        if model is None or consumer not in self._records:
+            return self._records[name]
+        record = self._records.pop(name, None)
+        if record is None:
+            record = _Record()
+            models = [each for each in self._records if each.startswith(f"{consumer}/")]
+            if len(models) >= MOST_MODELS:
+                self._drop(models[0])
+        self._records[name] = record
+        return record
+
+    def _drop(self, model: str) -> None:
+        self._records.pop(model, None)
+        if model in self._known:
+            self._known = MappingProxyType(
+                {name: each for name, each in self._known.items() if name != model}
+            )
+            self._tell(self._known)
+
     def _changed(self, name: str, *, footprint: bool = True) -> None:
         """With the lock: publish, if it is news. Without `footprint`, nothing changed in that."""
-        record = self._records[name]
+        record = self._records.get(name)
+        if record is None:  # a model that was just forgotten
+            return
         if footprint:
             record.drawn = None
         figures = record.figures(self._now())
@@ -304,7 +341,7 @@ class Learned:
         """Take over what `as_data` gave; consumers that are not configured any more are passed
         over. Raises ValueError, TypeError, KeyError or AttributeError for what it never gave."""
         for name, entry in data.items():
-            if name not in self._records:
+            if parts_of(name)[0] not in self._records:
                 continue
             record = _Record()
             if "peaks_mib" not in entry:  # as version 1 had them
@@ -320,6 +357,7 @@ class Learned:
                 values = entry.get(each, ()) if each == "cold_s" else entry[each]  # a newer key
                 record.times[each].extend(seconds(value) for value in values)
             with self._lock:
+                self._record(name)  # makes room for a model
                 self._records[name] = record
                 self._changed(name)
 

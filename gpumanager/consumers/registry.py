@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from gpumanager.clock import Clock
 from gpumanager.config import Config, ConsumerConfig
-from gpumanager.consumers import transitions
+from gpumanager.consumers import shares, transitions
 from gpumanager.consumers.learning import Figures
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import NoConsumer
@@ -142,11 +143,14 @@ class Registry:
 
     # -- jobs ------------------------------------------------------------------------------
 
-    def job_started(self, name: str) -> ConsumerState:
-        """A real job begins: it counts as use, and from here on the model takes memory, which is
+    def job_started(self, name: str, model: str | None = None) -> ConsumerState:
+        """A real job begins: it counts as use, and from here on its model takes memory, which is
         an assumption until the job has ended well. Returns the state before."""
-        now = self._clock.monotonic()
-        return self._change(name, lambda state: transitions.job_started(state, now))[0]
+        now, consumer = self._clock.monotonic(), self.now.config.consumers.get(name)
+        tells = consumer is not None and consumer.tells_models_apart
+        return self._change(
+            name, lambda state: transitions.job_started(state, now, model, tells=tells)
+        )[0]
 
     def job_finished(
         self,
@@ -155,8 +159,10 @@ class Registry:
         worked: bool = True,
         unloaded: ConsumerState | None = None,
         process_gone: bool = False,
+        model: str | None = None,
+        context: int | None = None,
     ) -> None:
-        """The counterpart of `job_started`.
+        """The counterpart of `job_started`; `context` is how many tokens the job asked for.
 
         `worked`: the consumer did what it was asked, which shows that it is loaded; `unloaded`:
         the job loaded nothing, so back to what was so before it; `process_gone`: nothing listens
@@ -166,16 +172,30 @@ class Registry:
         self._change(
             name,
             lambda state: transitions.job_finished(
-                state, now, worked=worked, unloaded=unloaded, process_gone=process_gone
+                state,
+                now,
+                worked=worked,
+                unloaded=unloaded,
+                process_gone=process_gone,
+                model=model,
+                context=context,
             ),
         )
 
     # -- residency -------------------------------------------------------------------------
 
-    def set_loaded(self, name: str, loaded: bool) -> None:
-        """The broker itself loaded or unloaded the consumer."""
+    def set_loaded(self, name: str, loaded: bool, model: str | None = None) -> None:
+        """The broker itself loaded or unloaded the consumer, or one model of it."""
         now = self._clock.monotonic()
-        self._change(name, lambda state: transitions.set_loaded(state, loaded, now))
+        self._change(name, lambda state: transitions.set_loaded(state, loaded, now, model))
+
+    def measured(self, name: str, held_mib: int, base_mib: int) -> ConsumerState:
+        """The card shows how much its processes hold; `base_mib` of that without any model. Returns
+        its state with each model's share."""
+        state, now = self.now.states[name], self._clock.monotonic()
+        if shares.measured(state, held_mib, base_mib, now) is state:  # nearly always
+            return state
+        return self._change(name, lambda state: shares.measured(state, held_mib, base_mib, now))[1]
 
     def drop_assumption(self, name: str) -> None:
         """It cannot be loaded, as was assumed: others hold the memory. Does nothing if it was
@@ -223,9 +243,13 @@ class Registry:
         if self.now.states[name].leaks:
             self._change(name, lambda state: replace(state, quarantine="", leaks=0))
 
-    def came_back(self, name: str) -> None:
-        """All of its memory was seen to be back: what it holds from now on was loaded since."""
-        self._change(name, lambda state: replace(state, unloaded_at=None))
+    def came_back(self, name: str, model: str | None = None) -> None:
+        """All of its memory, or its model's, was seen to be back: what it holds from now on was
+        loaded since."""
+        if model is not None:
+            self._change_model(name, model, unloaded_at=None)
+        if not self.now.states[name].loaded_models:
+            self._change(name, lambda state: replace(state, unloaded_at=None))
 
     def end_quarantines(self) -> None:
         """Those whose time is over may be asked again."""
@@ -234,9 +258,13 @@ class Registry:
             if state.quarantine and now >= state.quarantine_until:
                 self._change(name, lambda state: replace(state, quarantine=""))
 
-    def pin(self, name: str, pinned: bool) -> None:
-        """An operator's word, for as long as the broker runs: never evict it, or do so again."""
-        self._change(name, lambda state: replace(state, pinned=pinned))
+    def pin(self, name: str, pinned: bool, model: str | None = None) -> None:
+        """An operator's word, for as long as the broker runs: never evict it, or one model of it,
+        or do so again."""
+        if model is not None:
+            self._change_model(name, model, pinned=pinned)
+        else:
+            self._change(name, lambda state: replace(state, pinned=pinned))
 
     @contextmanager
     def busy(self, name: str) -> Iterator[None]:
@@ -292,6 +320,14 @@ class Registry:
         self._change(name, change)
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _change_model(self, name: str, model: str, **changes: Any) -> None:
+        self._change(
+            name,
+            lambda state: shares.with_models(
+                state, {model: replace(state.model(model), **changes)}
+            ),
+        )
 
     def _assumed(self, name: str) -> bool:
         consumer = self.now.config.consumers.get(name)

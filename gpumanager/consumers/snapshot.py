@@ -9,7 +9,14 @@ from types import MappingProxyType
 from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.learning import NOTHING, Figures
-from gpumanager.model import ConsumerState, GpuState, Job, MemoryReading
+from gpumanager.model import (
+    ConsumerState,
+    Declared,
+    GpuState,
+    Job,
+    MemoryReading,
+    parts_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,34 @@ class Snapshot:
         """What was learned of one consumer."""
         return self.learned.get(name, NOTHING)
 
-    def needed(self, name: str) -> Figure:
-        """What a consumer of the config needs to be resident and work. It is a guess, unless it is
-        declared: it may cost others an eviction, but refuses nothing."""
-        known = self.learned.get(name, NOTHING)
-        return known.needs.of(self.config.consumers[name].declared)
+    def needed(self, name: str, context: int | None = None) -> Figure:
+        """What a consumer of the config, or a model of one, by the name that residents have, needs
+        to be resident and work; with a `context` of so many tokens. It is a guess, unless it is
+        declared: it may cost others an eviction, but refuses nothing.
+
+        A model of which nothing is known or declared is taken to need what its consumer does.
+        """
+        owner, model = parts_of(name)
+        consumer, needs = self.config.consumers[owner], self.learned.get(name, NOTHING).needs
+        declared = consumer.declared_for(model)
+        if declared is not None:
+            return needs.of(declared, context)
+        if needs.nothing:
+            return self.learned.get(owner, NOTHING).needs.of(consumer.declared, context)
+        if consumer.elastic:
+            return needs.of(consumer.declared)
+        return needs.of(Declared(0, consumer.max_mib), context)
+
+    def models(self, name: str) -> tuple[str, ...]:
+        """The models of a consumer that count by themselves: those that are loaded, and those that
+        something is known of. None of a consumer that cannot tell them apart, nor of one that is
+        loaded, as far as is known, without having said what with."""
+        consumer, state = self.config.consumers[name], self.states[name]
+        if not consumer.tells_models_apart or (state.loaded and not state.loaded_models):
+            return ()
+        learned = (parts_of(each) for each in self.learned if each.startswith(f"{name}/"))
+        known = dict.fromkeys([*state.models, *(model for _, model in learned if model)])
+        return tuple(known)
 
     def seeing(self, reading: MemoryReading | None) -> Snapshot:
         """The same, with this reading of the card."""

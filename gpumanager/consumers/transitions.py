@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gpumanager.consumers import shares
 from gpumanager.model import CONTEXT_MIB, ConsumerState, ProbeReport, StoppedBy
 
 FIRST_QUARANTINE_S = 60.0
@@ -23,7 +24,7 @@ def fresh(loaded: bool, now: float, *, residency_version: int = 0) -> ConsumerSt
 def as_assumed(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
     """A fresh process, of which nothing is known."""
     return replace(
-        state,
+        shares.all_unloaded(state, None),
         loaded=loaded,
         assumed=now if loaded else None,
         unloaded_at=None,
@@ -31,12 +32,14 @@ def as_assumed(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
     )
 
 
-def job_started(state: ConsumerState, now: float) -> ConsumerState:
+def job_started(
+    state: ConsumerState, now: float, model: str | None = None, *, tells: bool = False
+) -> ConsumerState:
     """See `Registry.job_started`."""
     return replace(
-        state,
+        shares.job_started(state, model, now, tells=tells),
         active=state.active + 1,
-        cold=not state.loaded,
+        cold=not state.has_loaded(model if tells else None),
         total_requests=state.total_requests + 1,
         last_used=now,
         loaded=True,
@@ -54,11 +57,13 @@ def job_finished(
     worked: bool,
     unloaded: ConsumerState | None,
     process_gone: bool,
+    model: str | None = None,
+    context: int | None = None,
 ) -> ConsumerState:
     """See `Registry.job_finished`. What it reported before the job is a lower bound of what it
     holds now."""
     state = replace(
-        state,
+        shares.job_finished(state, model, now, worked=worked, context=context, unloaded=unloaded),
         active=state.active - 1,
         last_used=now,
         assumed=None if worked else state.assumed,
@@ -67,7 +72,7 @@ def job_finished(
     )
     if process_gone:
         return replace(
-            state,
+            shares.all_unloaded(state, None),
             loaded=False,
             assumed=None,
             resident_mib=0,
@@ -87,8 +92,19 @@ def job_finished(
     return state
 
 
-def set_loaded(state: ConsumerState, loaded: bool, now: float) -> ConsumerState:
-    """The broker itself loaded or unloaded it."""
+def set_loaded(
+    state: ConsumerState, loaded: bool, now: float, model: str | None = None
+) -> ConsumerState:
+    """The broker itself loaded or unloaded it, or one model of it."""
+    if model is not None:
+        others = any(name != model for name in state.loaded_models)
+        change = shares.loaded if loaded else shares.unloaded
+        state = change(state, model, now)
+        if others:
+            version = state.residency_version + 1
+            return replace(state, report_outdated=True, residency_version=version)
+    elif not loaded:
+        state = shares.all_unloaded(state, now)
     return replace(
         state,
         loaded=loaded,
@@ -167,7 +183,9 @@ def probe_succeeded(
     state = replace(state, tells=report.loaded is not None)
     if not current or state.active:
         return state
-    state = replace(state, on_cpu=report.on_cpu, items=report.items)
+    state = replace(state, on_cpu=report.on_cpu, items=report.items or ())
+    if report.items is not None:
+        state = shares.listed(state, report.items, report.details, now)
     loaded = state.loaded if report.loaded is None else report.loaded
     if report.loaded is not None:
         if state.loaded and not report.loaded and state.assumed is None:
@@ -196,7 +214,7 @@ def probe_failed(
     if not process_gone or state.active:
         return state
     return replace(
-        state,
+        shares.all_unloaded(state, None),
         loaded=False,
         assumed=None,
         unloaded_at=None,

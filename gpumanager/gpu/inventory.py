@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gpumanager.consumers.shares import shared
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.gpu.accounting import Balance, Held, balance, disproved, held, plausible
+from gpumanager.model import ModelState, resident_name
 
 
 def holder(snapshot: Snapshot, name: str, now: float | None = None) -> Held:
@@ -16,11 +18,44 @@ def holder(snapshot: Snapshot, name: str, now: float | None = None) -> Held:
     return held(
         name,
         state,
-        snapshot.config.consumers[name].vram_resident_mib,
+        _declared_mib(snapshot, name),
         snapshot.gpu.reading,
         last=snapshot.gpu.last,
         keeps_mib=0 if at_rest else keeps_mib(snapshot, name),
         now=now,
+    )
+
+
+def model_shares(snapshot: Snapshot, name: str) -> dict[str, int]:
+    """What each loaded model of a consumer holds, by its name: a share of what is measured; else
+    what the consumer says of it, else what it is known to need. Empty where the consumer cannot
+    tell them apart."""
+    if not snapshot.config.consumers[name].tells_models_apart:
+        return {}
+    state, reading = snapshot.states[name], snapshot.gpu.reading
+    mib = None if reading is None else reading.measured_mib(name)
+    if mib is not None:
+        return shared(state, mib, keeps_mib(snapshot, name))
+    return {
+        model: _said_or_needed(snapshot, name, model, state.models[model])
+        for model in state.loaded_models
+    }
+
+
+def _said_or_needed(snapshot: Snapshot, name: str, model: str, state: ModelState) -> int:
+    if state.reported_mib is not None:
+        return state.reported_mib
+    return max(state.held_mib, snapshot.needed(resident_name(name, model), state.context).mib)
+
+
+def _declared_mib(snapshot: Snapshot, name: str) -> int:
+    """What a consumer is taken to hold, if nobody measures it, and it does not say."""
+    consumer, state = snapshot.config.consumers[name], snapshot.states[name]
+    if not consumer.tells_models_apart or not state.loaded_models:
+        return consumer.vram_resident_mib
+    return sum(
+        snapshot.needed(resident_name(name, each), state.models[each].context).mib
+        for each in state.loaded_models
     )
 
 
@@ -66,7 +101,7 @@ def _assumes(snapshot: Snapshot) -> bool:
 
 
 def _declared(snapshot: Snapshot) -> dict[str, int]:
-    return {name: each.vram_resident_mib for name, each in snapshot.config.consumers.items()}
+    return {name: _declared_mib(snapshot, name) for name in snapshot.config.consumers}
 
 
 def _total_mib(snapshot: Snapshot) -> int:

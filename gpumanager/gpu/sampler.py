@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gpumanager.clock import Clock
+from gpumanager.consumers.footprint import Seen
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.gpu.device import GpuMemory, GpuUnavailable
-from gpumanager.model import CONTEXT_MIB, ConsumerState, GpuState, Growth, MemoryReading
+from gpumanager.gpu.inventory import keeps_mib
+from gpumanager.model import (
+    CONTEXT_MIB,
+    ConsumerState,
+    GpuState,
+    Growth,
+    MemoryReading,
+    model_key,
+    resident_name,
+)
 from gpumanager.telemetry import events
 
 BUSY_INTERVAL_S = 0.5
@@ -78,6 +88,7 @@ class Sampler:
                 self._learned.spilled(name)
             else:
                 self._learn_held(name, state, reading)
+            self._learn_of_models(name, state, mib)
             if mib is None:
                 continue
             if state.assumed is not None and mib > CONTEXT_MIB:
@@ -133,6 +144,41 @@ class Sampler:
             # What it has leaked is not what its jobs need: it would be back after an unload.
             needed = max(0, mib - state.growth.leaked_mib)
             self._learned.held(name, needed, working=working)
+
+    def _learn_of_models(self, name: str, state: ConsumerState, mib: int | None) -> None:
+        """What the job's model needs: its share of what its consumer holds, or all of that where
+        the consumer does not tell its models apart."""
+        snapshot = self._registry.now
+        consumer = snapshot.config.consumers.get(name)
+        if consumer is None or not consumer.counts_by_model:
+            return
+        held = {} if mib is None or state.at_work is None else {state.at_work: mib}
+        if consumer.tells_models_apart:
+            if mib is not None:
+                state = self._registry.measured(name, mib, keeps_mib(snapshot, name))
+            held = _held_by_models(state, mib)
+        for model, share in held.items():
+            resident, working = resident_name(name, model), state.model(model).active > 0
+            if any(model_key(each) == model for each in state.on_cpu):
+                self._learned.spilled(resident)
+                needs_mib = state.model(model).needs_mib or 0
+                if needs_mib > snapshot.needed(resident).mib:
+                    self._learned.ran_out(resident, needs_mib)
+            elif share and (working or not state.active):
+                source: Seen = "reported" if mib is None else "measured"
+                self._learned.held(resident, share, source, working=working)
+
+
+def _held_by_models(state: ConsumerState, mib: int | None) -> dict[str, int]:
+    """What is known of it: of the model that works, or at rest of the one that did last; nothing
+    while memory of another one may be on its way back."""
+    models = {name: each for name, each in state.models.items() if each.loaded}
+    if any(each.unloaded_at is not None for each in state.models.values()) or not models:
+        return {}
+    if mib is None:
+        return {} if state.active else {n: each.reported_mib or 0 for n, each in models.items()}
+    last = state.at_work or max(models, key=lambda name: models[name].last_used or 0.0)
+    return {last: models[last].held_mib} if last in models else {}
 
 
 def _hides_a_model(reading: MemoryReading | None) -> bool:

@@ -27,7 +27,7 @@ from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.jobs.cancellation import Cancellation, StopsJobs
 from gpumanager.jobs.place import Place
 from gpumanager.jobs.record import RequestRecord
-from gpumanager.model import ConsumerState
+from gpumanager.model import ConsumerState, Job
 from gpumanager.telemetry.events import Emit, JobEnded
 from gpumanager.upstream.exchange import Exchange
 
@@ -96,7 +96,7 @@ class Hold:
         means = self._means
         means.admission.begin(self._name)
         self._began = means.clock.monotonic()
-        self._before = means.registry.job_started(self._name)
+        self._before = means.registry.job_started(self._name, self._job.model)
         self._state = _State.RUNNING
         self._calls_with(exchange)
 
@@ -107,7 +107,7 @@ class Hold:
     @property
     def was_loaded(self) -> bool:
         """Whether its consumer was, as far as was known when it began."""
-        return self._before is not None and self._before.loaded
+        return self._before is not None and self._before.has_loaded(self._model)
 
     @property
     def seconds(self) -> float:
@@ -121,7 +121,8 @@ class Hold:
         # A job that failed over there, out of memory perhaps, may have loaded nothing. Where the
         # card is measured, taking it for not loaded costs an eviction at worst.
         measured = self._means.registry.now.gpu.reading is not None
-        self._loaded_nothing = exchange.status >= 500 and measured and not self._before.loaded
+        failed = exchange.status >= 500 and measured
+        self._loaded_nothing = failed and not self._before.has_loaded(self._model)
         self._status = exchange.status
 
     def failed(self, error: BaseException) -> None:
@@ -222,20 +223,36 @@ class Hold:
                 worked=worked,
                 unloaded=before if self._loaded_nothing else None,
                 process_gone=self._process_gone,
+                model=self._job.model,
+                context=self._job.context,
             )
         finally:
             self._place.give_up()
-        if worked:
-            means.learned.ran(self._name, seconds, cold=not before.loaded)
-        else:
-            means.learned.failed(self._name)
+        job, cold = self._job, not before.has_loaded(self._model)
+        context = job.context or means.registry.get(self._name).model(job.model or "").context
+        for name in dict.fromkeys((self._name, job.resident)):
+            if worked:
+                means.learned.ran(name, seconds, cold=cold, context=context)
+            else:
+                means.learned.failed(name)
         self._note(seconds)
         means.after_job(self._name)
 
-    def _note(self, seconds: float) -> None:
+    @property
+    def _job(self) -> Job:
         ticket = self._place.ticket
         assert ticket is not None  # noqa: S101  # it has begun
-        job, now = ticket.job, self._means.registry.now
+        return ticket.job
+
+    @property
+    def _model(self) -> str | None:
+        """The job's model, if its consumer tells its models apart."""
+        return self._job.model if self._place.config.tells_models_apart else None
+
+    def _note(self, seconds: float) -> None:
+        ticket, job = self._place.ticket, self._job
+        assert ticket is not None  # noqa: S101  # it has begun
+        now = self._means.registry.now
         came = self._began - ticket.prepared_s - ticket.waited_s
         total_mib = now.config.gpu.total_mib
         if now.gpu.reading is not None:

@@ -13,7 +13,7 @@ from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.jobs.routing import Router
-from gpumanager.model import Job
+from gpumanager.model import Job, model_key, parts_of, resident_name
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
 from gpumanager.telemetry.events import Emit, Forgotten, Pinned, Unpinned
 from gpumanager.upstream.watcher import Watcher
@@ -46,64 +46,96 @@ class Operations:
         self._clock = clock
         self._emit = emit
 
-    def unload(self, record: RequestRecord, name: str) -> dict[str, Any]:
-        """Unload a consumer. Raises NotFound, NoConsumer if there is no way to, or what waiting
-        and unloading raise."""
-        release = self._in_turn(record, name, "unload", lambda it: self._moves.unload(name, it))
+    def unload(self, record: RequestRecord, name: str, model: str | None = None) -> dict[str, Any]:
+        """Unload a consumer, or one model of it. Raises NotFound, NoConsumer if there is no way to,
+        or what waiting and unloading raise."""
+        resident = resident_name(name, model)
+        release = self._in_turn(
+            record, name, "unload", lambda it: self._moves.unload(resident, it), model=model
+        )
         answer = {
-            "consumer": name,
+            **_named(name, model),
             "outcome": release.outcome,
             "mib": release.mib,
             "ms": round(release.seconds * 1000),
         }
         return {**answer, "taken_by": release.taken_by} if release.taken_by else answer
 
-    def load(self, record: RequestRecord, name: str) -> dict[str, Any]:
-        """Make room for a consumer and load it. Raises as above."""
+    def load(self, record: RequestRecord, name: str, model: str | None = None) -> dict[str, Any]:
+        """Make room for a consumer, or one model of it, and load it. Raises as above."""
         began = self._clock.monotonic()
         self._in_turn(
-            record, name, "load", lambda it: self._moves.load(name, it), self._can_be_loaded
+            record,
+            name,
+            "load",
+            lambda it: self._moves.load(name, it),
+            self._can_be_loaded,
+            model=model,
         )
         seconds = self._clock.monotonic() - began
         return {
-            "consumer": name,
-            "loaded": self._registry.get(name).loaded,
+            **_named(name, model),
+            "loaded": self._registry.get(name).has_loaded(model),
             "ms": round(seconds * 1000),
         }
 
-    def pin(self, name: str, pinned: bool) -> dict[str, Any]:
-        """Never evict a consumer, nor unload it for being idle, or do so again: whatever the
-        config says, until the broker ends. Raises NotFound."""
+    def pin(self, name: str, pinned: bool, model: str | None = None) -> dict[str, Any]:
+        """Never evict a consumer, or one model of it, nor unload it for being idle, or do so again:
+        whatever the config says, until the broker ends. Raises NotFound, and NoConsumer for a model
+        of a consumer that cannot tell them apart."""
         place = self._place(name)
-        self._registry.pin(name, pinned)
-        place.give_up()
-        self._emit(Pinned(consumer=name) if pinned else Unpinned(consumer=name))
-        return {"consumer": name, "pinned": pinned}
-
-    def forget(self, name: str) -> dict[str, Any]:
-        """Forget what was learned of a consumer. Raises NotFound."""
-        place = self._place(name)
-        self._learned.forget(name)
-        needed = self._learned.needed(name, place.config.declared)
-        place.give_up()
-        self._emit(Forgotten(consumer=name))
-        return {"consumer": name, "needed": {"mib": needed.mib, "source": needed.source}}
-
-    def plan(self, kind: str) -> dict[str, Any]:
-        """What would happen to a job of `kind` that came now. Acts on nothing."""
-        _, place = self._places.chosen(lambda: self._router.choose((kind,), lambda: None))
         try:
-            return self._plan(kind, place.name)
+            _check_model(place, model)
+            self._registry.pin(name, pinned, model)
+        finally:
+            place.give_up()
+        self._emit(
+            Pinned(consumer=name, model=model) if pinned else Unpinned(consumer=name, model=model)
+        )
+        return {**_named(name, model), "pinned": pinned}
+
+    def forget(self, name: str, model: str | None = None) -> dict[str, Any]:
+        """Forget what was learned of a consumer and its models, or of one model. Raises
+        NotFound."""
+        place = self._place(name)
+        resident = resident_name(name, model)
+        self._learned.forget(resident)
+        needed = self._registry.now.needed(resident)
+        place.give_up()
+        self._emit(Forgotten(consumer=name, model=model))
+        return {
+            **_named(name, model),
+            "needed": {"mib": needed.mib, "source": needed.source},
+        }
+
+    def plan(
+        self, kind: str, model: str | None = None, context: int | None = None
+    ) -> dict[str, Any]:
+        """What would happen to a job of `kind` that came now, with that model and context length in
+        tokens. Acts on nothing. Raises NoConsumer and ModelNotFound."""
+        choice, place = self._places.chosen(lambda: self._router.choose((kind,), lambda: model))
+        try:
+            wanted = choice.served_as or model
+            if not place.config.counts_by_model:
+                wanted = None
+            return self._plan(
+                Job(
+                    place.name,
+                    kind,
+                    model=None if wanted is None else model_key(wanted),
+                    context=context,
+                )
+            )
         finally:
             place.give_up()
 
-    def _plan(self, kind: str, name: str) -> dict[str, Any]:
-        now = self._moves.preview(name)
+    def _plan(self, job: Job) -> dict[str, Any]:
+        now = self._moves.preview(job)
         fits = now.fits or bool(now.victims)
-        turn = self._scheduler.estimate(Job(name, kind))
+        turn = self._scheduler.estimate(job)
         return {
-            "kind": kind,
-            "consumer": name,
+            "kind": job.kind,
+            **_named(job.consumer, job.model),
             "fits": fits,
             "fits_now": now.fits,
             "needed_mib": now.needed_mib,
@@ -114,7 +146,7 @@ class Operations:
             "source": now.balance.source,
             "victims": [
                 {
-                    "consumer": victim.name,
+                    **_named(*parts_of(victim.name)),
                     "mib": victim.mib,
                     "why": self._why(victim),
                     "estimate_ms": round(victim.unload_s * 1000),
@@ -164,9 +196,11 @@ class Operations:
         kind: str,
         act: Callable[[Ticket], T],
         check: Callable[[Place], None] = lambda place: None,  # noqa: ARG005
+        model: str | None = None,
     ) -> T:
         place = self._place(name)
         try:
+            _check_model(place, model)
             check(place)
             record.consumer = name
             client = ClientWatch(record, self._watcher)
@@ -183,7 +217,18 @@ class Operations:
                 urgency=record.urgency_or(self._registry.now.config.urgency_of(kind)),
                 requester=record.who,
                 session=record.session,
+                model=model,
             )
             return act(place.wait_turn(job, client))
         finally:
             place.give_up()
+
+
+def _named(name: str, model: str | None) -> dict[str, Any]:
+    return {"consumer": name} if model is None else {"consumer": name, "model": model}
+
+
+def _check_model(place: Place, model: str | None) -> None:
+    if model is not None and not place.config.tells_models_apart:
+        message = f"consumer {place.name} does not tell its models apart, so it is all or nothing"
+        raise NoConsumer(message, consumer=place.name)

@@ -11,7 +11,7 @@ from typing import Protocol
 from gpumanager.config import ConsumerConfig, ModelEntry
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ModelNotFound, NoConsumer
-from gpumanager.model import ModelListing
+from gpumanager.model import ModelListing, model_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,16 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The consumer that gets a job of a kind, and the name that it is given for the model, None if
-    that is the client's own. `makes_room` is False for one that only unloads."""
+    that is the client's own. `makes_room` is False for one that only unloads. `model` is the model
+    that it works with, where what the job needs depends on that, and `context` the context length
+    that it asks for, in tokens."""
 
     kind: str
     consumer: str
     served_as: str | None = None
     makes_room: bool = True
+    model: str | None = None
+    context: int | None = None
 
 
 class Catalogue(Protocol):
@@ -158,6 +162,15 @@ class Router:
     def consumer(self, name: str) -> ConsumerConfig:
         """The config of one that was chosen."""
         return self._registry.now.consumers[name]
+
+    def is_known(self, name: str, model: str) -> bool:
+        """Whether a consumer surely means that model by that name: one that takes any name may
+        answer with another one."""
+        now = self._registry.now
+        if not now.consumers[name].any_model or model_key(model) in now.states[name].models:
+            return True
+        listed = self._catalogue.listed(name)
+        return listed is not None and _is_listed(model, listed.names)
 
     def _offer(self, name: str, consumer: ConsumerConfig, wanted: str) -> Offer:
         asks = consumer.models is None

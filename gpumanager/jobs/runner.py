@@ -91,6 +91,8 @@ class JobRunner:
                 max_wait,
                 key=record.key,
                 settings=consumer,
+                model=choice.model,
+                context=choice.context,
                 # Whom the broker has stopped, it has to start first.
                 makes_room=choice.makes_room
                 or self._means.registry.get(name).stopped_by is not None,
@@ -116,7 +118,7 @@ class JobRunner:
 
         try:
             send(exchange)
-            shortage = self._shortages.in_answer(name, consumer, exchange)
+            shortage = self._shortages.in_answer(ticket.job, consumer, exchange)
             if shortage is not None:
                 client.when_gone(lambda: ticket.cancel(place.client_left()))
                 again = exchange.again() if consumer.out_of_memory.retry else None
@@ -126,11 +128,11 @@ class JobRunner:
                     exchange = again
                     hold.begin_again(exchange)
                     send(exchange)
-                    second = self._shortages.in_answer(name, consumer, exchange)
+                    second = self._shortages.in_answer(ticket.job, consumer, exchange)
                     if second is None and exchange.status < 500:
                         self._shortages.healed(shortage)
             if exchange.status < 400 and not followed:
-                self._see_what_it_holds(name, hold)
+                self._see_what_it_holds(ticket.job, hold)
             job_id = self._taken(consumer, exchange) if followed else None
         except BaseException as error:
             hold.failed(error)
@@ -209,8 +211,8 @@ class JobRunner:
             self._owners.ended(name, job)
             failure = None
             try:
-                self._see_what_it_holds(name, hold)
-                shortage = self._shortages.in_result(name, consumer, said or b"", request)
+                self._see_what_it_holds(ticket.job, hold)
+                shortage = self._shortages.in_result(ticket.job, consumer, said or b"", request)
                 if shortage is not None:
                     failure = "out_of_memory"
                     self._shortages.not_retried(shortage)  # its answer has gone out
@@ -219,11 +221,11 @@ class JobRunner:
 
         hold.follow(lambda: self._completions.follow(name, consumer, job, ticket, ended))
 
-    def _see_what_it_holds(self, name: str, hold: Hold) -> None:
+    def _see_what_it_holds(self, job: Job, hold: Hold) -> None:
         """Short jobs slip through between two samples of the card: where little is known of the
         consumer yet, or it was loaded just now, look while it surely holds its model."""
         reading = self._means.registry.now.gpu.reading
-        if reading is None or reading.measured_mib(name) is None:
+        if reading is None or reading.measured_mib(job.consumer) is None:
             return
-        if not hold.was_loaded or not self._means.learned.knows_enough(name):
+        if not hold.was_loaded or not self._means.learned.knows_enough(job.resident):
             self._look()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
-from gpumanager.gpu.inventory import holders, left
+from gpumanager.gpu.inventory import holders, left, model_shares
 from gpumanager.jobs.echo import says_out_of_memory
-from gpumanager.model import CONTEXT_MIB, MemoryReading
+from gpumanager.model import CONTEXT_MIB, Job, MemoryReading, parts_of
 from gpumanager.telemetry.events import Emit, OutOfMemory, OutOfMemoryDoubted, OutOfMemoryHealed
 from gpumanager.upstream.exchange import Exchange
 
@@ -42,12 +42,12 @@ class MemoryFailures:
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """One of them, in MiB as of that moment: `needed` is what was taken for enough, `room` what
-    its consumer held and what was free, `most` what can ever be free for it. `alone`: no other
-    consumer held anything, so that it could not have been given more. `likely` is False where the
-    card's figures speak against it."""
+    """One of them, of a job that needs `resident`, in MiB as of that moment: `needed` is what was
+    taken for enough, `room` what that held and what was free, `most` what can ever be free for it.
+    `alone`: nothing else held anything, so that it could not have been given more. `likely` is
+    False where the card's figures speak against it."""
 
-    consumer: str
+    resident: str
     needed_mib: int
     room_mib: int
     most_mib: int
@@ -78,7 +78,7 @@ class Shortages:
         """How many jobs ran out of memory since the start, and how many of them were healed."""
         return self._failures
 
-    def in_answer(self, name: str, consumer: ConsumerConfig, exchange: Exchange) -> Shortage | None:
+    def in_answer(self, job: Job, consumer: ConsumerConfig, exchange: Exchange) -> Shortage | None:
         """The shortage that an answer tells of, of which nothing was relayed yet; None if it tells
         of none. Nothing is learned from it yet."""
         signs = consumer.out_of_memory
@@ -87,10 +87,10 @@ class Shortages:
         body = exchange.read_ahead(LARGEST_FAILURE_BYTES)
         if body is None or not signs.said_in(body):  # before the request is read for it
             return None
-        return self._in_text(name, consumer, body, exchange.request_text(LARGEST_REQUEST_BYTES))
+        return self._in_text(job, consumer, body, exchange.request_text(LARGEST_REQUEST_BYTES))
 
     def in_result(
-        self, name: str, consumer: ConsumerConfig, result: bytes, request: bytes
+        self, job: Job, consumer: ConsumerConfig, result: bytes, request: bytes
     ) -> Shortage | None:
         """As above, for what a consumer says of a job that was answered at once and is over now.
         Only what its `done` rule calls the failure is looked at: the rest may well hold the
@@ -102,31 +102,36 @@ class Shortages:
         failure = None if consumer.done is None else consumer.done.find_failure(answer)
         if not failure:
             return None
-        return self._in_text(name, consumer, json.dumps(failure).encode(), request)
+        return self._in_text(job, consumer, json.dumps(failure).encode(), request)
 
     def _in_text(
-        self, name: str, consumer: ConsumerConfig, said: bytes, request: bytes
+        self, job: Job, consumer: ConsumerConfig, said: bytes, request: bytes
     ) -> Shortage | None:
         if not says_out_of_memory(consumer.out_of_memory, said, request):
             return None
-        shortage = self._assess(name, consumer)
-        room, needed = shortage.room_mib, shortage.needed_mib
+        shortage = self._assess(job, consumer)
+        name, room, needed = job.consumer, shortage.room_mib, shortage.needed_mib
         if not shortage.likely:
             self._emit(OutOfMemoryDoubted(consumer=name, available_mib=room, needed_mib=needed))
             return None
         with self._lock:
             self._failures = replace(self._failures, seen=self._failures.seen + 1)
-        self._emit(OutOfMemory(consumer=name, available_mib=room, needed_mib=needed))
+        self._emit(
+            OutOfMemory(consumer=name, model=job.model, available_mib=room, needed_mib=needed)
+        )
         return shortage
 
     def healed(self, shortage: Shortage) -> None:
         """The job was done in a second run, alone on the card: learn what it holds now, or, where
         that is not measured, guess."""
-        name = shortage.consumer
+        name, _ = parts_of(shortage.resident)
         reading = self._look()  # while it holds what it really needs
+        snapshot = self._registry.now.seeing(reading)
         holds = None if reading is None else reading.measured_mib(name)
+        own = model_shares(snapshot, name).get(parts_of(shortage.resident)[1] or "")
         if holds:
-            self._learned.ran_out(name, min(holds, shortage.most_mib))
+            needed_mib = min(own or holds, shortage.most_mib)
+            self._learned.ran_out(shortage.resident, needed_mib)
         else:
             self._guess(shortage)
         with self._lock:
@@ -144,27 +149,32 @@ class Shortages:
         more = max(shortage.room_mib, math.ceil(shortage.needed_mib * RAISE))
         needed = min(more, shortage.most_mib)
         if needed > shortage.needed_mib:
-            self._learned.ran_out(shortage.consumer, needed)
+            self._learned.ran_out(shortage.resident, needed)
 
-    def _assess(self, name: str, consumer: ConsumerConfig) -> Shortage:
-        reading = self._look()
+    def _assess(self, job: Job, consumer: ConsumerConfig) -> Shortage:
+        name, reading = job.consumer, self._look()
         snapshot = self._registry.now.seeing(reading)
         holds = holders(snapshot)
         now = left(snapshot, holds, name)
         own = holds.pop(name)
         others = [each.mib for each in holds.values()]
-        needed = snapshot.figures(name).needed(consumer.declared)
-        room = own.surely_mib + now.free_mib
-        known = max(needed.mib, own.mib)
+        needed = snapshot.of(job).needed(job.resident, job.context)
+        # What its other models hold is no room for this one.
+        theirs = model_shares(snapshot, name)
+        theirs.pop(job.model or "", None)
+        others += theirs.values()
+        room = max(0, own.surely_mib - sum(theirs.values())) + now.free_mib
+        known = max(needed.mib, own.mib - sum(theirs.values()))
         nothing = needed.source == "measured" and known == 0
         elsewhere = nothing and room >= consumer.vram_resident_mib
         plenty = known > 0 and room >= PLENTY * known
         alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.
-        nobodys = 0 if reading is None else max(0, now.used_mib - own.mib - sum(others))
+        held_mib = own.mib + sum(each.mib for each in holds.values())
+        nobodys = 0 if reading is None else max(0, now.used_mib - held_mib)
         most = now.total_mib - snapshot.config.gpu.reserved_mib - nobodys
         return Shortage(
-            name,
+            job.resident,
             needed_mib=needed.mib,
             room_mib=room,
             most_mib=max(0, most) if now.total_mib else needed.mib,

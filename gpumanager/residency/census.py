@@ -3,6 +3,7 @@ the decisions, from one snapshot. Makes no calls."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from statistics import mean, median
 
@@ -10,8 +11,16 @@ from gpumanager.config import ConsumerConfig, EvictionMethod
 from gpumanager.consumers.learning import Figures, Times
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.gpu.accounting import Balance, Held
-from gpumanager.gpu.inventory import believable, holder, holders, impossible, keeps_mib, left
-from gpumanager.model import ConsumerState
+from gpumanager.gpu.inventory import (
+    believable,
+    holder,
+    holders,
+    impossible,
+    keeps_mib,
+    left,
+    model_shares,
+)
+from gpumanager.model import ConsumerState, Job, ModelState, parts_of, resident_name
 from gpumanager.scheduling.estimate import RUN, UNLOAD, Doing, Outlook, Profile, guess
 from gpumanager.scheduling.memory import Card, Standing
 from gpumanager.scheduling.victims import Demand, Resident
@@ -27,21 +36,31 @@ LATE_S = 30.0
 
 
 class Census:
-    """Counts the consumers of one snapshot at `now`, in monotonic seconds. While there is no
-    reading of the card, the latest of before helps."""
+    """Counts the consumers of one snapshot, and their models, at `now`, in monotonic seconds, for a
+    job, if that is given. While there is no reading of the card, the latest of before helps. All
+    are called by the names that residents have."""
 
-    def __init__(self, snapshot: Snapshot, now: float) -> None:
+    def __init__(self, snapshot: Snapshot, now: float, job: Job | None = None) -> None:
         self.snapshot = snapshot
         self._now = now
+        self._job = job
+        self._shares = {name: model_shares(snapshot, name) for name in snapshot.consumers}
 
     def needed(self, name: str, now: Balance) -> int:
-        """MiB that a consumer needs to be resident and work; what was only learned is no more
-        than the card has."""
-        declared = self.snapshot.consumers[name].declared
-        needed = self.snapshot.needed(name).mib
-        if needed <= declared.mib or not now.total_mib:
+        """MiB that a consumer, or a model, needs to be resident and work; what was only learned is
+        no more than the card has."""
+        declared_mib = self._declared_mib(name)
+        context = self._job.context if self._job and self._job.resident == name else None
+        needed = self.snapshot.needed(name, context).mib
+        if needed <= declared_mib or not now.total_mib:
             return needed
-        return max(declared.mib, min(needed, now.total_mib - self.snapshot.config.gpu.reserved_mib))
+        return max(declared_mib, min(needed, now.total_mib - self.snapshot.config.gpu.reserved_mib))
+
+    def _declared_mib(self, name: str) -> int:
+        owner, model = parts_of(name)
+        consumer = self.snapshot.consumers[owner]
+        declared = consumer.declared_for(model)
+        return consumer.vram_resident_mib if declared is None else declared.mib
 
     def held(self) -> dict[str, Held]:
         """What each consumer holds."""
@@ -64,18 +83,31 @@ class Census:
     def card(self) -> Card:
         """All that is decided by memory."""
         snapshot, now = self.snapshot, self.balance()
+        standings = {each.name: self._standing(each, now) for each in self.residents()}
         return Card(
-            {resident.name: self._standing(resident, now) for resident in self.residents()},
+            standings,
             snapshot.gpu.reading,
             snapshot.gpu.last,
             snapshot.config.gpu.total_mib,
             snapshot.config.gpu.reserved_mib,
             snapshot.config.eviction,
             self._now,
+            {name: self.needed(name, now) for name in self._without_standing(standings)},
         )
+
+    def _without_standing(self, known: Container[str]) -> Iterator[str]:
+        """The models that do not stand for themselves, but are known to need something."""
+        wanted = () if self._job is None else (self._job.resident,)
+        for name in (*wanted, *self.snapshot.learned):
+            owner, model = parts_of(name)
+            if model is not None and name not in known and owner in self.snapshot.consumers:
+                yield name
 
     def _standing(self, resident: Resident, now: Balance) -> Standing:
         snapshot, name = self.snapshot, resident.name
+        owner, model = parts_of(name)
+        if model is not None:
+            return self._model_standing(resident, snapshot.states[owner].model(model), now)
         consumer, state = snapshot.consumers[name], snapshot.states[name]
         demand = self.demand(name, now)
         hoped_floor_mib = _floor(consumer, state, snapshot.figures(name), hopeful=True)
@@ -92,6 +124,7 @@ class Census:
             ).surely_mib
         reading = snapshot.gpu.reading
         held_mib = 0 if reading is None else reading.measured_mib(name) or 0
+        held_mib -= sum(self._shares[name].values())
         still_mib = max(0, held_mib - keeps_mib(snapshot, name))
         return Standing(
             resident,
@@ -104,13 +137,26 @@ class Census:
             still_mib if self._is_late(state) else 0,
         )
 
+    def _model_standing(self, resident: Resident, state: ModelState, now: Balance) -> Standing:
+        demand = self.demand(resident.name, now)
+        lucky = resident if state.sure else replace(resident, loaded=False, held_mib=0)
+        return Standing(
+            resident,
+            demand,
+            self._declared_mib(resident.name),
+            resident.floor_mib,
+            lucky,
+            resident.held_mib,
+        )
+
     def _supposing(self, name: str, state: ConsumerState) -> Census:
         """The same, with another state of one consumer."""
         states = {**self.snapshot.states, name: state}
         return Census(self.snapshot.supposing(states), self._now)
 
     def _is_coming(self, state: ConsumerState) -> bool:
-        return state.is_releasing(self._now) and not state.quarantine
+        models = (each.unloaded_at is not None for each in state.models.values())
+        return (state.is_releasing(self._now) or any(models)) and not state.quarantine
 
     def _is_late(self, state: ConsumerState) -> bool:
         since = state.unloaded_at
@@ -118,27 +164,37 @@ class Census:
         return late and bool(state.quarantine) and state.leaks == 1
 
     def demand(self, name: str, now: Balance) -> Demand:
-        """What a job of a consumer needs."""
-        spared = frozenset(self.snapshot.consumers[name].can_coexist_with)
-        own = holder(self.snapshot, name, self._now)
-        return Demand(name, self.needed(name, now), own.surely_mib, spared)
+        """What a job of a consumer, or with a model of it, needs."""
+        owner, model = parts_of(name)
+        spared = frozenset(self.snapshot.consumers[owner].can_coexist_with)
+        if model is None:
+            surely_mib = holder(self.snapshot, name, self._now).surely_mib
+        else:
+            sure = self.snapshot.states[owner].model(model).sure
+            surely_mib = self._shares[owner].get(model, 0) if sure else 0
+        return Demand(name, self.needed(name, now), surely_mib, spared)
 
     def outlook(self, doing: Doing | None = None) -> Outlook:
         """What estimates are made of; `doing` is what goes on for the holder of the GPU."""
         balance, config = self.balance(), self.snapshot.config
-        figures = {name: self.snapshot.figures(name) for name in config.consumers}
-        runs = [each.run_s.mean for each in figures.values() if each.run_s is not None]
+        residents = self.residents()
+        figures = {each.name: self.snapshot.figures(each.name) for each in residents}
+        runs = [
+            times.mean
+            for name in config.consumers
+            if (times := self.snapshot.figures(name).run_s) is not None
+        ]
         usual = guess(mean(runs)) if runs else RUN
         return Outlook(
             profiles={
                 resident.name: self._profile(
                     resident,
                     self.demand(resident.name, balance),
-                    self.snapshot.states[resident.name],
+                    self.snapshot.states[resident.consumer],
                     figures[resident.name],
                     usual,
                 )
-                for resident in self.residents()
+                for resident in residents
             },
             available_mib=None
             if balance.source == "unknown"
@@ -168,23 +224,42 @@ class Census:
             cold=guess(load.mean + run.mean) if known.cold_s is None else known.cold_s,
             load=load,
             unload=UNLOAD if known.unload_s is None else known.unload_s,
-            running_since=state.last_used if state.active else None,
+            running_since=state.last_used if _works(resident.name, state) else None,
             runs_cold=state.cold,
         )
 
     def residents(self, *, hopeful: bool = False) -> list[Resident]:
         """All consumers as the choice of victims sees them. `hopeful` takes none to keep anything
         but what is declared."""
+        names = [
+            name
+            for consumer in self.snapshot.consumers
+            for name in (consumer, *(resident_name(consumer, it) for it in self._models(consumer)))
+        ]
         seen = {
             name: max(LEAST_RELOAD_S, times.p50)
-            for name in self.snapshot.consumers
+            for name in names
             if (times := self.snapshot.figures(name).load_s) is not None
         }
         guess = median(seen.values()) if seen else RELOAD_S
         return [
-            self.resident(name, hopeful=hopeful, reload_s=seen.get(name, guess))
-            for name in self.snapshot.consumers
+            self.resident(
+                name, hopeful=hopeful, reload_s=seen.get(name, seen.get(parts_of(name)[0], guess))
+            )
+            for name in names
         ]
+
+    def _models(self, consumer: str) -> Iterable[str]:
+        """Those that stand for themselves: of those that are not loaded, the job's, and those that
+        are known to need something."""
+        snapshot, job = self.snapshot, self._job
+        known = dict.fromkeys(snapshot.models(consumer))
+        if job is not None and job.consumer == consumer and job.model is not None:
+            state = snapshot.states[consumer]
+            told = snapshot.consumers[consumer].tells_models_apart
+            if told and (state.loaded_models or not state.loaded):
+                known[job.model] = None
+        return known
 
     def resident(
         self,
@@ -193,7 +268,37 @@ class Census:
         hopeful: bool = False,
         reload_s: float = 0.0,
     ) -> Resident:
-        """The consumer of this name, as the decision sees it."""
+        """The consumer or model of this name, as the decision sees it. A consumer whose models are
+        known is what is none of theirs: that cannot go."""
+        owner, model = parts_of(name)
+        consumer, state = self.snapshot.consumers[owner], self.snapshot.states[owner]
+        shares = self._shares[owner]
+        if model is not None:
+            known = state.model(model)
+            return Resident(
+                name=name,
+                loaded=known.loaded,
+                held_mib=shares.get(model, 0),
+                last_used=known.last_used,
+                priority=consumer.priority,
+                evictable=_evictable(consumer, state) and not consumer.pins(model, known.pinned),
+                reload_s=reload_s,
+            )
+        if not shares:
+            return self.whole(name, hopeful=hopeful, reload_s=reload_s)
+        held_mib = holder(self.snapshot, name, self._now).mib
+        left_mib = max(0, held_mib - sum(shares.values()))
+        return Resident(
+            name=name,
+            loaded=False,
+            held_mib=left_mib,
+            evictable=False,
+            floor_mib=left_mib,
+            reload_s=reload_s,
+        )
+
+    def whole(self, name: str, *, hopeful: bool = False, reload_s: float = 0.0) -> Resident:
+        """A consumer with all its models."""
         consumer, state = self.snapshot.consumers[name], self.snapshot.states[name]
         return Resident(
             name=name,
@@ -205,6 +310,11 @@ class Census:
             floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
         )
+
+
+def _works(name: str, state: ConsumerState) -> bool:
+    model = parts_of(name)[1]
+    return state.active > 0 if model is None else state.model(model).active > 0
 
 
 def usable(consumer: ConsumerConfig, state: ConsumerState) -> tuple[EvictionMethod, ...]:

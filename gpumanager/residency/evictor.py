@@ -16,7 +16,14 @@ from gpumanager.config import ConsumerConfig, EvictionMethod
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerUnreachable
-from gpumanager.model import CONTEXT_MIB, MemoryReading, ProbeReport, StoppedBy
+from gpumanager.model import (
+    CONTEXT_MIB,
+    Job,
+    MemoryReading,
+    ProbeReport,
+    StoppedBy,
+    resident_name,
+)
 from gpumanager.residency.census import usable
 from gpumanager.residency.release import LEAKED_SHARE, noise_mib
 from gpumanager.residency.rest import Rest
@@ -44,17 +51,17 @@ GAP_S = 60.0
 class Controls(Protocol):
     """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
 
-    def load(self, name: str, consumer: ConsumerConfig) -> None:
-        """Have the consumer load its model; returns when it says so."""
+    def load(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+        """Have the consumer load its model, or the one that is given; returns when it says so."""
 
-    def warm(self, name: str, consumer: ConsumerConfig) -> None:
+    def warm(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
         """As `load`, for a consumer that loads with its first job."""
 
-    def unload(self, name: str, consumer: ConsumerConfig) -> bool:
-        """Have the consumer drop its model; returns when it says so, which is not yet proof. False
-        if it says that it has none loaded."""
+    def unload(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
+        """Have the consumer drop all its models, or the one that is given; returns when it says so,
+        which is not yet proof. False if it says that it does not have that loaded."""
 
-    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
 
     def busy(self, name: str, consumer: ConsumerConfig) -> bool | None:
@@ -106,9 +113,11 @@ class Evictor:
         ticket: Ticket,
         fits: Callable[[], bool] | None = None,
         elsewhere: Callable[[], bool] | None = None,
+        model: str | None = None,
     ) -> Release | None:
         """Unload the consumer by one eviction method after the other, until one gives its memory
-        back; None if not one of them could be carried out.
+        back; None if not one of them could be carried out. With a `model`, its unload call is for
+        that one only; the other methods are for all of the consumer.
 
         `held_mib` is what it is taken to hold, `floor_mib` what it may keep. `fits` says whether
         the room is enough now: until it is, a release is given longer, in case more comes; None
@@ -135,7 +144,7 @@ class Evictor:
                 self._rest.wait(name, consumer, method, ticket)
                 before = self._measure() or self._last_seen()
                 holds = self._what_it_holds(name, consumer, before)
-                asked = self._carry_out(name, consumer, method)
+                asked = self._carry_out(name, consumer, method, model)
             except BrokerError as error:
                 if self._gone(name, error):
                     return Release("gone")
@@ -150,17 +159,22 @@ class Evictor:
                 continue
             if method.name not in tried:
                 tried.append(method.name)
-            expected = max(0, (held_mib if holds is None else holds) - floor_mib)
+            alone = model if method.http else None
+            if holds is None or (alone is not None and held_mib < holds):
+                expected = held_mib - floor_mib
+            else:
+                expected = holds - floor_mib
             # Of the host's memory another program may have taken at once what it gave back.
             certain = holds is not None and before is not None and not noise_mib(name, before)
             unloaded = Unloaded(
                 name,
                 consumer,
                 before,
-                expected,
+                max(0, expected),
                 certain=certain,
                 call=consumer.settled if method.http else None,
                 again=bool(method.http) and times_asked < MOST_ASKED,
+                model=alone,
             )
             release = self._settling.wait(
                 unloaded, ticket, fits, elsewhere if method.http else None
@@ -168,7 +182,7 @@ class Evictor:
             seconds = self._clock.monotonic() - began
             release = replace(release, seconds=seconds, certain=unloaded.certain)
             if release.ask_again:
-                self._emit(LoadedMeanwhile(consumer=name))
+                self._emit(LoadedMeanwhile(consumer=name, model=alone))
                 times_asked += 1
                 eviction_methods.insert(0, method)
                 continue
@@ -176,13 +190,15 @@ class Evictor:
                 # It had unloaded by itself, as Ollama does after a while: nobody was evicted, and
                 # how long that took, or what it kept, is not known.
                 return replace(release, asked=False)
-            self._take_note(name, method, release, ticket.job.consumer)
+            self._take_note(unloaded, method, release, ticket.job)
             if release.outcome == "busy":
                 return release
             if release.outcome != "leaked":
                 self._registry.release(name)
                 residue = release.residue_mib
-                if release.complete and residue is not None and residue <= floor_mib:
+                if release.complete and alone is not None:
+                    self._registry.came_back(name, alone)
+                elif release.complete and residue is not None and residue <= floor_mib:
                     self._registry.came_back(name)
                 return release
         if release is not None and release.certain:
@@ -224,12 +240,14 @@ class Evictor:
         except BrokerError:
             return None
 
-    def _carry_out(self, name: str, consumer: ConsumerConfig, method: EvictionMethod) -> bool:
+    def _carry_out(
+        self, name: str, consumer: ConsumerConfig, method: EvictionMethod, model: str | None
+    ) -> bool:
         """False if there was nothing to ask for."""
         with self._registry.busy(name):
             if method.http:
-                asked = self._controls.unload(name, consumer)
-                self._registry.set_loaded(name, False)
+                asked = self._controls.unload(name, consumer, model)
+                self._registry.set_loaded(name, False, model)
                 return asked
             self._registry.mark_stopped(name, self._stops.stop(name, method))
             return True
@@ -241,14 +259,22 @@ class Evictor:
             return True
         return False
 
-    def _take_note(self, name: str, method: EvictionMethod, release: Release, target: str) -> None:
+    def _take_note(
+        self, unloaded: Unloaded, method: EvictionMethod, release: Release, job: Job
+    ) -> None:
+        name, model = unloaded.name, unloaded.model
         gave = release.mib > LEAKED_SHARE * release.expected_mib
         kept = release.residue_mib if method.http and gave else None
-        self._learned.unloaded(name, release.seconds, kept, release.more_until)
+        if model is not None:
+            self._learned.unloaded(resident_name(name, model), release.seconds, None)
+        if not self._registry.get(name).loaded_models:
+            self._learned.unloaded(name, release.seconds, kept, release.more_until)
         self._emit(
             Evicted(
                 consumer=name,
-                target=target,
+                model=model,
+                target=job.consumer,
+                target_model=job.model,
                 method=method.name,
                 outcome=release.outcome,
                 mib=release.mib,

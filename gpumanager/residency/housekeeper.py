@@ -3,14 +3,14 @@ be resident."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from gpumanager.clock import Clock
 from gpumanager.consumers.registry import Registry
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import BrokerError, NoConsumer
-from gpumanager.model import BACKGROUND, ConsumerState, Job
+from gpumanager.model import BACKGROUND, ConsumerState, Job, parts_of, resident_name
 from gpumanager.scheduling.interface import Moves, Scheduler, Ticket
 from gpumanager.telemetry.events import Emit, HousekeepingFailed
 
@@ -52,7 +52,7 @@ class Housekeeper:
         look."""
         if not self._scheduler.queue():
             now = self._registry.now
-            for name in now.consumers:
+            for name in _residents(now):
                 if self._is_idle(name, now):
                     self._unload(name)
                     return INTERVAL_S
@@ -63,18 +63,24 @@ class Housekeeper:
         return INTERVAL_S
 
     def _is_idle(self, name: str, snapshot: Snapshot) -> bool:
-        """Loaded, and without a job for longer than its `idle_unload`; a consumer that had none
-        yet, for longer than it was seen loaded."""
-        consumer, state = snapshot.consumers[name], snapshot.states[name]
-        limit = consumer.idle_unload
+        """Loaded, and without a job for longer than its `idle_unload`; one that had none yet, for
+        longer than it was seen loaded. A consumer whose models are known is never idle itself."""
+        owner, model = parts_of(name)
+        consumer, state = snapshot.consumers[owner], snapshot.states[owner]
+        limit, used = consumer.idle_unload, state.last_used
         if state.is_pinned(consumer.pinned):
             limit = None
-        if limit is None or not _is_at_rest(state) or not state.loaded or state.quarantine:
+        elif model is not None:
+            used = state.model(model).last_used
+            if consumer.pins(model, state.model(model).pinned):
+                limit = None
+        loaded = state.has_loaded(model) and (model is not None or not state.loaded_models)
+        if limit is None or not _is_at_rest(state) or not loaded or state.quarantine:
             self._seen_idle.pop(name, None)
             return False
         now = self._clock.monotonic()
         since = self._seen_idle.setdefault(name, now)
-        return now - max(since, state.last_used or since) >= limit
+        return now - max(since, used or since) >= limit
 
     def _is_missed(self, name: str, snapshot: Snapshot) -> bool:
         """Not loaded, and nobody had a job for longer than `restore_after`. Tried once in each
@@ -90,10 +96,11 @@ class Housekeeper:
             return False
         try:
             with self._registry.using(name):
-                victims = {victim.name for victim in self._moves.preview(name).victims}
+                victims = self._moves.preview(Job(name, "restore")).victims
         except NoConsumer:  # a reload has just removed it
             return False
-        return victims.isdisjoint(snapshot.config.default_resident)
+        going = {parts_of(victim.name)[0] for victim in victims}
+        return going.isdisjoint(snapshot.config.default_resident)
 
     def _quiet_since(self) -> float:
         used = [state.last_used for state in self._registry.now.states.values()]
@@ -105,7 +112,15 @@ class Housekeeper:
             if self._is_idle(name, self._registry.now):
                 self._moves.unload(name, ticket, patient=False)
 
-        job = Job(name, "idle-unload", max_wait=PATIENCE_S, makes_room=False, urgency=BACKGROUND)
+        owner, model = parts_of(name)
+        job = Job(
+            owner,
+            "idle-unload",
+            max_wait=PATIENCE_S,
+            makes_room=False,
+            urgency=BACKGROUND,
+            model=model,
+        )
         self._in_turn(job, unless_used)
         self._seen_idle.pop(name, None)
 
@@ -127,6 +142,16 @@ class Housekeeper:
             self._emit(
                 HousekeepingFailed(consumer=job.consumer, kind=job.kind, reason=error.message)
             )
+
+
+def _residents(snapshot: Snapshot) -> Iterator[str]:
+    """All that may have been idle for long: the models of those that tell them apart, and all
+    consumers."""
+    for name, consumer in snapshot.consumers.items():
+        yield name
+        if consumer.tells_models_apart:
+            for model in snapshot.states[name].loaded_models:
+                yield resident_name(name, model)
 
 
 def _is_at_rest(state: ConsumerState) -> bool:

@@ -13,7 +13,7 @@ from gpumanager.config import ConsumerConfig
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout
-from gpumanager.model import Job
+from gpumanager.model import Job, resident_name
 from gpumanager.residency.evictor import Controls, Stops
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.telemetry.events import Emit, Loaded, Resumed
@@ -62,15 +62,17 @@ class Loader:
         BrokerError."""
         now = self._registry.now
         consumer = now.settings(job)
-        if consumer.load is not None and not now.states[job.consumer].loaded:
-            self._call(job.consumer, consumer, self._controls.load)
+        model = job.model if consumer.tells_models_apart else None
+        if consumer.load is not None and not now.states[job.consumer].has_loaded(model):
+            self._call(job.consumer, consumer, self._controls.load, model)
 
     def warm(self, job: Job) -> None:
         """The same with its `warm` call."""
         now = self._registry.now
         consumer = now.settings(job)
-        if consumer.warm is not None and not now.states[job.consumer].loaded:
-            self._call(job.consumer, consumer, self._controls.warm)
+        model = job.model if consumer.tells_models_apart else None
+        if consumer.warm is not None and not now.states[job.consumer].has_loaded(model):
+            self._call(job.consumer, consumer, self._controls.warm, model)
 
     def _await_ready(self, target: str, consumer: ConsumerConfig, ticket: Ticket) -> None:
         limit = consumer.ready_timeout
@@ -92,16 +94,17 @@ class Loader:
         self,
         target: str,
         consumer: ConsumerConfig,
-        call: Callable[[str, ConsumerConfig], None],
+        call: Callable[[str, ConsumerConfig, str | None], None],
+        model: str | None,
     ) -> None:
-        began = self._clock.monotonic()
-        with self._loading(target), self._registry.busy(target):
-            call(target, consumer)
-        self._registry.set_loaded(target, True)
-        self._emit(Loaded(consumer=target, ms=self._note(target, began)))
+        began, resident = self._clock.monotonic(), resident_name(target, model)
+        with self._loading(resident), self._registry.busy(target):
+            call(target, consumer, model)
+        self._registry.set_loaded(target, True, model)
+        self._emit(Loaded(consumer=target, model=model, ms=self._note(resident, began)))
 
-    def _note(self, target: str, began: float) -> int:
+    def _note(self, resident: str, began: float) -> int:
         """Learn from it; returns how long it took, in ms."""
         seconds = self._clock.monotonic() - began
-        self._learned.loaded(target, seconds)
+        self._learned.loaded(resident, seconds)
         return round(seconds * 1000)

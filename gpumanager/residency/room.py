@@ -22,8 +22,8 @@ from gpumanager.errors import (
     ConsumerUnreachable,
     NoConsumer,
 )
-from gpumanager.gpu.inventory import holder
-from gpumanager.model import Job, MemoryReading
+from gpumanager.gpu.inventory import holder, model_shares
+from gpumanager.model import Job, MemoryReading, parts_of
 from gpumanager.residency.census import Census
 from gpumanager.residency.evictor import Controls, Evictor, Stops
 from gpumanager.residency.loading import Loader
@@ -83,8 +83,9 @@ class RoomMaker:
 
     def _measured_census(self, job: Job | None = None) -> Census:
         """Of this moment, as it is for the job, with the card as it is measured now."""
-        snapshot = self._registry.now.of(job)
-        return Census(snapshot.seeing(self._measure()), self._clock.monotonic())
+        reading = self._measure()  # which also tells what each model holds
+        snapshot = self._registry.now.of(job).seeing(reading)
+        return Census(snapshot, self._clock.monotonic(), job)
 
     # -- for the holder of the GPU ---------------------------------------------------------
 
@@ -103,7 +104,7 @@ class RoomMaker:
         now = self._registry.now.of(job)
         for name in self._impossible(now, target):
             self._registry.drop_assumption(name)
-        if not self._holds_enough(now, target):
+        if not self._holds_enough(now, job):
             self._unload_others(ticket)
         self._loader.bring_back(ticket)
         self._loader.load(job)
@@ -118,7 +119,7 @@ class RoomMaker:
             and state.stopped_by is None
             and (state.loaded or snapshot.consumers[consumer].load is None)
             and state.healthy is not False
-            and self._holds_enough(snapshot, consumer)
+            and self._holds_enough(snapshot, job)
             and (snapshot.gpu.reading is not None or not self._impossible(snapshot, consumer))
         )
 
@@ -135,16 +136,22 @@ class RoomMaker:
         return released > 0
 
     def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
-        """Unload one consumer, whoever it is; without patience, only if it does not work on a job
-        of somebody else. Raises NoConsumer if there is no way to,
-        ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with the reasons in the
-        log, if none of its ways worked."""
-        if not self._registry.now.consumers[name].eviction_methods:
-            raise NoConsumer(f"consumer {name} has no way to be unloaded", consumer=name)
-        if self._registry.get(name).active:  # only where nobody holds the GPU alone
-            raise ConsumerUnhealthy(f"{name} works on a job", consumer=name, retry_after=1)
-        self._registry.release(name)
-        resident = self._measured_census().resident(name)
+        """Unload one consumer, or one model of it, by the name that residents have, whoever it is;
+        without patience, only if it does not work on a job of somebody else. Raises NoConsumer if
+        there is no way to, ConsumerUnhealthy if it works on a job, and ConsumerUnreachable, with
+        the reasons in the log, if none of its ways worked."""
+        owner, model = parts_of(name)
+        consumer = self._registry.now.consumers[owner]
+        if not consumer.eviction_methods:
+            raise NoConsumer(f"consumer {owner} has no way to be unloaded", consumer=owner)
+        if model is not None and not consumer.tells_models_apart:
+            message = f"consumer {owner} has no way to unload one model alone"
+            raise NoConsumer(message, consumer=owner)
+        if self._registry.get(owner).active:  # only where nobody holds the GPU alone
+            raise ConsumerUnhealthy(f"{owner} works on a job", consumer=owner, retry_after=1)
+        self._registry.release(owner)
+        census = self._measured_census()
+        resident = census.resident(name) if model is not None else census.whole(name)
         release = self._evict(resident, ticket, elsewhere=None if patient else lambda: True)
         if release is None:
             raise ConsumerUnreachable(f"{name} could not be unloaded", consumer=name)
@@ -158,14 +165,16 @@ class RoomMaker:
 
     # -- for anybody -----------------------------------------------------------------------
 
-    def preview(self, target: str) -> Preview:
-        """What making room for `target` would do now. Acts on nothing."""
-        census, queue = self._seen(), self._upcoming()
+    def preview(self, job: Job) -> Preview:
+        """What making room for a job would do now. Acts on nothing."""
+        census, queue = self._seen(job), self._upcoming()
         snapshot, outlook = census.snapshot, census.outlook(self._doing)
-        now = look(census.card(), target, queue)
-        state, lazy = snapshot.states[target], snapshot.consumers[target].load is None
+        now = look(census.card(), job.resident, queue)
+        state, consumer = snapshot.states[job.consumer], snapshot.consumers[job.consumer]
+        loaded = state.has_loaded(job.model if consumer.tells_models_apart else None)
         return Preview(
-            consumer=target,
+            consumer=job.consumer,
+            model=job.model,
             fits=now.plan.fits or (now.plan.attempt and not now.plan.victims),
             victims=tuple(
                 PlannedVictim(
@@ -173,7 +182,7 @@ class RoomMaker:
                     each.yield_mib,
                     each.last_used,
                     each.reload_s,
-                    queue.index(each.name) + 1 if each.name in queue else None,
+                    _place_in(queue, each.name),
                     outlook.profile(each.name).unload.mean,
                 )
                 for each in now.plan.victims
@@ -182,7 +191,7 @@ class RoomMaker:
             needed_mib=now.needed_mib,
             held_mib=now.held_mib,
             balance=now.balance,
-            must_load=state.stopped_by is not None or not (lazy or state.loaded),
+            must_load=state.stopped_by is not None or not (consumer.load is None or loaded),
         )
 
     def outlook(self) -> Outlook:
@@ -217,11 +226,11 @@ class RoomMaker:
         if not any(map(unknown, probed)):
             self._probes_due = -math.inf
 
-    def _holds_enough(self, snapshot: Snapshot, target: str) -> bool:
-        """Whether the consumer surely has all it needs already, as one that has just run does,
-        without a question to the card: by a sample that is fresh, and younger than the last
-        eviction; or, where the card cannot be measured, by the ledger."""
-        state, gpu = snapshot.states[target], snapshot.gpu
+    def _holds_enough(self, snapshot: Snapshot, job: Job) -> bool:
+        """Whether the job's consumer, or its model, surely has all it needs already, as one that
+        has just run does, without a question to the card: by a sample that is fresh, and younger
+        than the last eviction; or, where the card cannot be measured, by the ledger."""
+        state, gpu = snapshot.states[job.consumer], snapshot.gpu
         if gpu.reading is None:
             known = bool(gpu.err)
         else:
@@ -229,7 +238,11 @@ class RoomMaker:
             known = gpu.sampled_at is not None and gpu.sampled_at > since
         if not known or not state.loaded:
             return False
-        return snapshot.needed(target).mib <= holder(snapshot, target).surely_mib
+        needed_mib = snapshot.needed(job.resident, job.context).mib
+        if job.model is not None and snapshot.consumers[job.consumer].tells_models_apart:
+            shares, model = model_shares(snapshot, job.consumer), state.model(job.model)
+            return model.sure and needed_mib <= shares.get(job.model, 0)
+        return needed_mib <= holder(snapshot, job.consumer).surely_mib
 
     def _impossible(self, snapshot: Snapshot, target: str) -> Sequence[str]:
         """Those that cannot be loaded, as is assumed of them, where the accounting decides."""
@@ -264,7 +277,7 @@ class RoomMaker:
         job, victim = ticket.job, victims[0]
         done.tries(victim.name)
         last = len(victims) == 1
-        fits = (lambda: is_room(self._seen(job).card(), job.consumer)) if last else None
+        fits = (lambda: is_room(self._seen(job).card(), job.resident)) if last else None
         others = None
         if victim.name not in done.waited_for:
             others = partial(self._others_may_go, job, done.tried)
@@ -280,7 +293,7 @@ class RoomMaker:
 
     def _others_may_go(self, job: Job, tried: Set[str]) -> bool:
         """Whether there would surely be room without those that were tried, too."""
-        return can_be_made(self._seen(job).card(), job.consumer, tried)
+        return can_be_made(self._seen(job).card(), job.resident, tried)
 
     def _evict(
         self,
@@ -289,16 +302,18 @@ class RoomMaker:
         fits: Callable[[], bool] | None = None,
         elsewhere: Callable[[], bool] | None = None,
     ) -> Release | None:
+        name, model = parts_of(victim.name)
         try:
-            with self._does("unload", victim.name), self._registry.using(victim.name) as now:
+            with self._does("unload", victim.name), self._registry.using(name) as now:
                 release = self._evictor.evict(
-                    victim.name,
-                    now.consumers[victim.name],
+                    name,
+                    now.consumers[name],
                     victim.held_mib,
                     victim.floor_mib,
                     ticket,
                     fits,
                     elsewhere,
+                    model,
                 )
         except NoConsumer:  # a reload has just removed it
             return None
@@ -321,10 +336,21 @@ class RoomMaker:
             self._doing = None
 
     def _note_attempt(self, now: Look, card: Card) -> None:
+        name, model = parts_of(now.target)
         self._emit(
             TriedAnyway(
-                consumer=now.target,
+                consumer=name,
+                model=model,
                 needed_mib=now.needed_mib,
                 short_mib=short_mib(now, card.reserved_mib),
             )
         )
+
+
+def _place_in(queue: Sequence[str], victim: str) -> int | None:
+    """Where the first job for it is, counted from 1."""
+    whole = parts_of(victim)[1] is None
+    for place, wanted in enumerate(queue, start=1):
+        if wanted == victim or (whole and parts_of(wanted)[0] == victim):
+            return place
+    return None

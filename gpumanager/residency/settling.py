@@ -30,7 +30,7 @@ LONGEST_POLL_S = 0.1
 class Asks(Protocol):
     """What is asked of a consumer."""
 
-    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
         """Whether it says that the unload is over; True if it does not tell."""
 
 
@@ -39,7 +39,8 @@ class Unloaded:
     """A consumer that was just unloaded, by these `settings`. `before` is the card before that,
     None if it was out of view; `expected_mib` what should come back, and `certain` whether that
     was measured rather than declared; `call` the one that says when the unload is over. `again`:
-    it may be asked to unload once more, if somebody else has it load meanwhile."""
+    it may be asked to unload once more, if somebody else has it load meanwhile. `model` is the one
+    that was unloaded alone, None if all of it was."""
 
     name: str
     settings: ConsumerConfig
@@ -48,6 +49,7 @@ class Unloaded:
     certain: bool
     call: Settled | None
     again: bool
+    model: str | None = None
 
 
 class Settling:
@@ -88,7 +90,7 @@ class Settling:
         delay = FIRST_POLL_S
         while True:
             if watch.word.due(now):
-                given = self._asks.settled(unloaded.name, unloaded.settings)
+                given = self._asks.settled(unloaded.name, unloaded.settings, unloaded.model)
                 watch.word.take(given, self._clock.monotonic())
             reading = None if unloaded.before is None else self._measure()
             now = self._clock.monotonic()
@@ -149,7 +151,7 @@ class Settling:
             watch.look_at = now + BUSY_POLL_S
             if self._works(watch.unloaded):
                 watch.worked = True
-            elif watch.worked or self._registry.get(name).loaded:
+            elif watch.worked or self._registry.get(name).has_loaded(watch.unloaded.model):
                 return replace(release, ask_again=True)
         if not watch.overdue(now):
             return None

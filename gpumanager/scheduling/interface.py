@@ -133,9 +133,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class PlannedVictim:
-    """A consumer that would be unloaded, and the MiB that gives back. `last_used` is monotonic
-    seconds, None if it had no job yet; `reload_s` how long it takes to load again; `wanted` the
-    place of its first job in the queue, counted from 1, None if none of its jobs waits;
+    """A consumer, or a model of one, that would be unloaded, and the MiB that gives back.
+    `last_used` is monotonic seconds, None if it had no job yet; `reload_s` how long it takes to
+    load again; `wanted` the place of its first job in the queue, counted from 1, None if none of
+    its jobs waits;
     `unload_s` how long unloading it takes."""
 
     name: str
@@ -148,9 +149,9 @@ class PlannedVictim:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What would happen if a job of `consumer` had its turn now. `fits`: without unloading
-    anybody; else the `victims` would go, in their order, and if there are none, it is `short_mib`
-    that even unloading all that may go could not give."""
+    """What would happen if a job of `consumer`, with that `model`, had its turn now. `fits`:
+    without unloading anybody; else the `victims` would go, in their order, and if there are none,
+    it is `short_mib` that even unloading all that may go could not give."""
 
     consumer: str
     fits: bool
@@ -160,17 +161,18 @@ class Preview:
     held_mib: int
     balance: Balance
     must_load: bool
+    model: str | None = None
 
 
 class Moves(Protocol):
     """Changes who is resident, for the holder of a ticket. Raises BrokerError."""
 
     def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
-        """Unload a consumer, whoever it is. One that works on a job of somebody else is waited
-        for, or, without patience, left alone."""
+        """Unload a consumer, or one model of it (`model.resident_name`), whoever it is. One that
+        works on a job of somebody else is waited for, or, without patience, left alone."""
 
     def load(self, name: str, ticket: Ticket) -> None:
         """Load a consumer, where making room for it has not done so already."""
 
-    def preview(self, target: str) -> Preview:
-        """What making room for a consumer would do now. For anybody; acts on nothing."""
+    def preview(self, job: Job) -> Preview:
+        """What making room for a job would do now. For anybody; acts on nothing."""

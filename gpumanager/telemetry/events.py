@@ -48,6 +48,7 @@ FIELDS = {
     "taken_by": "the process or consumer that took the memory that it released",
     "reason": "why, in words",
     "models": "the models, by name",
+    "target_model": "the model that room was made for, as above",
     "failures": "how many in a row",
     "pause_ms": "how long it is sent no jobs, or is not asked to unload",
     "available_mib": "how much memory the consumer held, plus what was free",
@@ -222,6 +223,7 @@ class OutOfMemory(Event):
     """A job ran out of the card's memory."""
 
     consumer: str
+    model: str | None = None
     available_mib: int
     needed_mib: int
 
@@ -248,11 +250,13 @@ class OutOfMemoryHealed(Event):
 
 @declared("evicted", "evicted")
 class Evicted(Event):
-    """A consumer was unloaded, or stopped, to make room. A warning, if its memory `leaked` or was
-    `stolen`."""
+    """A consumer, or one model of it, was unloaded, or stopped, to make room. A warning, if its
+    memory `leaked` or was `stolen`."""
 
     consumer: str
+    model: str | None = None
     target: str
+    target_model: str | None = None
     method: str
     outcome: Outcome
     mib: int
@@ -308,25 +312,30 @@ class Leaking(Event):
 
 @declared("loaded_meanwhile", "loaded again meanwhile")
 class LoadedMeanwhile(Event):
-    """Somebody else loaded a consumer again just after its unload; the broker unloads it again."""
+    """Somebody else loaded a consumer, or a model of it, again just after its unload; the broker
+    unloads it again."""
 
     consumer: str
+    model: str | None = None
 
 
 @declared("tried_anyway", "tried all the same")
 class TriedAnyway(Event):
-    """A job is tried, although its consumer does not fit by the figures, which may be wrong."""
+    """A job is tried, although its consumer, or its model, does not fit by the figures, which may
+    be wrong."""
 
     consumer: str
+    model: str | None = None
     needed_mib: int
     short_mib: int
 
 
 @declared("loaded", "loaded")
 class Loaded(Event):
-    """A consumer was loaded for a job, or because it was asked for."""
+    """A consumer, or one model of it, was loaded for a job, or because it was asked for."""
 
     consumer: str
+    model: str | None = None
     ms: int
 
 
@@ -458,20 +467,23 @@ class ConfigNotReloaded(Event):
 
 @declared("pinned", "pinned")
 class Pinned(Event):
-    """An operator pinned a consumer: it is not unloaded."""
+    """An operator pinned a consumer, or one model of it: that is not unloaded."""
 
     consumer: str
+    model: str | None = None
 
 
 @declared("unpinned", "unpinned")
 class Unpinned(Event):
-    """An operator unpinned a consumer."""
+    """An operator unpinned a consumer, or one model of it."""
 
     consumer: str
+    model: str | None = None
 
 
 @declared("forgotten", "forgotten")
 class Forgotten(Event):
-    """An operator deleted what the broker had learned of a consumer."""
+    """An operator deleted what the broker had learned of a consumer, or of one model of it."""
 
     consumer: str
+    model: str | None = None

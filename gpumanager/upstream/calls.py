@@ -15,6 +15,7 @@ from gpumanager.config import (
     ConsumerConfig,
     Done,
     Health,
+    LoadCall,
     Lost,
     ModelList,
     Probe,
@@ -24,7 +25,7 @@ from gpumanager.config import (
     expressions,
 )
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ModelListing, ProbeReport
+from gpumanager.model import LoadedModel, ModelListing, ProbeReport, model_key
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.watcher import Watcher
 
@@ -69,23 +70,26 @@ class ControlCalls:
                     raise
         return report
 
-    def load(self, name: str, consumer: ConsumerConfig) -> None:
-        """Have the consumer load its model. Raises if it has no `load` call or answers badly."""
+    def load(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+        """Have the consumer load its model, or the one that is given. Raises if it has no `load`
+        call or answers badly."""
         if consumer.load is None:
             raise ConsumerUnreachable(f"{name} has no load call", consumer=name)
-        self._ok(name, consumer, consumer.load, LOAD_TIMEOUT_S)
+        self._ok(name, consumer, _with_model(consumer.load, model), LOAD_TIMEOUT_S)
 
-    def warm(self, name: str, consumer: ConsumerConfig) -> None:
-        """Have the consumer load its model as its first job would, with its `warm` call."""
+    def warm(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+        """Have the consumer load its model, or the one that is given, as its first job would, with
+        its `warm` call."""
         if consumer.warm is None:
             raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
-        self._ok(name, consumer, consumer.warm, LOAD_TIMEOUT_S)
+        self._ok(name, consumer, _with_model(consumer.warm, model), LOAD_TIMEOUT_S)
 
-    def unload(self, name: str, consumer: ConsumerConfig) -> bool:
-        """Have the consumer drop its model, or each of the models its probe lists; again and
-        again for a while, where it refuses for being busy. One model that cannot be unloaded, as
-        one that was deleted, does not keep the others: only if none can, its error is raised.
-        False if its probe lists none, so that there was nothing to ask for."""
+    def unload(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
+        """Have the consumer drop its model, or each of the models its probe lists, or of those only
+        the one that is given; again and again for a while, where it refuses for being busy. One
+        model that cannot be unloaded, as one that was deleted, does not keep the others: only if
+        none can, its error is raised. False if its probe lists none, so that there was nothing to
+        ask for."""
         call = consumer.unload
         if call is None:
             raise ConsumerUnreachable(f"{name} has no unload call", consumer=name)
@@ -94,6 +98,8 @@ class ControlCalls:
             self._unload_once(name, consumer, call, deadline)
             return True
         items = self._items(name, consumer)
+        if model is not None:
+            items = [item for item in items if model_key(item) == model]
         failed: list[tuple[str, BrokerError]] = []
         for item in items:
             try:
@@ -110,12 +116,18 @@ class ControlCalls:
             log.warning("model not unloaded", extra=extra)
         return bool(items)
 
-    def settled(self, name: str, consumer: ConsumerConfig) -> bool:
+    def settled(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
         """Whether the consumer's `settled` call says that its unload is over; True if it has
-        none. One look; what it cannot say now is False."""
+        none. Of one model that was unloaded the probe says so, by not listing it. One look; what
+        it cannot say now is False."""
         call = consumer.settled
         if call is None:
             return True
+        if model is not None:
+            try:
+                return all(model_key(item) != model for item in self._items(name, consumer))
+            except BrokerError:
+                return False
         try:
             # Its own time-out is for all the looks together.
             status, body = self._call(name, consumer, call, PROBE_TIMEOUT_S)
@@ -322,8 +334,30 @@ def _probe_report(probe: Probe, answer: Any, otherwise: ProbeReport) -> ProbeRep
         loaded=loaded if isinstance(loaded, bool) else otherwise.loaded,
         resident_mib=otherwise.resident_mib if resident is None else resident,
         on_cpu=_names(probe.find_on_cpu(answer)),
-        items=_names(probe.find_items(answer)),
+        items=_list(probe.find_items(answer)),
+        details=_loaded_models(probe.find_details(answer), probe.unit),
     )
+
+
+def _loaded_models(found: Any, unit: str) -> dict[str, LoadedModel]:
+    return {
+        each["name"]: LoadedModel(
+            _mib(each.get("resident"), unit), _mib(each.get("needs"), unit), _count(each)
+        )
+        for each in (found if isinstance(found, list) else ())
+        if isinstance(each, dict) and isinstance(each.get("name"), str)
+    }
+
+
+def _count(said: Mapping[str, Any]) -> int | None:
+    tokens = said.get("context")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens <= 0:
+        return None
+    return tokens if tokens <= LARGEST_FIGURE else None
+
+
+def _with_model(call: LoadCall, model: str | None) -> LoadCall:
+    return call if model is None else call.filled("model", model)
 
 
 def _parsed(body: bytes) -> Any:

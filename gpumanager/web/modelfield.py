@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from io import UnsupportedOperation
 from typing import IO, cast
 
+from gpumanager.config import expressions
 from gpumanager.errors import BadRequest
 from gpumanager.upstream.proxy import Inbound
 from gpumanager.upstream.splice import Spliced
@@ -80,6 +81,22 @@ def find_model(inbound: Inbound) -> ModelField:
             return _in_form(mapped, content_type) if form else _in_json(mapped)
     finally:
         body.seek(at)
+
+
+def find_in_json(inbound: Inbound, expression: str) -> object:
+    """What an expression finds in a body of JSON, None if it finds nothing, or the body is none, or
+    is larger than `WHOLE_BYTES`."""
+    body, length = inbound.body, inbound.length
+    if body is None or not length or length > WHOLE_BYTES:
+        return None
+    at = body.tell()
+    try:
+        said = json.loads(body.read(length))
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        body.seek(at)
+    return expressions.search(expression, said)
 
 
 def with_model(inbound: Inbound, field: ModelField, name: str) -> Inbound:

@@ -18,7 +18,7 @@ from gpumanager.config import Config, ConsumerConfig
 from gpumanager.consumers.admission import Admission
 from gpumanager.errors import NotFound
 from gpumanager.jobs.owners import Owners
-from gpumanager.jobs.routing import Choice
+from gpumanager.jobs.routing import Choice, Router
 from gpumanager.jobs.runner import JobRunner
 from gpumanager.telemetry.events import CallUnclassified, Emit
 from gpumanager.upstream.exchange import Exchange
@@ -30,7 +30,7 @@ from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.roles import CHANGE_NOTHING, SAFE_METHODS, check_role
 from gpumanager.web.security import is_same_origin, refuse_other_sites
 from gpumanager.web.stops import checked
-from gpumanager.web.unloading import only_unloads
+from gpumanager.web.ways import ModelRequest
 from gpumanager.web.websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Mounts:
         config: Config,
         admission: Admission,
         proxy: Proxy,
+        router: Router,
         jobs: JobRunner,
         forward: Forwarder,
         websockets: WebSockets,
@@ -70,6 +71,7 @@ class Mounts:
         self._ports = config.ports  # a change needs a restart
         self._admission = admission
         self._proxy = proxy
+        self._router = router
         self._jobs = jobs
         self._forward = forward
         self._websockets = websockets
@@ -133,8 +135,12 @@ class Mounts:
 
         max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
         record = record_of(environ)
-        choice = Choice(kind, name, makes_room=not only_unloads(path, inbound))
-        return RelayedResponse(self._jobs.run(record, lambda: choice, prepare, max_wait))
+        request = ModelRequest(inbound, path, strict=False)
+
+        def choose() -> Choice:
+            return request.said_of(Choice(kind, name), self._router)
+
+        return RelayedResponse(self._jobs.run(record, choose, prepare, max_wait))
 
     def _note(self, name: str, method: str, path: str) -> None:
         """Tell of a call that the config says nothing of, once; those that change nothing are

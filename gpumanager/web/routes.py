@@ -17,6 +17,7 @@ from gpumanager.gpu.history import MemorySample
 from gpumanager.jobs.operations import Operations
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.jobs.routing import Router
+from gpumanager.model import model_key
 from gpumanager.telemetry.eventlog import EventLog
 from gpumanager.telemetry.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.telemetry.metrics import Metrics
@@ -26,13 +27,14 @@ from gpumanager.web.connection import ADMIT
 from gpumanager.web.dispatch import Dispatch, View
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import raw_path
+from gpumanager.web.modelfield import LONGEST_NAME
 from gpumanager.web.mounts import Mounts
 from gpumanager.web.openapi import describe
 from gpumanager.web.record import record_of
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView, sensed
 from gpumanager.web.timeline import chrome_trace
-from gpumanager.web.ways import Ways
+from gpumanager.web.ways import LONGEST_CONTEXT, Ways
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -224,27 +226,27 @@ def _operator_routes(app: Flask, services: Services) -> None:
         if kind not in (*KINDS, *services.config.routing):
             kinds = ", ".join(dict.fromkeys((*KINDS, *services.config.routing)))
             raise errors.NotFound(f"there is no kind '{kind[:32]}'; there are {kinds}")
-        return json_response(operations.plan(kind))
+        return json_response(operations.plan(kind, _model(), _context()))
 
     @app.post("/v1/consumers/<name>/unload")
     def unload(name: str) -> Response:
-        return json_response(operations.unload(_record(), name))
+        return json_response(operations.unload(_record(), name, _model()))
 
     @app.post("/v1/consumers/<name>/load")
     def load(name: str) -> Response:
-        return json_response(operations.load(_record(), name))
+        return json_response(operations.load(_record(), name, _model()))
 
     @app.delete("/v1/consumers/<name>/learned")
     def forget(name: str) -> Response:
-        return json_response(operations.forget(name))
+        return json_response(operations.forget(name, _model()))
 
     @app.post("/v1/consumers/<name>/pin")
     def pin(name: str) -> Response:
-        return json_response(operations.pin(name, True))
+        return json_response(operations.pin(name, True, _model()))
 
     @app.delete("/v1/consumers/<name>/pin")
     def unpin(name: str) -> Response:
-        return json_response(operations.pin(name, False))
+        return json_response(operations.pin(name, False, _model()))
 
     @app.post("/v1/drain")
     def drain() -> Response:
@@ -268,3 +270,22 @@ def _audio_routes(app: Flask, services: Services) -> None:
             raise errors.NoAudioProxy("audio_proxy is not configured")
         record_of(request.environ).consumer = name
         return services.fetch(request.environ, name, raw_path(request.environ, prefix))
+
+
+def _model() -> str | None:
+    """The model that an operator means, None for all of a consumer."""
+    name = request.args.get("model")
+    if name is None:
+        return None
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise errors.BadRequest(f"model must be a name of 1 to {LONGEST_NAME} characters")
+    return model_key(name)
+
+
+def _context() -> int | None:
+    given = request.args.get("context")
+    if given is None:
+        return None
+    if not given.isdecimal() or not 0 < int(given[:12]) <= LONGEST_CONTEXT or len(given) > 12:
+        raise errors.BadRequest("context must be a number of tokens")
+    return int(given)

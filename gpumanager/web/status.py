@@ -16,9 +16,9 @@ from gpumanager.consumers.registry import Registry
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.gpu.accounting import Balance, Held
 from gpumanager.gpu.history import MemorySample
-from gpumanager.gpu.inventory import believable, holders, left
+from gpumanager.gpu.inventory import believable, holders, left, model_shares
 from gpumanager.jobs.shortage import MemoryFailures
-from gpumanager.model import Growth, MemoryReading, QueueEntry
+from gpumanager.model import Growth, MemoryReading, QueueEntry, parts_of, resident_name
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.web.roles import NAMELESS
 from gpumanager.web.ways import drop_in_routes
@@ -137,6 +137,8 @@ class StatusView:
             view["quarantine_until"] = self._time(state.quarantine_until)
         if state.on_cpu:
             view["on_cpu"] = list(state.on_cpu)
+        if consumer.counts_by_model:
+            view["models"] = self._models(snapshot, name)
         if state.last_used is not None:
             view["last_used"] = self._time(state.last_used)
         if state.last_probe is not None:
@@ -148,6 +150,32 @@ class StatusView:
         if (opened_at := self._breakers.opened_at(name)) is not None:
             view["breaker_since"] = self._time(opened_at)
         return view
+
+    def _models(self, snapshot: Snapshot, name: str) -> list[dict[str, Any]]:
+        """Of one consumer: those that are loaded, the largest first; then the others that anything
+        is known of."""
+        consumer, state = snapshot.consumers[name], snapshot.states[name]
+        shares = model_shares(snapshot, name)
+        learned = [parts_of(each) for each in snapshot.learned if each.startswith(f"{name}/")]
+        known = dict.fromkeys([*state.models, *(model for _, model in learned if model)])
+        views = []
+        for model in sorted(known, key=lambda each: (-shares.get(each, -1), each)):
+            its, resident = state.model(model), resident_name(name, model)
+            view = {
+                "name": model,
+                "loaded": its.loaded,
+                "held_mib": shares.get(model, 0),
+                "active": its.active,
+                "total_requests": its.total_requests,
+                "pinned": consumer.pins(model, its.pinned),
+                "learned": _learned(snapshot.figures(resident), snapshot.needed(resident)),
+            }
+            if its.context is not None:
+                view["context"] = its.context
+            if its.last_used is not None:
+                view["last_used"] = self._time(its.last_used)
+            views.append(view)
+        return views
 
     def _stats(self, config: Config) -> dict[str, Any]:
         stats, failures = self._scheduler.stats(), self._memory_failures()

@@ -16,10 +16,17 @@ from gpumanager.consumers.admission import Admission
 from gpumanager.errors import BadRequest, MethodNotAllowed, NoConsumer
 from gpumanager.jobs.routing import Choice, Router
 from gpumanager.jobs.runner import JobRunner
+from gpumanager.model import model_key
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy
 from gpumanager.web.inbound import inbound_of, preferred_wait
-from gpumanager.web.modelfield import ModelField, find_model, with_model
+from gpumanager.web.modelfield import (
+    LONGEST_NAME,
+    ModelField,
+    find_in_json,
+    find_model,
+    with_model,
+)
 from gpumanager.web.record import record_of
 from gpumanager.web.relay import RelayedResponse
 from gpumanager.web.unloading import only_unloads
@@ -48,6 +55,9 @@ class Way:
             return consumer.paths[kind]
         return consumer.route_for(self.path)
 
+
+LONGEST_CONTEXT = 100_000_000
+"""Tokens: what asks for more is no figure to count with."""
 
 OLLAMA_CHAT = "/api/chat"
 LLM, EMBED = ("llm",), ("embed", "llm")
@@ -129,7 +139,7 @@ class Ways:
                 choice = self._router.choose(
                     way.kinds, request.model, lambda kind, it: way.route(kind, it) is not None
                 )
-                return replace(choice, makes_room=False) if request.only_unloads else choice
+                return request.said_of(choice, self._router)
 
             def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
                 name, route = choice.consumer, way.route(choice.kind, consumer)
@@ -156,6 +166,38 @@ class ModelRequest:
         self._inbound = inbound
         self._strict = strict
         self._field: ModelField | None = None
+
+    def said_of(self, choice: Choice, router: Router) -> Choice:
+        """The choice, with what the request says of the memory that it needs."""
+        consumer = router.consumer(choice.consumer)
+        if self.only_unloads:
+            choice = replace(choice, makes_room=False)
+        if not consumer.counts_by_model:
+            return choice
+        model = choice.served_as or self._works_with(consumer)
+        if model is None or not router.is_known(choice.consumer, model):
+            return choice
+        return replace(choice, model=model_key(model), context=self._context(consumer))
+
+    def _works_with(self, consumer: ConsumerConfig) -> str | None:
+        """The model that its consumer has to have loaded for it. Where that cannot be told, the
+        consumer decides what it makes of the request."""
+        if consumer.request_model is not None:
+            found = find_in_json(self._inbound, consumer.request_model)
+            if isinstance(found, str) and 0 < len(found) <= LONGEST_NAME:
+                return found
+        try:
+            return self.model()
+        except BadRequest:
+            return None
+
+    def _context(self, consumer: ConsumerConfig) -> int | None:
+        if consumer.request_context is None:
+            return None
+        found = find_in_json(self._inbound, consumer.request_context)
+        if isinstance(found, bool) or not isinstance(found, int):
+            return None
+        return found if 0 < found <= LONGEST_CONTEXT else None
 
     def model(self) -> str | None:
         if self._field is None:

@@ -96,7 +96,8 @@ consumers:
         ("ports.08188", port),
         (
             "consumers.a.models[1].served_at",
-            "unknown key 'served_at'; did you mean 'served_as'? known: name, served_as, vram_mib",
+            "unknown key 'served_at'; did you mean 'served_as'? "
+            "known: name, pinned, served_as, vram_mib",
         ),
         (
             "consumers.a.gpu_work[1].methods",

@@ -17,7 +17,7 @@ from gpumanager.config.presets import names
 from gpumanager.config.values import DROP_IN_ROUTES
 from gpumanager.errors import ConsumerUnreachable
 from gpumanager.jobs.polling import job_id
-from gpumanager.model import ProbeReport
+from gpumanager.model import LoadedModel, ProbeReport
 from tests.support.calls import CallsOf
 
 URL = "http://127.0.0.1:8188"
@@ -136,9 +136,9 @@ def test_the_probe(server: responses.RequestsMock, preset: str, example: dict[st
     status = example.get("status", 200)
     answer(server, filled.probe.method, filled.probe.path, example["answer"], status)
     on_cpu = tuple(example.get("on_cpu", ()))
-    expected = ProbeReport(
-        example["loaded"], example["resident_mib"], on_cpu, tuple(example.get("items", ()))
-    )
+    items = tuple(example["items"]) if "items" in example else None
+    details = {name: LoadedModel(*said) for name, said in example.get("details", {}).items()}
+    expected = ProbeReport(example["loaded"], example["resident_mib"], on_cpu, items, details)
     assert calls(preset).probe("it") == expected
     if "items" in example:
         assert filled.probe.find_items(example["answer"]) == example["items"]

@@ -14,7 +14,7 @@ from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.jobs.shortage import Shortage, Shortages
-from gpumanager.model import GpuProcess, Holdings, MemoryReading
+from gpumanager.model import GpuProcess, Holdings, Job, MemoryReading
 from tests.support.clock import FakeClock
 
 TOTAL = 12_000
@@ -73,7 +73,9 @@ class Bench:
 
     def says(self, answer: Any = FAILED, request: bytes = b"") -> Shortage | None:
         voice = self.config.consumers["voice"]
-        return self.shortages.in_result("voice", voice, json.dumps(answer).encode(), request)
+        return self.shortages.in_result(
+            Job("voice", "tts"), voice, json.dumps(answer).encode(), request
+        )
 
     @property
     def needed(self) -> Figure:
@@ -176,7 +178,7 @@ def test_only_the_failure_of_a_followed_job_is_looked_at(answer: Any) -> None:
     bench = Bench()
     assert bench.says(answer) is None
     voice = bench.config.consumers["voice"]
-    assert bench.shortages.in_result("voice", voice, b"CUDA out of memory", b"") is None
+    assert bench.shortages.in_result(Job("voice", "tts"), voice, b"CUDA out of memory", b"") is None
 
 
 def test_the_clients_own_words_do_not_count() -> None:

@@ -59,9 +59,9 @@ class House:
         assert self.line.stats().in_flight == 1
         self._act("load", name)
 
-    def preview(self, target: str) -> Preview:
+    def preview(self, job: Job) -> Preview:
         victims = tuple(PlannedVictim(name, 1, None, 1.0) for name in self.victims)
-        return Preview(target, not victims, victims, 0, 1, 0, Balance("unknown"), False)
+        return Preview(job.consumer, not victims, victims, 0, 1, 0, Balance("unknown"), False)
 
     def _act(self, what: str, name: str) -> None:
         self.did.append(f"{what} {name}")

@@ -499,10 +499,10 @@ def test_whose_job_waits_is_not_unloaded_for_another() -> None:
     bench.resident("tts", used=50)
     bench.resident("stt", used=10)
     bench.queue = ["tts", "removed by a reload"]
-    (victim,) = bench.room.preview("llm").victims
+    (victim,) = bench.room.preview(Job("llm", "llm")).victims
     assert (victim.name, victim.wanted) == ("stt", None)
     bench.queue = ["tts", "stt"]
-    (victim,) = bench.room.preview("llm").victims
+    (victim,) = bench.room.preview(Job("llm", "llm")).victims
     assert (victim.name, victim.wanted) == ("stt", 2)
     bench.make_room("llm")
     assert bench.calls == ["unload stt"]
@@ -1079,7 +1079,7 @@ def test_what_a_victim_kept_once_refuses_nobody_untried() -> None:
     bench = attributed(THREE, total=6500)
     bench.learned.unloaded("tts", 1.0, 900)
     bench.resident("tts", used=50)
-    assert [each.name for each in bench.room.preview("llm").victims] == ["tts"]
+    assert [each.name for each in bench.room.preview(Job("llm", "llm")).victims] == ["tts"]
     bench.make_room("llm")
     assert bench.calls == ["unload tts"]
     assert bench.learned.figures("tts").residue_mib == 0
@@ -1219,12 +1219,12 @@ def test_a_preview_acts_on_nothing() -> None:
     bench = attributed({**THREE, "llm": {"vram_resident_mib": 6000, "load": "/l"}}, total=9500)
     bench.resident("tts", used=50)
     bench.resident("stt", used=10)
-    preview = bench.room.preview("llm")
+    preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.fits, preview.short_mib, preview.must_load) == (False, 0, True)
     assert [(victim.name, victim.mib) for victim in preview.victims] == [("tts", 3000)]
     assert (preview.needed_mib, preview.held_mib, preview.balance.free_mib) == (6000, 0, 4500)
     bench.foreign = 3600
-    preview = bench.room.preview("llm")
+    preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.fits, preview.victims, preview.short_mib) == (False, (), 300)
     assert bench.calls == []
 
@@ -1420,7 +1420,7 @@ def test_a_job_loads_as_was_configured_at_its_admission() -> None:
     bench = Bench({**THREE, "tts": {"vram_resident_mib": 3000, "load": "/before"}}, total=24000)
     loaded_by: list[str] = []
 
-    def load(name: str, consumer: ConsumerConfig) -> None:
+    def load(name: str, consumer: ConsumerConfig, *_: object) -> None:
         loaded_by.append("" if consumer.load is None else consumer.load.path)
 
     def reload() -> None:
@@ -1743,7 +1743,7 @@ def test_while_the_card_cannot_be_read_its_last_total_is_the_ledgers() -> None:
     bench = attributed(THREE, total=9000)  # no total is configured
     bench.resident("tts", used=5)
     blind(bench)
-    preview = bench.room.preview("llm")
+    preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.balance.source, preview.balance.total_mib) == ("ledger", 9000)
     assert [victim.name for victim in preview.victims] == ["tts"]
     bench.make_room("llm")
@@ -1756,7 +1756,7 @@ def test_what_was_held_last_counts_where_it_is_more_than_is_declared() -> None:
     bench.holds["tts"] = 5000
     bench.foreign = 2000
     blind(bench)
-    preview = bench.room.preview("llm")
+    preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.fits, preview.balance.used_mib) == (False, 7000)
 
 
@@ -1836,7 +1836,7 @@ def test_what_was_seen_to_stay_does_not_keep_a_job_from_being_tried_alone() -> N
 
 def test_a_job_that_is_tried_all_the_same_is_told_of() -> None:
     bench = attributed({**THREE, "llm": {"vram_resident_mib": 6900}}, total=7000)
-    assert bench.room.preview("llm").fits
+    assert bench.room.preview(Job("llm", "llm")).fits
     bench.make_room("llm")
     assert TriedAnyway(consumer="llm", needed_mib=6900, short_mib=100) in bench.told
 
@@ -1900,5 +1900,5 @@ def test_what_it_is_known_to_keep_is_its_own() -> None:
     bench = attributed({"llm": {"vram_resident_mib": 6000, "floor_mib": 1200}}, total=7000)
     bench.holds["llm"] = 1200
     bench.registry.set_loaded("llm", False)
-    preview = bench.room.preview("llm")
+    preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.held_mib, preview.fits) == (1200, True)

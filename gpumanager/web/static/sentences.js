@@ -22,11 +22,15 @@ const CODES = {
 const because = (code) => (CODES[code] ?? [String(code ?? "").replaceAll("_", " "), ""])[0];
 const advice = (code) => (CODES[code] ?? ["", ""])[1];
 
+/** A consumer, or the model of it that an event is about. */
+const who = (e) => (e.model ? `${e.consumer}'s model ${e.model}` : e.consumer);
+
 /** How the memory came back: [sentence, advice]. */
 function evicted(e) {
   const how = METHODS[e.method] ?? e.method;
-  const whom = e.target && e.target !== e.consumer ? ` to make room for ${e.target}` : "";
-  const began = `${e.consumer} was unloaded${whom}`;
+  const other = e.target && (e.target !== e.consumer || (e.target_model && e.target_model !== e.model));
+  const whom = other ? ` to make room for ${who({consumer: e.target, model: e.target_model})}` : "";
+  const began = `${who(e)} was unloaded${whom}`;
   const took = e.ms === undefined ? "" : ` in ${lasting(e.ms)}`;
   const of = `${mib(e.mib ?? 0)} of ${mib(e.expected_mib ?? 0)}`;
   switch (e.outcome) {
@@ -38,7 +42,7 @@ function evicted(e) {
     case "stolen": return [`${began}, but ${e.taken_by ?? "another process"} took the memory at once.`,
       "End that process, or put it behind the broker as a consumer."];
     case "unverified": return [`${began}; the card cannot be measured, so nobody knows whether its memory was released.`, ""];
-    case "gone": return [`${e.consumer} had ended already${whom ? " when it was to make room for " + e.target : ""}.`, ""];
+    case "gone": return [`${e.consumer} had ended already${whom ? " when it was" + whom : ""}.`, ""];
     default: return [`${began}.`, ""];
   }
 }
@@ -72,11 +76,11 @@ const SENTENCES = {
     : `${e.consumer} leaks memory: with each job it holds ${mib(e.each_mib)} more, and does not level off.`,
     e.over === "loads" ? "Restart it, and give it an eviction method that does (unit, container, signal)."
       : "Unload it to get the memory back."],
-  loaded_meanwhile: (e) => [`${e.consumer} was loaded again by somebody else just after its unload; the broker unloads it again.`,
+  loaded_meanwhile: (e) => [`${who(e)} was loaded again by somebody else just after its unload; the broker unloads it again.`,
     "Find out who uses it without the broker."],
-  tried_anyway: (e) => [`${e.consumer} is tried, although ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
+  tried_anyway: (e) => [`${who(e)} is tried, although ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
   came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, was started again by somebody else.`, ""],
-  loaded: (e) => [`${e.consumer} was loaded in ${lasting(e.ms)}.`, ""],
+  loaded: (e) => [`${who(e)} was loaded in ${lasting(e.ms)}.`, ""],
   resumed: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
   unhealthy: (e) => [`${e.consumer} does not answer: ${e.reason}.`, "Start it; until then its jobs are refused."],
@@ -87,7 +91,7 @@ const SENTENCES = {
   breaker_open: (e) => [`${e.consumer} failed ${e.failures} times in a row; its jobs are refused for ${lasting(e.pause_ms)}.`,
     "Look at the consumer's own log."],
   breaker_closed: (e) => [`${e.consumer} works again.`, ""],
-  out_of_memory: (e) => [`A job of ${e.consumer} ran out of memory, although ${mib(e.available_mib)} were available.`,
+  out_of_memory: (e) => [`A job of ${who(e)} ran out of memory, although ${mib(e.available_mib)} were available.`,
     "Declare more: vram_resident_mib."],
   out_of_memory_doubted: (e) => [`${e.consumer} says that it ran out of memory, but ${mib(e.available_mib)} were available, and ${mib(e.needed_mib)} were enough before.`,
     "Look at the consumer's own log: another card, or the machine's memory?"],
@@ -102,9 +106,9 @@ const SENTENCES = {
     "Raise timeouts.total, if such jobs take so long."],
   cancel_failed: (e) => [`${e.consumer} could not be told to stop: ${e.reason}.`, "The job holds the GPU until it is done."],
   housekeeping_failed: (e) => [`${e.consumer} could not be ${e.kind === "restore" ? "loaded again while no job waited" : "unloaded for being idle"}: ${e.reason}.`, ""],
-  pinned: (e) => [`${e.consumer} was pinned: it is not evicted.`, ""],
-  unpinned: (e) => [`${e.consumer} was unpinned: it may be evicted.`, ""],
-  forgotten: (e) => [`What was learned of ${e.consumer} was deleted.`, ""],
+  pinned: (e) => [`${who(e)} was pinned: it is not evicted.`, ""],
+  unpinned: (e) => [`${who(e)} was unpinned: it may be evicted.`, ""],
+  forgotten: (e) => [`What was learned of ${who(e)} was deleted.`, ""],
   config_reloaded: (e) => [`The config was reloaded: ${changed(e) || "nothing changed"}.`, ""],
   config_not_reloaded: (e) => [`The changed config was not applied: ${e.reason ?? "see the log"}.`, "gpumanager check names every fault with its line."],
   draining: () => ["The broker shuts down: it refuses new jobs and finishes those that run.", ""],
