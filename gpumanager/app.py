@@ -44,6 +44,7 @@ from gpumanager.telemetry.eventfile import EventFile
 from gpumanager.telemetry.eventlog import EventLog, Recorded
 from gpumanager.telemetry.events import Started
 from gpumanager.telemetry.metrics import Metrics
+from gpumanager.telemetry.usage import Usage
 from gpumanager.threads import Threads
 from gpumanager.upstream.calls import ControlCalls
 from gpumanager.upstream.proxy import Proxy
@@ -171,11 +172,14 @@ class Broker:
         card = self.card
         places = Places(self.registry, card.scheduler, self._shares, self._deadlines)
         shortages = Shortages(self.registry, self.learned, card.sampler.look, self._emit)
+        usage = Usage()
+        self.events.listen(usage.take_note)
         status = StatusView(
             self.registry,
             card.scheduler,
             self.breakers,
             lambda: shortages.failures,
+            usage,
             self._clock,
             __version__,
             self._config_file,

@@ -20,8 +20,11 @@ from gpumanager.gpu.inventory import believable, holders, left, model_shares
 from gpumanager.jobs.shortage import MemoryFailures
 from gpumanager.model import Growth, MemoryReading, QueueEntry, parts_of, resident_name
 from gpumanager.scheduling.interface import Scheduler
+from gpumanager.telemetry.usage import Usage
 from gpumanager.web.roles import NAMELESS
 from gpumanager.web.ways import drop_in_routes
+
+_MOST_SHARES = 20
 
 
 class StatusView:
@@ -33,6 +36,7 @@ class StatusView:
         scheduler: Scheduler,
         breakers: Breakers,
         memory_failures: Callable[[], MemoryFailures],
+        usage: Usage,
         clock: Clock,
         version: str,
         config_file: str | None = None,
@@ -41,12 +45,13 @@ class StatusView:
         self._scheduler = scheduler
         self._memory_failures = memory_failures
         self._breakers = breakers
+        self._usage = usage
         self._clock = clock
         self._version = version
         self._config_file = config_file
 
     def snapshot(self, whose: str | None = None) -> dict[str, Any]:
-        """The whole answer, ready for JSON. `whose`: as for `line`."""
+        """The whole answer, ready for JSON. `whose`: as for `queue`."""
         snapshot = believable(self._registry.now)
         config, holds = snapshot.config, holders(snapshot)
         return {
@@ -60,7 +65,7 @@ class StatusView:
             "consumers": [
                 self._consumer(snapshot, name, holds[name]) for name in sorted(config.consumers)
             ],
-            "scheduler": self._stats(config),
+            "scheduler": self._stats(config, whose),
             "queue": self.queue(whose),
         }
 
@@ -177,7 +182,7 @@ class StatusView:
             views.append(view)
         return views
 
-    def _stats(self, config: Config) -> dict[str, Any]:
+    def _stats(self, config: Config, whose: str | None) -> dict[str, Any]:
         stats, failures = self._scheduler.stats(), self._memory_failures()
         oldest = stats.oldest_queued
         return {
@@ -190,6 +195,15 @@ class StatusView:
             "oldest_queued": None if oldest is None else rfc3339(oldest),
             "evictions": stats.evictions,
             "out_of_memory": {"seen": failures.seen, "healed": failures.healed},
+            "longest_overtake": {"jobs": stats.longest_overtake},
+            "shares": [
+                {
+                    "requester": share.requester,
+                    "gpu_ms": round(share.seconds * 1000),
+                    "jobs": share.jobs,
+                }
+                for share in self._usage.shares(self._clock.now(), _MOST_SHARES, whose)
+            ],
         }
 
     def _entry(self, entry: QueueEntry) -> dict[str, Any]:

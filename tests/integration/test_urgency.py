@@ -11,9 +11,9 @@ import pytest
 
 from gpumanager.keys import ApiKey
 from gpumanager.model import Job
-from tests.support.broker import config_for, live_broker
+from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
-from tests.support.threads import PATIENCE_S, Outcome
+from tests.support.threads import PATIENCE_S, Outcome, eventually
 
 KEYS = [
     ApiKey("alice", "alice-has-a-long-key", role="client"),
@@ -201,3 +201,27 @@ def test_one_address_cannot_fill_the_queue(
         release.set()
         assert [job.result().status_code for job in jobs] == [200, 200]
         assert broker.post("/v1/tts").status_code == 200
+
+
+def shares(broker: LiveBroker, name: str) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = broker.get("/v1/status", headers=AS[name]).json()["scheduler"][
+        "shares"
+    ]
+    return told
+
+
+def test_the_status_tells_who_had_how_much_of_the_gpu(
+    held_consumer: ScriptedConsumer, release: threading.Event
+) -> None:
+    release.set()
+    with live_broker(config_for(held_consumer.url), keys=KEYS) as broker:
+        for name in ("alice", "nightly", "alice"):
+            assert broker.post("/v1/tts", headers=AS[name]).status_code == 200
+        eventually(lambda: sum(share["jobs"] for share in shares(broker, "nightly")) == 3)
+        told = {name: shares(broker, name) for name in ("alice", "nightly")}
+    assert {share["requester"]: share["jobs"] for share in told["nightly"]} == {
+        "alice": 2,
+        "nightly": 1,
+    }
+    assert {share["requester"]: share["jobs"] for share in told["alice"]} == {"alice": 2, "-": 1}
+    assert all(share["gpu_ms"] >= 0 for share in told["alice"])
