@@ -149,14 +149,17 @@ class Holdings:
 
     `consumers` has the MiB of each consumer whose process is known (0: it runs, but holds
     nothing); one that is missing there cannot be told apart. `pids` are the processes behind
-    each figure. `foreign` are the processes of no consumer. `reason` is empty if the platform
-    tells figures per process, else says why not; then all else is empty.
+    each figure. `foreign` are the processes of no consumer. `births` says of every process when it
+    was started, in ticks since boot, None where that is not known: a pid alone may be another
+    process in the next reading. `reason` is empty if the platform tells figures per process, else
+    says why not; then all else is empty.
     """
 
     consumers: Mapping[str, int] = field(default_factory=dict)
     pids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     foreign: tuple[GpuProcess, ...] = ()
     reason: str = ""
+    births: Mapping[int, int | None] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 
 from gpumanager.clock import Clock
 from gpumanager.gpu.containers import Contained, ContainedConsumers, Place
@@ -28,6 +29,17 @@ _SERVICE = re.compile(
 """The last part of a cgroup that is one service's, or one container's, own."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a process on the card that was `born` then: whose it is, and the main
+    process of its consumer that it descends from, with its birth, if it does."""
+
+    born: int | None
+    name: str
+    owners: frozenset[str]
+    descends_from: tuple[int, int | None] | None = None
+
+
 class Attributor:
     """Draws up the holdings behind each reading. For one thread at a time."""
 
@@ -43,9 +55,8 @@ class Attributor:
         self._table = table
         self._clock = clock
         self._looked_at: float | None = None
-        self._owners: dict[int, frozenset[str]] = {}
-        self._names: dict[int, str] = {}
-        self._main: dict[str, tuple[int, ...]] = {}
+        self._known: dict[int, _Known] = {}
+        self._main: dict[str, dict[int, int | None]] = {}
         self._found = Contained()
         self._here: dict[str, Place] = {}
 
@@ -58,7 +69,7 @@ class Attributor:
             return Holdings(reason=f"{reading.used_mib} MiB are in use, but no process shows")
         try:
             self._look(pids)
-            elsewhere = self._elsewhere(pids)
+            elsewhere = self._elsewhere(pids, reading.local_pids)
         except Exception as error:
             log.exception("attribution failed")
             return Holdings(reason=f"the processes cannot be looked up: {error}")
@@ -73,13 +84,14 @@ class Attributor:
             return not self._table.sees_all()
         return reading.used_mib > UNSEEN_MIB
 
-    def _elsewhere(self, pids: frozenset[int]) -> bool:
+    def _elsewhere(self, pids: frozenset[int], local: bool) -> bool:
         """Whether the driver's numbers are those of another PID namespace: then a number that
-        happens to be somebody's here, too, means nothing either."""
-        unknown = [pid for pid in pids if not self._names[pid]]
+        happens to be somebody's here, too, means nothing either. Some drivers translate them, and
+        list only the processes that show here: those do have the card open."""
+        unknown = [pid for pid in pids if not self._known[pid].name]
         if self._table.sees_all():
             return bool(unknown) and len(unknown) == len(pids)  # some may just have ended
-        return bool(unknown)
+        return bool(unknown) or not (local or all(map(self._table.uses_card, pids)))
 
     def _drawn_up(self, processes: tuple[GpuProcess, ...]) -> Holdings:
         here = [
@@ -91,9 +103,10 @@ class Attributor:
         pids: dict[str, tuple[int, ...]] = {}
         foreign, shared = [], set[str]()
         for process in processes:
-            owners = self._owners[process.pid]
+            known = self._known[process.pid]
+            owners = known.owners
             if not owners:
-                foreign.append(GpuProcess(process.pid, process.mib, self._names[process.pid]))
+                foreign.append(GpuProcess(process.pid, process.mib, known.name))
             elif len(owners) > 1:
                 shared |= owners
             else:
@@ -104,39 +117,73 @@ class Attributor:
             held.pop(name, None)
             pids.pop(name, None)
         foreign.sort(key=lambda process: (-process.mib, process.pid))
-        return Holdings(held, pids, tuple(foreign))
+        births = {process.pid: self._known[process.pid].born for process in processes}
+        return Holdings(held, pids, tuple(foreign), births=births)
 
     def _look(self, pids: frozenset[int]) -> None:
         """Know every process, with as few costly look-ups as can be: who listens where is known
         already for a process that descends from one that is known to."""
         now = self._clock.monotonic()
-        if self._looked_at is None or now - self._looked_at >= REFRESH_S:
+        stale = self._looked_at is None or now - self._looked_at >= REFRESH_S
+        if stale or not self._main_still_run():
             self._look_up(pids, now)
             return
-        for pid in pids - self._owners.keys():
-            self._names[pid] = self._table.name(pid)
-            self._owners[pid] = self._owner(pid)
-            if not self._owners[pid]:
+        for pid in pids:
+            born = self._table.born(pid)
+            if (known := self._known.get(pid)) is not None and born in (known.born, None):
+                continue  # what has just ended was the process that is known
+            self._known[pid] = known = self._identify(pid, born)
+            if not known.owners:
                 self._look_up(pids, now)  # perhaps it serves in the place of one that ended
                 return
+
+    def _main_still_run(self) -> bool:
+        """Whether the processes that were found to listen have not ended since: else another one
+        may serve in their place, or have their number."""
+        return all(
+            self._table.born(pid) == born
+            for main in self._main.values()
+            for pid, born in main.items()
+        )
 
     def _look_up(self, pids: frozenset[int], now: float) -> None:
         listening = self._consumers.find()
         self._found = self._contained.find(listening.keys())
-        self._main = {**listening, **self._found.main}
-        self._owners = {pid: self._owner(pid) for pid in pids}
-        self._names = {pid: self._table.name(pid) for pid in pids}
+        main = {**listening, **self._found.main}
+        self._main = {
+            name: {pid: self._table.born(pid) for pid in found} for name, found in main.items()
+        }
+        before, self._known = self._known, {}
+        for pid in pids:
+            born, known = self._table.born(pid), before.get(pid)
+            if known is not None and born is None:
+                self._known[pid] = known
+                continue
+            self._known[pid] = found = self._identify(pid, born)
+            if not found.owners and known is not None and known.born == born:
+                self._known[pid] = self._orphaned(known) or found
         self._looked_at = now
 
-    def _owner(self, pid: int) -> frozenset[str]:
+    def _orphaned(self, known: _Known) -> _Known | None:
+        """A process that descended from a consumer's, and whose parent has ended since, is still
+        that consumer's while that process runs."""
+        if known.descends_from is None:
+            return None
+        pid, born = known.descends_from
+        mains = [self._main.get(name, {}) for name in known.owners]
+        return known if any(pid in main and main[pid] == born for main in mains) else None
+
+    def _identify(self, pid: int, born: int | None) -> _Known:
         """The consumers whose main process is nearest among `pid` and its ancestors; else the
-        one that alone shares its service's cgroup, or that listens in its network namespace.
-        More than one where several share a process; none if it is nobody's."""
-        for each in self._table.ancestry(pid):
-            names = [name for name, main in self._main.items() if each in main]
-            if names:
-                return frozenset(names)
-        return self._by_cgroup(pid) or self._by_network(pid)
+        one whose main process leads its group, or that alone shares its service's cgroup, or that
+        listens in its network namespace. More than one where several share a process; none if it
+        is nobody's."""
+        name = self._table.name(pid)
+        for each in (*self._table.ancestry(pid), *self._table.groups(pid)):
+            owners = frozenset(name for name, main in self._main.items() if each in main)
+            if owners:
+                return _Known(born, name, owners, (each, self._table.born(each)))
+        return _Known(born, name, self._by_cgroup(pid) or self._by_network(pid))
 
     def _by_cgroup(self, pid: int) -> frozenset[str]:
         cgroup = self._table.cgroup(pid)

@@ -17,6 +17,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from gpumanager.host.procfs import born as started
+
 LOCK_TIMEOUT_S = 5.0
 _LOCK_POLL_S = 0.001
 
@@ -155,7 +157,7 @@ class SimulatedCard:
         if mib <= 0:
             raise ValueError(f"an allocation of {mib} MiB")
         pid = os.getpid()
-        born = _born(pid)
+        born = started(pid)
         if born is None:
             raise RuntimeError("/proc does not tell of this process")
         with self._locked():
@@ -230,11 +232,11 @@ class SimulatedCard:
         now = self._monotonic()
         return replace(
             state,
-            blocks=tuple(each for each in state.blocks if _born(each.pid) == each.born),
+            blocks=tuple(each for each in state.blocks if started(each.pid) == each.born),
             releasing=tuple(
                 each
                 for each in state.releasing
-                if now < each.until and _born(each.pid) == each.born
+                if now < each.until and started(each.pid) == each.born
             ),
         )
 
@@ -273,14 +275,3 @@ class SimulatedCard:
                 time.sleep(_LOCK_POLL_S)
             else:
                 return
-
-
-def _born(pid: int) -> int | None:
-    """When the process started, in ticks since boot, or None if it has ended. A pid alone may
-    be another process by now."""
-    try:
-        # The name before the last bracket is the process's own choice, brackets included.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZXx" else int(fields[19])

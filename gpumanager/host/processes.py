@@ -17,6 +17,8 @@ import psutil
 
 from gpumanager.addresses import host_and_port
 from gpumanager.config import Config, ConsumerConfig
+from gpumanager.host import procfs
+from gpumanager.host.procfs import Address, lines
 
 FRONTS = frozenset(
     {"systemd", "init", "docker-proxy", "rootlessport", "conmon", "pasta", "slirp4netns", "ssh"}
@@ -26,10 +28,8 @@ FRONTS = frozenset(
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 """The inode of the machine's own PID namespace: PROC_PID_INIT_INO in Linux's proc_ns.h."""
 
-_LISTENS = "0A"
-"""TCP_LISTEN, as /proc/net/tcp writes it."""
-
-Address = tuple[str, int]
+_CARDS = ("/dev/nvidia", "/dev/dxg", "/dev/nvmap", "/dev/nvhost", "/dev/nvgpu")
+"""What a process has open that uses a card: on Linux, on WSL2, on a Jetson."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,17 @@ class ProcessTable(Protocol):
     def ancestry(self, pid: int) -> tuple[int, ...]:
         """`pid`, its parent, and so on; empty if there is no such process."""
 
+    def born(self, pid: int) -> int | None:
+        """When it was started, in ticks since boot, None if it has ended: a pid alone may be
+        another process by now."""
+
+    def groups(self, pid: int) -> Set[int]:
+        """The pids that lead its process group and its session; empty if they are not known. Its
+        children stay in them when it ends."""
+
+    def uses_card(self, pid: int) -> bool:
+        """Whether it has a device of a card open, as far as that may be seen."""
+
     def name(self, pid: int) -> str:
         """The name of the program; empty if it is not known."""
 
@@ -74,14 +85,10 @@ class SystemProcesses:
     """The processes of this machine, or of this PID namespace."""
 
     def listeners(self) -> Mapping[Address, tuple[int, ...]]:
-        found: dict[Address, set[int]] = {}
-        for address, pid in _listening():
-            if pid is not None:
-                found.setdefault(address, set()).add(pid)
-        return {address: tuple(sorted(pids)) for address, pids in found.items()}
+        return {address: pids for address, pids in procfs.listening().items() if pids}
 
     def ports(self) -> Set[int]:
-        return {address[1] for address, _ in _listening()}
+        return {port for _, port in procfs.listening()}
 
     def commands(self) -> Mapping[int, str]:
         """The command line of every process that may be seen."""
@@ -95,6 +102,18 @@ class SystemProcesses:
             return (pid, *(parent.pid for parent in psutil.Process(pid).parents()))
         except (psutil.Error, OSError):
             return ()
+
+    def born(self, pid: int) -> int | None:
+        return procfs.born(pid)
+
+    def groups(self, pid: int) -> Set[int]:
+        try:
+            return {os.getpgid(pid), os.getsid(pid)} - {0}
+        except OSError:
+            return set()
+
+    def uses_card(self, pid: int) -> bool:
+        return any(name.startswith(_CARDS) for name in procfs.open_files(pid))
 
     def name(self, pid: int) -> str:
         try:
@@ -121,8 +140,8 @@ class SystemProcesses:
         # the namespace is another one, only by who may trace the process.
         own = Path(f"/proc/{pid}/net")
         return Network(
-            frozenset(_own_ipv4(_lines(own / "fib_trie")) | _own_ipv6(_lines(own / "if_inet6"))),
-            frozenset(_listened_on(_lines(own / "tcp")) | _listened_on(_lines(own / "tcp6"))),
+            frozenset(_own_ipv4(lines(own / "fib_trie")) | _own_ipv6(lines(own / "if_inet6"))),
+            frozenset(procfs.ports(lines(own / "tcp")) | procfs.ports(lines(own / "tcp6"))),
         )
 
     def sees_all(self) -> bool:
@@ -160,13 +179,6 @@ def still_there(processes: Iterable[tuple[int, float]]) -> list[int]:
     return [pid for pid, born in before if alive.get(pid) == born]
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 def _own_ipv4(trie: list[str]) -> set[str]:
     """From fib_trie: a line with an address, then a line that says `/32 host LOCAL`."""
     found = {
@@ -185,29 +197,6 @@ def _own_ipv6(rows: list[str]) -> set[str]:
         if re.match(r"[0-9a-f]{32} ", row)
     }
     return found - {"::1"}
-
-
-def _listened_on(rows: list[str]) -> set[int]:
-    """From tcp and tcp6: `N: ADDRESS:PORT REMOTE STATE …`, all in hexadecimal."""
-    columns = [row.split() for row in rows[1:]]
-    return {
-        int(each[1].rpartition(":")[2], 16)
-        for each in columns
-        if len(each) > 3 and each[3] == _LISTENS
-    }
-
-
-def _listening() -> list[tuple[Address, int | None]]:
-    """Who listens where; the process is None where it may not be seen."""
-    try:
-        rows = psutil.net_connections("tcp")
-    except (psutil.Error, OSError):
-        return []
-    return [
-        ((row.laddr.ip, row.laddr.port), row.pid)
-        for row in rows
-        if row.status == psutil.CONN_LISTEN and row.laddr
-    ]
 
 
 class ConsumerProcesses:

@@ -66,11 +66,17 @@ def _less_on_gpu(before: MemoryReading, after: MemoryReading) -> int | None:
 
 
 def _still_held(name: str, before: MemoryReading, after: MemoryReading) -> int | None:
-    """What the victim holds now; by its processes of before, where it does not listen any more."""
+    """What the victim holds now; by its processes of before, where it does not listen any more.
+    One of them that was started since is another process under the same pid."""
     holds = after.measured_mib(name)
     if holds is not None or before.holdings is None or after.processes is None:
         return holds
-    pids = before.holdings.pids.get(name, ())
+    births = {} if after.holdings is None else after.holdings.births
+    pids = [
+        pid
+        for pid in before.holdings.pids.get(name, ())
+        if births.get(pid) in (before.holdings.births.get(pid), None)
+    ]
     return sum(process.mib for process in after.processes if process.pid in pids)
 
 

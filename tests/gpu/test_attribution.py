@@ -14,7 +14,8 @@ from gpumanager.clock import SystemClock
 from gpumanager.config import Config, parse_config
 from gpumanager.gpu.attribution import REFRESH_S, Attributor
 from gpumanager.gpu.containers import ContainedConsumers, Resolver
-from gpumanager.host.processes import Address, ConsumerProcesses, Network, SystemProcesses
+from gpumanager.host.processes import ConsumerProcesses, Network, SystemProcesses
+from gpumanager.host.procfs import Address
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from tests.support.clock import FakeClock
 
@@ -43,6 +44,9 @@ class FakeProcesses:
         self.commands: dict[int, tuple[str, ...]] = {}
         self.networks: dict[int, Network] = {}
         self.all_seen = True
+        self.births: dict[int, int] = {}
+        self.led: dict[int, set[int]] = {}
+        self.on_card: set[int] = set()
         self.looks = 0
 
     def ports(self) -> set[int]:
@@ -58,6 +62,15 @@ class FakeProcesses:
             chain.append(pid)
             pid = self.tree[pid]
         return tuple(chain)
+
+    def born(self, pid: int) -> int | None:
+        return self.births.get(pid, pid) if pid in self.tree else None
+
+    def groups(self, pid: int) -> set[int]:
+        return self.led.get(pid, set())
+
+    def uses_card(self, pid: int) -> bool:
+        return pid in self.on_card
 
     def name(self, pid: int) -> str:
         return self.names.get(pid, "python" if pid in self.tree else "")
@@ -242,6 +255,37 @@ def test_who_listens_is_looked_up_only_for_new_processes_and_now_and_then() -> N
     clock.advance(REFRESH_S)
     one.attribute(reading(p100=1000))
     assert table.looks == 3
+
+
+def test_a_process_that_ended_a_moment_ago_is_whose_it_was() -> None:
+    table = FakeProcesses()
+    one, clock = attributor(table)
+    one.attribute(reading(p100=1000, p202=4000))
+    del table.tree[202]  # the driver lists it still: its memory is on its way back
+    table.tree[203] = 201
+    for seconds in (0, REFRESH_S):
+        clock.advance(seconds)
+        seen = one.attribute(reading(p100=1000, p202=4000, p203=500))
+        assert seen.consumers == {"mvoice": 1000, "ollama": 4500}
+
+
+def test_another_process_under_the_same_number_is_another_one() -> None:
+    table = FakeProcesses()
+    one, _ = attributor(table)
+    one.attribute(reading(p100=1000, p202=4000))
+    table.tree[202], table.births[202], table.names[202] = 1, 9000, "game"
+    seen = one.attribute(reading(p100=1000, p202=4000))
+    assert seen.consumers == {"mvoice": 1000, "ollama": 0}
+    assert seen.foreign == (GpuProcess(202, 4000, "game"),)
+
+
+def test_another_process_under_the_number_of_one_that_listened_is_not_the_consumer() -> None:
+    table = FakeProcesses()
+    one, _ = attributor(table)
+    one.attribute(reading(p100=1000, p202=4000))
+    table.births[100] = 9000
+    del table.listening["127.0.0.1", 8766]
+    assert one.attribute(reading(p100=1000)).consumers == {"ollama": 0}
 
 
 def test_one_that_was_started_again_is_known_by_its_new_process() -> None:

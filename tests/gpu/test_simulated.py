@@ -13,6 +13,7 @@ import pytest
 
 from gpumanager.gpu import simulated as card_module
 from gpumanager.gpu.simulated import CardLost, CardMemory, Holder, OutOfMemory, SimulatedCard
+from gpumanager.host import procfs
 
 WAIT_S = 10.0
 
@@ -38,8 +39,8 @@ sys.stdin.read()
 
 ALIVE = """
 import os
-from gpumanager.gpu.simulated import _born
-print(_born(os.getpid()) is not None)
+from gpumanager.host.procfs import born
+print(born(os.getpid()) is not None)
 """
 
 
@@ -182,9 +183,9 @@ def test_a_process_that_got_the_pid_of_a_dead_one_holds_nothing(
     card: SimulatedCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card.allocate("mvoice", 100)
-    born = card_module._born(os.getpid())
+    born = procfs.born(os.getpid())
     assert born is not None
-    monkeypatch.setattr(card_module, "_born", lambda _pid: born + 1)
+    monkeypatch.setattr(card_module, "started", lambda _pid: born + 1)
     assert card.memory().used_mib == 0
     assert card.free("mvoice") == 0
 

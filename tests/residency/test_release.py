@@ -62,6 +62,19 @@ def test_by_the_victims_own_processes(keeps: int, outcome: str) -> None:
     assert (release.outcome, release.mib, release.residue_mib) == (outcome, 4000 - keeps, keeps)
 
 
+@pytest.mark.parametrize(("born", "outcome"), [(7, "leaked"), (8, "released")])
+def test_one_that_ended_holds_what_its_processes_do_but_not_who_has_their_pids(
+    born: int, outcome: str
+) -> None:
+    process = (GpuProcess(50, 4000, "it"),)
+    before, after = totals(1000), totals(1000)
+    held = Holdings({"victim": 4000}, {"victim": (50,)}, births={50: 7})
+    before = replace(before, processes=process, holdings=held)
+    later = Holdings({}, {}, process, births={50: born})
+    after = replace(after, free_mib=5000, processes=process, holdings=later)
+    assert judge("victim", before, after, 4000).outcome == outcome
+
+
 def test_what_others_give_back_is_not_the_victims() -> None:
     before = detailed(1000, victim=4000, other=5000)
     after = detailed(6000, victim=4000, other=0)

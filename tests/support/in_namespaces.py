@@ -1,0 +1,46 @@
+"""Programs for tests in namespaces of their own, made by `unshare` without any right but to make a
+user namespace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+OWN_PIDS = ("-Urpf", "--mount-proc", "--kill-child")
+"""A PID namespace of its own, as a container has."""
+
+
+@cache
+def _refused(options: tuple[str, ...]) -> str:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return "there is no unshare"
+    command = [unshare, *options, "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+def run_inside(program: str, *words: str, options: tuple[str, ...] = OWN_PIDS) -> Any:
+    """What the Python `program` prints as JSON, run there; skips where that may not be."""
+    if reason := _refused(options):
+        pytest.skip(f"no namespaces here: {reason}")
+    done = subprocess.run(
+        [str(shutil.which("unshare")), *options, sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
