@@ -248,7 +248,7 @@ class Registry:
         loaded since."""
         if model is not None:
             self._change_model(name, model, unloaded_at=None)
-        if not self.now.states[name].loaded_models:
+        else:
             self._change(name, lambda state: replace(state, unloaded_at=None))
 
     def end_quarantines(self) -> None:

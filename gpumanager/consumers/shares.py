@@ -32,7 +32,8 @@ def shared(state: ConsumerState, held_mib: int, base_mib: int) -> dict[str, int]
     with no model loaded. Never more than that in sum; less, while what others were unloaded of may
     not be back yet.
 
-    What has come since the last look is the model's that works, else the one's that was used last.
+    What has come since the last look is the model's that works; at rest, that of those of which
+    nobody knows yet what they hold, or else the one's that was used last.
     """
     held = {name: each.held_mib for name, each in state.models.items() if each.loaded}
     left, known = max(0, held_mib - base_mib), sum(held.values())
@@ -45,10 +46,15 @@ def shared(state: ConsumerState, held_mib: int, base_mib: int) -> dict[str, int]
             held[owner] = max(0, held[owner] - (known - left))
             known = sum(held.values())
         return {name: mib * left // known for name, mib in held.items()} if known > left else held
-    if owner is None and held and not releasing:
-        owner = max(held, key=lambda name: state.models[name].last_used or 0.0)
     if owner is not None:
-        held[owner] += left - known
+        owners = [owner]
+    elif releasing or not held:
+        return held
+    else:
+        owners = [name for name, mib in held.items() if not mib]
+        owners = owners or [max(held, key=lambda name: state.models[name].last_used or 0.0)]
+    for name in owners:
+        held[name] += (left - known) // len(owners)
     return held
 
 

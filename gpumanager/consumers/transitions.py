@@ -80,7 +80,7 @@ def job_finished(
             quarantine="",
             leaks=0,
         )
-    if unloaded is not None:
+    if unloaded is not None and not state.active:  # others of its jobs may have loaded it since
         return replace(
             state,
             loaded=unloaded.loaded,
@@ -98,11 +98,19 @@ def set_loaded(
     """The broker itself loaded or unloaded it, or one model of it."""
     if model is not None:
         others = any(name != model for name in state.loaded_models)
+        said_mib = None if loaded else state.model(model).reported_mib
         change = shares.loaded if loaded else shares.unloaded
         state = change(state, model, now)
         if others:
-            version = state.residency_version + 1
-            return replace(state, report_outdated=True, residency_version=version)
+            resident_mib = state.resident_mib
+            if resident_mib is not None and said_mib is not None:
+                resident_mib = max(0, resident_mib - said_mib)
+            return replace(
+                state,
+                resident_mib=resident_mib,
+                report_outdated=state.report_outdated or said_mib is None,
+                residency_version=state.residency_version + 1,
+            )
     elif not loaded:
         state = shares.all_unloaded(state, now)
     return replace(

@@ -16,6 +16,7 @@ from gpumanager.config import ConsumerConfig, EvictionMethod
 from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerUnreachable
+from gpumanager.gpu.inventory import keeps_mib
 from gpumanager.model import (
     CONTEXT_MIB,
     Job,
@@ -198,7 +199,8 @@ class Evictor:
                 residue = release.residue_mib
                 if release.complete and alone is not None:
                     self._registry.came_back(name, alone)
-                elif release.complete and residue is not None and residue <= floor_mib:
+                    floor_mib = keeps_mib(self._registry.now, name)
+                if release.complete and residue is not None and residue <= floor_mib:
                     self._registry.came_back(name)
                 return release
         if release is not None and release.certain:

@@ -121,3 +121,17 @@ def test_the_models_are_bounded_and_those_that_are_loaded_or_pinned_stay() -> No
         )
     assert len(state.models) == shares.MOST_MODELS
     assert {"kept", "pinned", f"m{2 * shares.MOST_MODELS - 1}"} <= state.models.keys()
+
+
+def test_models_that_were_there_before_the_broker_are_told_apart_as_far_as_can_be() -> None:
+    state = shares.measured(says(FRESH, 1, "a", "b"), 6001, 0, 2)
+    assert held(state) == {"a": 3000, "b": 3000}
+    state = says(after_job(FRESH, "a", 5000, 1), 2, "a", "b")
+    assert held(shares.measured(state, 6200, 0, 3)) == {"a": 5000, "b": 1200}
+
+
+def test_what_it_said_of_one_that_was_unloaded_is_taken_off_its_own_sum() -> None:
+    state = replace(
+        says(FRESH, 1, "a", "b", a=LoadedModel(5000), b=LoadedModel(1200)), resident_mib=6200
+    )
+    assert transitions.set_loaded(state, False, 2, "a").resident_mib == 1200
