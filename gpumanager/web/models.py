@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, request
 
 from gpumanager.config import ConsumerConfig, ModelEntry
+from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.registry import Registry
+from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.errors import ModelNotFound, NoConsumer
 from gpumanager.jobs.routing import Catalogue, Router, not_found
-from gpumanager.model import ConsumerState
+from gpumanager.model import model_key, resident_name
 from gpumanager.upstream.proxy import Inbound
 from gpumanager.web.boundary import json_response
 from gpumanager.web.forwarding import Forwarder
@@ -44,13 +46,14 @@ _NAMES_MODEL = frozenset({"/api/show", "/api/push", "/api/delete"})
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """A model, who serves it, for which kinds of job, and whether it is loaded."""
+    """A model, who serves it, for which kinds of job, whether it is loaded, and how much of the
+    card it needs, as far as that is declared or was seen."""
 
     name: str
     consumer: str
     kinds: tuple[str, ...]
     loaded: bool
-    vram_mib: int | None = None
+    vram: Figure | None = None
 
 
 class ModelLists:
@@ -96,7 +99,7 @@ class ModelLists:
             for name in config.candidates(kind):
                 kinds.setdefault(name, []).append(kind)
         for name, its in kinds.items():
-            yield _Server(name, config.consumers[name], snapshot.states[name], tuple(its))
+            yield _Server(name, snapshot, tuple(its))
 
     def _all(self) -> Iterator[Offered]:
         for server in self._servers():
@@ -119,19 +122,41 @@ class _Server:
     """A consumer that jobs of `kinds` go to."""
 
     name: str
-    config: ConsumerConfig
-    state: ConsumerState
+    snapshot: Snapshot
     kinds: tuple[str, ...]
+
+    @property
+    def config(self) -> ConsumerConfig:
+        """Its settings."""
+        return self.snapshot.config.consumers[self.name]
 
     def offers(self, model: str, entry: ModelEntry | None = None) -> Offered:
         """A model of its, as the config has it in `entry`."""
-        state, probe = self.state, self.config.probe
-        loaded = state.loaded and state.stopped_by is None
-        if loaded and probe is not None and probe.items is not None:
-            served = model if entry is None else entry.served_as or model
-            loaded = served in state.items or f"{served}:latest" in state.items
-        vram_mib = None if entry is None else entry.vram_mib
-        return Offered(model, self.name, self.kinds, loaded, vram_mib)
+        served = model if entry is None else entry.served_as or model
+        vram = self._vram(served)
+        if entry is not None and entry.vram_mib is not None:
+            vram = Figure(entry.vram_mib, "declared")
+        return Offered(model, self.name, self.kinds, self._has_loaded(served), vram)
+
+    def _has_loaded(self, served: str) -> bool:
+        state, probe = self.snapshot.states[self.name], self.config.probe
+        if state.stopped_by is not None or not state.loaded:
+            return False
+        if self.config.tells_models_apart:
+            return state.has_loaded(model_key(served))
+        if probe is None or probe.items is None:
+            return True
+        return served in state.items or f"{served}:latest" in state.items
+
+    def _vram(self, served: str) -> Figure | None:
+        """What the config says that the model needs, else what was learned of it."""
+        key = model_key(served)
+        declared, resident = self.config.declared_for(key), resident_name(self.name, key)
+        if declared is not None:
+            return Figure(declared.mib, "declared")
+        if self.snapshot.figures(resident).needs.nothing:
+            return None
+        return self.snapshot.needed(resident)
 
 
 def _is_pattern(entry: ModelEntry) -> bool:
@@ -156,7 +181,7 @@ def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -
             given = said.get(key)
             return given if isinstance(given, str) else default
 
-        view = {
+        view: dict[str, Any] = {
             "id": offered.name,
             "object": "model",
             "created": created if isinstance(created := said.get("created"), int) else 0,
@@ -168,7 +193,9 @@ def install(app: Flask, lists: ModelLists, router: Router, forward: Forwarder) -
             "kinds": list(offered.kinds),
             "loaded": offered.loaded,
         }
-        return view if offered.vram_mib is None else {**view, "vram_mib": offered.vram_mib}
+        if offered.vram is not None:
+            view |= {"vram_mib": offered.vram.mib, "vram_source": offered.vram.source}
+        return view
 
     @app.get("/v1/models")
     def models() -> Response:

@@ -293,7 +293,7 @@ def test_the_models_of_all_consumers_are_one_list(broker: LiveBroker) -> None:
     assert sorted(names) == ["big", "gemma3:latest", "gpt-4o", "qwen3:8b", "tts-1"]
     assert names["gemma3:latest"]["loaded"] is True
     assert names["qwen3:8b"]["loaded"] is False
-    assert names["gpt-4o"]["vram_mib"] == 9
+    assert (names["gpt-4o"]["vram_mib"], names["gpt-4o"]["vram_source"]) == (9, "declared")
     assert (names["tts-1"]["created"], names["tts-1"]["owned_by"]) == (7, "me")
     assert names["big"]["consumer"] == names["big"]["owned_by"] == "vllm"
     assert names["big"]["kinds"] == ["llm"]

@@ -19,6 +19,7 @@ from gpumanager.keys import ApiKey
 from gpumanager.model import MemoryReading
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.fake_servers import Running, fake_server
+from tests.support.threads import eventually
 
 CARD_MIB = 12_000
 BODIES: dict[str, Any] = {
@@ -88,6 +89,30 @@ class Scene:
             headers={} if key is None else {"X-Api-Key": key},
             timeout=300,
         )
+
+    def chat(self, model: str) -> Future[requests.Response]:
+        """Send Ollama's chat a job with that model, and do not wait for it."""
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}]}
+        url = f"{self.broker.url}/api/chat"
+        return self._clients.submit(requests.post, url, json=body, timeout=300)
+
+    def used(self, *models: str) -> None:
+        """Have each of them do a job, and wait until what it holds is seen."""
+        for model in models:
+            assert self.chat(model).result(60).status_code == 200
+            self.await_held(model)
+
+    def await_held(self, model: str) -> None:
+        """Return once a model is seen to hold memory."""
+        eventually(lambda: self.shown(model).get("held_mib", 0) > 0)
+
+    def shown(self, model: str, consumer: str = "ollama") -> dict[str, Any]:
+        """A model as the status has it."""
+        for each in self.broker.get("/v1/status").json()["consumers"]:
+            for its in each.get("models", ()) if each["name"] == consumer else ():
+                if its["name"] == model:
+                    return dict(its)
+        return {}
 
     def jobs(self, kind: str, count: int) -> list[Future[requests.Response]]:
         """Send so many, one after the other into the queue."""
@@ -180,6 +205,40 @@ def crowd(consumers: Mapping[str, int] = CROWD, card_mib: int = CROWD_CARD_MIB) 
         sensing = SensingCard(str(card.path))
         broker = stack.enter_context(live_broker(yaml.safe_dump(config), card=sensing, threads=64))
         sensing.busy = lambda: broker.stats.in_flight > 0
+        clients = ThreadPoolExecutor(40, "scene-client")
+        stack.callback(clients.shutdown, wait=True)
+        yield Scene(broker, fakes, clients, card)
+
+
+@contextmanager
+def models(sizes: Mapping[str, int], *, card_mib: int = CARD_MIB) -> Iterator[Scene]:
+    """Ollama with models of those sizes in MiB, which count by themselves, beside speech."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        card = SimulatedCard.create(folder / "card.json", card_mib)
+        fakes = {
+            "ollama": stack.enter_context(fake_server("ollama", card.path, "ollama", dict(sizes))),
+            "voice": stack.enter_context(fake_server("plain", card.path, "voice", 2800)),
+        }
+        fakes["ollama"].set(max_loaded=len(sizes))
+        config = {
+            "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.1},
+            "health_interval": 0.2,
+            "routing": {"llm": "ollama", "tts": "voice"},
+            "consumers": {
+                "ollama": {"preset": "ollama", "url": fakes["ollama"].url},
+                "voice": {
+                    "url": fakes["voice"].url,
+                    "health": "/health",
+                    "unload": "/unload",
+                    "paths": {"tts": "/job"},
+                    "vram_resident_mib": 2800,
+                },
+            },
+        }
+        broker = stack.enter_context(
+            live_broker(yaml.safe_dump(config), card=SensingCard(str(card.path)), threads=64)
+        )
         clients = ThreadPoolExecutor(40, "scene-client")
         stack.callback(clients.shutdown, wait=True)
         yield Scene(broker, fakes, clients, card)
