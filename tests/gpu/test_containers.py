@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -14,14 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+from gpumanager.clock import SystemClock
 from gpumanager.config import Config, parse_config
-from gpumanager.gpu.attribution import REFRESH_S
+from gpumanager.gpu.attribution import REFRESH_S, Attributor
 from gpumanager.gpu.containers import ContainedConsumers, Resolver
 from gpumanager.host import engine as engine_socket
 from gpumanager.host.errors import ReclaimFailed
 from gpumanager.host.processes import ConsumerProcesses, Network, SystemProcesses
 from gpumanager.model import GpuProcess, Holdings
 from tests.gpu.test_attribution import FakeProcesses, attributor, config, reading
+from tests.support.in_namespaces import OWN_PIDS, running_inside
 
 OLLAMAS = Network(frozenset({"172.18.0.3", "fd00::3"}), frozenset({11434}))
 SPEECHS = Network(frozenset({"172.18.0.4"}), frozenset({8880, 11434}))
@@ -212,33 +212,36 @@ def test_the_systems_resolver() -> None:
 
 
 def test_a_real_network_namespace() -> None:
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-n", "true"], check=False).returncode:
-        pytest.skip("needs the right to make a network namespace")
-    with subprocess.Popen(
-        [unshare, "-n", sys.executable, "-c", IN_A_NETWORK_OF_ITS_OWN],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            assert server.stdout.readline() == "listens\n"
-            table = SystemProcesses()
-            there, here = table.network(server.pid), table.network(os.getpid())
-            assert there == Network(frozenset({"10.213.77.2"}), frozenset({7341}))
-            assert "10.213.77.2" not in here.addresses
-            it = config(far="http://speech.test:7341")
-            resolver = Resolver(lambda host: {"10.213.77.2"}, wait_s=10)
-            found = ContainedConsumers(it, ConsumerProcesses(it, table), table, resolver).find(())
-            assert found.places["far"].is_in(there)
-            assert not found.places["far"].is_in(here)
-            assert table.command(server.pid)[0] == sys.executable
-        finally:
-            server.stdin.close()
-    assert table.network(server.pid) == Network()
-    assert table.command(server.pid) == ()
+    table = SystemProcesses()
+    with running_inside(IN_A_NETWORK_OF_ITS_OWN, "-Urn") as (pid, said):
+        assert said == "listens"
+        there, here = table.network(pid), table.network(os.getpid())
+        assert there == Network(frozenset({"10.213.77.2"}), frozenset({7341}))
+        assert "10.213.77.2" not in here.addresses
+        it = config(far="http://speech.test:7341")
+        resolver = Resolver(lambda host: {"10.213.77.2"}, wait_s=10)
+        found = ContainedConsumers(it, ConsumerProcesses(it, table), table, resolver).find(())
+        assert found.places["far"].is_in(there)
+        assert not found.places["far"].is_in(here)
+        assert table.command(pid)[0] == sys.executable
+    assert table.network(pid) == Network()
+    assert table.command(pid) == ()
+
+
+def test_a_container_with_processes_and_a_network_of_its_own() -> None:
+    """By the number that the driver and the broker know it by, outside."""
+    table = SystemProcesses()
+    with running_inside(IN_A_NETWORK_OF_ITS_OWN, "-n", *OWN_PIDS) as (pid, said):
+        assert said == "listens"
+        it = config(far="http://speech.test:7341", mvoice="http://127.0.0.1:1")
+        resolver = Resolver(lambda host: {"10.213.77.2"}, wait_s=10)
+        consumers = ConsumerProcesses(it, table)
+        contained = ContainedConsumers(it, consumers, table, resolver)
+        one = Attributor(consumers, contained, table, SystemClock())
+        seen = one.attribute(reading(**{f"p{pid}": 4000, f"p{os.getpid()}": 20}))
+        assert seen.reason == ""
+        assert (seen.consumers, seen.pids) == ({"far": 4000}, {"far": (pid,)})
+        assert [each.pid for each in seen.foreign] == [os.getpid()]
 
 
 def test_the_engines_answer_is_read(tmp_path: Any) -> None:

@@ -25,6 +25,7 @@ from gpumanager.gpu.simulated import OutOfMemory, SimulatedCard
 from tests.support.comfyui import ComfyUI
 from tests.support.fake import Answer, Fake, Page
 from tests.support.fake_models import LlamaRouter, LocalAI, Models, Sizes
+from tests.support.fake_workers import Workers
 from tests.support.ollama import Ollama
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,6 +181,19 @@ class Sglang(Fake):
         return 404, {"error": "not found"}
 
 
+class Pair(Plain):
+    """One process with two servers on a port each, with a model each: `/_fake` tells the other's
+    port."""
+
+    def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
+        super().__init__(card, name, mib)
+        self.other = serve(Plain(card, f"{name}-other", mib), 0)
+
+    def configure(self, settings: dict[str, Any]) -> Answer:
+        super().configure(settings)
+        return 200, {"other": self.other}
+
+
 FAKES: dict[str, Callable[[SimulatedCard, str, Any], Fake]] = {
     "plain": Plain,
     "sglang": Sglang,
@@ -188,6 +202,8 @@ FAKES: dict[str, Callable[[SimulatedCard, str, Any], Fake]] = {
     "llama-router": LlamaRouter,
     "comfyui": ComfyUI,
     "vllm": Vllm,
+    "workers": Workers,
+    "pair": Pair,
 }
 
 
@@ -195,6 +211,14 @@ def main() -> None:
     kind, path, name, mib = sys.argv[1:5]
     # Before there is a thread or a socket: see Runners.
     fake = FAKES[kind](SimulatedCard(path), name, json.loads(mib))
+    print(serve(fake, _port(kind)), flush=True)
+    if "detached" in sys.argv[6:]:
+        threading.Event().wait()
+    sys.stdin.read()
+
+
+def serve(fake: Fake, port: int) -> int:
+    """On a thread of its own, for as long as the process runs; returns the port."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -231,12 +255,9 @@ def main() -> None:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", _port(kind)), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
-    print(server.server_port, flush=True)
-    if "detached" in sys.argv[6:]:
-        threading.Event().wait()
-    sys.stdin.read()
+    return server.server_port
 
 
 def _port(kind: str) -> int:

@@ -8,15 +8,41 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 OWN_PIDS = ("-Urpf", "--mount-proc", "--kill-child")
 """A PID namespace of its own, as a container has."""
+
+
+@contextmanager
+def running_inside(program: str, *options: str) -> Iterator[tuple[int, str]]:
+    """Have the Python `program` run there until the block is left: its pid out here, and the first
+    line that it prints. It has to end with its standard input; skips where that may not be."""
+    if reason := _refused(options):
+        pytest.skip(f"no namespaces here: {reason}")
+    with subprocess.Popen(
+        [str(shutil.which("unshare")), *options, sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as outer:
+        assert outer.stdin is not None
+        assert outer.stdout is not None
+        try:
+            line = outer.stdout.readline().strip()
+            # `unshare --fork` stays in front of what it runs.
+            inner = psutil.Process(outer.pid).children()
+            yield (inner[0].pid if inner else outer.pid), line
+        finally:
+            outer.stdin.close()
 
 
 @cache
