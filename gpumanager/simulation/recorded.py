@@ -3,6 +3,7 @@ that it really took."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,10 +93,13 @@ def reconstruct(
     for number, job in enumerate(jobs, start=1):
         job.number = number
     loaded = _walk(jobs, moves, known)
+    _add_other_waits(jobs, moves)
     began = jobs[0].came
     guesses: list[str] = []
+    seen = [median(each.loads) for each in known.values() if each.loads]
+    usual_s = median(seen) if seen else GUESSED_LOAD_S
     footprints = {
-        each: _footprint(each, known.get(each, _Known()), config, guesses)
+        each: _footprint(each, known.get(each, _Known()), config, usual_s, guesses)
         for each in sorted({job.needs for job in jobs} | loaded)
     }
     total_mib = _total_mib(lines.events, config, card_mib, name)
@@ -238,11 +242,14 @@ def _operations(moves: Sequence[_Move], jobs: Sequence[_Job]) -> list[_Job]:
     before: dict[str, list[_Move]] = {}  # unloads that made room for the next load, by its name
     for move in moves:
         latest = bisect_right(begins, move.at + _SLACK_S)
-        for job in reversed(preparing[max(0, latest - _AT_ONCE) : latest]):
-            assert job.began is not None  # noqa: S101  # it was granted
-            if move.at <= job.began + _SLACK_S:
-                move.job = job
-                break
+        near = preparing[max(0, latest - _AT_ONCE) : latest]
+        late_s, _, job = min(
+            ((_late_s(move, each), -place, each) for place, each in enumerate(near)),
+            default=(math.inf, 0, None),
+            key=lambda found: found[:2],
+        )
+        if job is not None and late_s <= _SLACK_S:
+            move.job = job
         else:
             if move.what == "unload" and move.target != move.name:
                 before.setdefault(move.target, []).append(move)
@@ -255,6 +262,15 @@ def _operations(moves: Sequence[_Move], jobs: Sequence[_Job]) -> list[_Job]:
         own.append(_operation(move, move.at))  # whoever it was for did not come to it
         move.job = own[-1]
     return own
+
+
+def _late_s(move: _Move, job: _Job) -> float:
+    """By how many seconds a move began before or after the job's turn to be prepared; infinite, if
+    it was not for that job."""
+    target = move.name if move.what == "load" else move.target
+    if job.granted is None or job.began is None or target not in (job.needs, *parts_of(job.needs)):
+        return math.inf
+    return max(0.0, job.granted - move.at, move.at - job.began)
 
 
 def _granted(job: _Job) -> float:
@@ -281,6 +297,7 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
         (job.began, 1, job) for job in jobs if job.began is not None and job.operation is None
     ]
     steps.sort(key=lambda step: step[:2])
+    made_room = {id(move.job) for move in moves if move.what == "unload"}
     at_first: set[str] = set()
     state: dict[str, bool] = {}
     for _, _, step in steps:
@@ -290,17 +307,26 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
             state[step.name] = step.what == "load"
             continue
         name = step.needs
+        if name not in state and id(step) in made_room:
+            state[name] = False  # there would have been no need to
         normal = usual.get(name, step.run_s)
         slow = step.run_s > COLD * normal
         if state.get(name) is False or (name not in state and slow):
-            loading_s = max(0.0, step.run_s - normal)
-            if state.get(name) is False or slow:
-                known.setdefault(name, _Known()).loads.append(loading_s)
-                step.run_s = min(step.run_s, normal)
+            known.setdefault(name, _Known()).loads.append(max(0.0, step.run_s - normal))
+            step.run_s = min(step.run_s, normal)
         elif name not in state:
             at_first.add(name)
         state[name] = True
     return at_first
+
+
+def _add_other_waits(jobs: Iterable[_Job], moves: Iterable[_Move]) -> None:
+    """What a job waited for once it had the GPU, where nothing was unloaded or loaded for it (the
+    first probes after the broker's start, or somebody else's work), is part of its run."""
+    moved = {id(move.job) for move in moves}
+    for job in jobs:
+        if job.granted is not None and job.began is not None and id(job) not in moved:
+            job.run_s += max(0.0, job.began - job.granted)
 
 
 def _done(move: _Move) -> float:
@@ -317,7 +343,9 @@ def _usual_runs(jobs: Iterable[_Job]) -> dict[str, float]:
     return {name: median(each) for name, each in runs.items() if len(each) > 2}
 
 
-def _footprint(name: str, known: _Known, config: Config | None, guesses: list[str]) -> Footprint:
+def _footprint(
+    name: str, known: _Known, config: Config | None, usual_s: float, guesses: list[str]
+) -> Footprint:
     consumer, model = parts_of(name)
     settings = None if config is None else config.consumers.get(consumer)
     mib = known.needed_mib
@@ -326,8 +354,8 @@ def _footprint(name: str, known: _Known, config: Config | None, guesses: list[st
     if not mib:
         guesses.append(f"what {name} needs is told nowhere: it is taken to need no memory")
     if not known.loads:
-        guesses.append(f"{name} was never seen to load: it is taken to take {GUESSED_LOAD_S:g} s")
-    load_s = median(known.loads) if known.loads else GUESSED_LOAD_S
+        guesses.append(f"{name} was never seen to load: it is taken to take {usual_s:.3g} s")
+    load_s = median(known.loads) if known.loads else usual_s
     unload_s = median(known.unloads) if known.unloads else GUESSED_UNLOAD_S
     if settings is None:
         return Footprint(round(mib), load_s, unload_s)
