@@ -221,9 +221,14 @@ def _moves(events: Iterable[Line]) -> list[_Move]:
             continue
         name, seconds = _name(line), line.number("ms") / 1000
         found.append(
-            _Move(what, name, line.text("target", name), line.at - seconds, seconds),
+            _Move(what, name, _target(line, name), line.at - seconds, seconds),
         )
     return found
+
+
+def _target(line: Line, name: str) -> str:
+    target = line.maybe_text("target")
+    return name if target is None else resident_name(target, line.maybe_text("target_model"))
 
 
 _SLACK_S = 0.05
@@ -268,9 +273,14 @@ def _late_s(move: _Move, job: _Job) -> float:
     """By how many seconds a move began before or after the job's turn to be prepared; infinite, if
     it was not for that job."""
     target = move.name if move.what == "load" else move.target
-    if job.granted is None or job.began is None or target not in (job.needs, *parts_of(job.needs)):
+    if job.granted is None or job.began is None or job.needs not in (target, _within(target, job)):
         return math.inf
     return max(0.0, job.granted - move.at, move.at - job.began)
+
+
+def _within(name: str, job: _Job) -> str | None:
+    """What the job needs, if that is part of the consumer of that name."""
+    return job.needs if parts_of(job.needs)[0] == name else None
 
 
 def _granted(job: _Job) -> float:
@@ -297,14 +307,21 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
         (job.began, 1, job) for job in jobs if job.began is not None and job.operation is None
     ]
     steps.sort(key=lambda step: step[:2])
+    models: dict[str, set[str]] = {}
+    for job in jobs:
+        consumer, model = parts_of(job.needs)
+        if model is not None:
+            models.setdefault(consumer, set()).add(job.needs)
     made_room = {id(move.job) for move in moves if move.what == "unload"}
     at_first: set[str] = set()
     state: dict[str, bool] = {}
     for _, _, step in steps:
         if isinstance(step, _Move):
-            if step.name not in state and step.what == "unload":
-                at_first.add(step.name)
-            state[step.name] = step.what == "load"
+            parts = models.get(step.name, (step.name,))  # of a whole consumer, all its models
+            for name in parts:
+                if name not in state and step.what == "unload" and len(parts) == 1:
+                    at_first.add(name)
+                state[name] = step.what == "load"
             continue
         name = step.needs
         if name not in state and id(step) in made_room:
@@ -349,8 +366,9 @@ def _footprint(
     consumer, model = parts_of(name)
     settings = None if config is None else config.consumers.get(consumer)
     mib = known.needed_mib
-    if settings is not None and model is None and settings.vram_resident_mib:
-        mib = settings.vram_resident_mib
+    declared = None if settings is None else settings.declared_for(model)
+    if declared is not None and declared.mib:
+        mib = declared.mib
     if not mib:
         guesses.append(f"what {name} needs is told nowhere: it is taken to need no memory")
     if not known.loads:
@@ -365,6 +383,7 @@ def _footprint(
         unload_s,
         movable=bool(settings.eviction_methods)
         and not settings.pinned
+        and not (model is not None and settings.pins(model, None))
         and not settings.vram_managed,
         priority=settings.priority,
         coexists_with=frozenset(settings.can_coexist_with),
