@@ -15,7 +15,7 @@ from gpumanager.cli.group import fail, main
 if TYPE_CHECKING:
     from gpumanager.simulation.policies import Comparison, Promise
 
-POLICIES = ("fifo", "unbounded", "one-model")
+POLICIES = ("fifo", "affinity", "unbounded", "one-model")
 WORKLOADS = (
     "chat-bursts",
     "voice-assistant",

@@ -321,7 +321,7 @@ class SchedulerConfig(Model):
     """The queue."""
 
     kind: Literal["locked", "passthrough"] = "locked"
-    """`locked`: one job at a time, in order of arrival; `passthrough`: no lock at all."""
+    """`locked`: one job at a time, in the order of `policy`; `passthrough`: no lock at all."""
     max_queue: Annotated[StrictInt, Field(ge=1, le=10_000)] = 256
     """How many jobs may wait; the next one is refused with 503 `queue_full`."""
     max_wait: Seconds = 600.0
@@ -334,6 +334,14 @@ class SchedulerConfig(Model):
     """The urgency, 0 (most urgent) to 7 (background), of jobs by their kind, where neither the
     request nor its key nor the consumer says another; a kind that is missing: 3. `load`, `unload`
     and `mount` (a call below `/consumers/` of a consumer without a kind) are kinds here, too."""
+    policy: Literal["fifo", "affinity"] = "fifo"
+    """In which order jobs start. `fifo`: as they came. `affinity`: the more urgent first, and what
+    is equally urgent by fair share among requesters; jobs for what is loaded may overtake others,
+    so that less is unloaded and loaded again."""
+    max_overtake: Duration = 30.0
+    """With `policy: affinity`, no job is overtaken for longer by jobs whose turn it is not."""
+    max_overtaken_by: Annotated[StrictInt, Field(ge=0, le=1000)] = 20
+    """With `policy: affinity`, no job is overtaken by more jobs whose turn it is not."""
 
 
 class AuthConfig(Model):

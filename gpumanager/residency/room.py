@@ -28,12 +28,14 @@ from gpumanager.residency.census import Census
 from gpumanager.residency.evictor import Controls, Evictor, Stops
 from gpumanager.residency.loading import Loader
 from gpumanager.residency.progress import Progress
+from gpumanager.residency.prospects import prospect
 from gpumanager.residency.refusal import refusal, short_mib
 from gpumanager.residency.settling import FIRST_POLL_S, LONGEST_POLL_S
 from gpumanager.scheduling.decision import MakeRoom, Refuse, Start, Wait
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.memory import Card, Look, can_be_made, is_room, look
+from gpumanager.scheduling.policy import Prospect
 from gpumanager.scheduling.queue import Granted
 from gpumanager.scheduling.victims import Resident
 from gpumanager.telemetry.events import Emit, TriedAnyway
@@ -122,6 +124,11 @@ class RoomMaker:
             and self._holds_enough(snapshot, job)
             and (snapshot.gpu.reading is not None or not self._impossible(snapshot, consumer))
         )
+
+    def prospect(self, job: Job) -> Prospect:
+        """What a job would find, by what is known already."""
+        now = self._clock.monotonic()
+        return prospect(self._registry.now.of(job), job, now)
 
     def relieve(self, ticket: Granted) -> bool:
         """Unload all others that may go, for a job that ran out of memory; True if that gave

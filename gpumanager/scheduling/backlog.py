@@ -18,7 +18,7 @@ whoever is in charge of it. No threads, no I/O and no clock: time comes in as a 
             break                               # until the next arrival or end
     ...
     backlog.end(ticket, now)                    # its job is over: decide again
-    backlog.remove(ticket, now)                 # or it left while it waited: decide again
+    backlog.remove(ticket)                      # or it left while it waited: decide again
 
 Ask after every arrival, leaving and end, and after every grant, as above. A job that could not be
 placed (`Refuse`) is ended like one that ran.
@@ -35,7 +35,8 @@ from typing import Protocol
 from gpumanager.model import Job
 from gpumanager.scheduling.decision import Picture, SoFar
 from gpumanager.scheduling.memory import Card
-from gpumanager.scheduling.policy import Policy, Running, Waiting
+from gpumanager.scheduling.policy import Affinity, Claim, Policy, Prospect, Running, Waiting
+from gpumanager.scheduling.turns import Turns
 
 UPCOMING = 100
 """Jobs of the queue that are told of; what comes later hardly matters for who must go now."""
@@ -47,6 +48,9 @@ class Sight(Protocol):
     def ready(self, job: Job) -> bool:
         """Whether what the job needs surely is on the card, so that it can start as it is."""
 
+    def prospect(self, job: Job) -> Prospect:
+        """What the job would find. Asked only where jobs may overtake each other."""
+
 
 class Backlog:
     """The queue and those that run, for one `policy`. Without `sight`, all jobs are ready: nothing
@@ -55,12 +59,13 @@ class Backlog:
     def __init__(self, policy: Policy, sight: Sight | None = None) -> None:
         self._policy = policy
         self._sight = sight
+        self._turns = Turns() if isinstance(policy, Affinity) else None
         # OrderedDict, not dict: finding the first of a dict whose head was deleted many times
         # walks over the holes.
         self.waiting: OrderedDict[int, Waiting] = OrderedDict()
         self.running: dict[int, Running] = {}
         self.total_jobs = 0
-        self.longest_overtake = 0
+        self._longest_overtake = 0
         self.last_wait_s = 0.0
         self.last_run_s = 0.0
         self._ahead: list[int] = []  # a heap of granted tickets, some of which overtook the first
@@ -70,15 +75,22 @@ class Backlog:
     def add(self, place: Waiting) -> None:
         """A job came."""
         self.waiting[place.ticket] = place
+        if self._turns is not None:
+            self._turns.add(place)
 
-    def remove(self, ticket: int, now: float) -> Waiting | None:  # noqa: ARG002  # for accounts
+    def remove(self, ticket: int) -> Waiting | None:
         """A job that waits has left. None if none with that ticket waits."""
-        return self.waiting.pop(ticket, None)
+        place = self.waiting.pop(ticket, None)
+        if place is not None and self._turns is not None:
+            self._turns.remove(place)
+        return place
 
     def grant(self, ticket: int, now: float) -> Waiting:
         """A job that waits has the GPU from now on. Raises KeyError if it does not wait."""
         place = self.waiting.pop(ticket)
-        if (first := self.oldest) is not None and first.ticket < ticket:
+        if self._turns is not None:
+            self._turns.grant(place, now)
+        elif (first := self.oldest) is not None and first.ticket < ticket:
             self._count_overtakes(first.ticket, ticket)
         self.running[ticket] = Running(ticket, place.job, since=now)
         self.total_jobs += 1
@@ -89,6 +101,8 @@ class Backlog:
         """A job that had the GPU gives it back. Raises KeyError if it does not have it."""
         ended = self.running.pop(ticket)
         self.last_run_s = now - ended.since
+        if self._turns is not None:
+            self._turns.end(ticket, now)
         return ended
 
     # -- what is to be decided -------------------------------------------------------------
@@ -100,14 +114,12 @@ class Backlog:
         return bool(self.waiting) and len(self.running) < self._policy.limit
 
     def picture(self, now: float) -> Picture:
-        """For `decide`: whose turn it is. Costs the same however many wait."""
+        """For `decide`: whose turn it is, and who may overtake. Costs the same however many wait.
+        Somebody has to wait."""
+        if self._turns is not None:
+            return self._overtaking(self._turns, now)
         waiting = tuple(islice(self.waiting.values(), self._policy.looks_at))
-        sight = self._sight
-        ready = {
-            place.ticket
-            for place in waiting
-            if sight is None or (place.job.makes_room and place.job.runs and sight.ready(place.job))
-        }
+        ready = {place.ticket for place in waiting if self._is_ready(place)}
         return Picture(waiting, tuple(self.running.values()), ready=ready, now=now)
 
     def preparing(self, ticket: int, now: float, card: Card, so_far: SoFar) -> Picture:
@@ -131,14 +143,51 @@ class Backlog:
 
     def in_order(self) -> Iterator[Waiting]:
         """All that wait, in the order in which they will be granted as things stand."""
-        return iter(self.waiting.values())
+        return iter(self.waiting.values()) if self._turns is None else self._turns.in_order()
 
     @property
     def oldest(self) -> Waiting | None:
         """Of those that wait, the one that came first."""
         return next(iter(self.waiting.values()), None)
 
+    @property
+    def longest_overtake(self) -> int:
+        """The most jobs that one was overtaken by: out of turn, where they take turns, else by any
+        that came after it."""
+        return self._longest_overtake if self._turns is None else self._turns.longest_overtake
+
+    @property
+    def longest_overtake_s(self) -> float:
+        """The longest between the first and the last time that one was overtaken out of turn."""
+        return 0.0 if self._turns is None else self._turns.longest_overtake_s
+
     # -- inside ----------------------------------------------------------------------------
+
+    def _is_ready(self, place: Waiting) -> bool:
+        sight, job = self._sight, place.job
+        return sight is None or (job.makes_room and job.runs and sight.ready(job))
+
+    def _overtaking(self, turns: Turns, now: float) -> Picture:
+        turn, running = turns.turn(now), tuple(self.running.values())
+        sight = self._sight
+        if sight is None or not turn.job.makes_room or self._is_ready(turn):
+            return Picture((turn,), running, ready={turn.ticket}, now=now)
+        prospect = sight.prospect(turn.job)
+        if prospect.in_place:
+            return Picture((turn,), running, now=now)
+        claims = {turn.ticket: Claim(prospect)}
+        places = [turn]
+        for place in turns.firsts(turn):
+            prospect = sight.prospect(place.job)
+            if prospect.in_place:
+                passed, since = turns.passed(place, turn)
+                same = turns.by_resident[place.job.resident]
+                claims[place.ticket] = Claim(prospect, same, passed, since)
+                places.append(place)
+        ready = {place.ticket for place in places if self._is_ready(place)}
+        return Picture(
+            places, running, ready=ready, now=now, claims=claims, depth=len(self.waiting)
+        )
 
     def _count_overtakes(self, first: int, ticket: int) -> None:
         """Of all that wait, the first was overtaken most often: by all that came after it and were
@@ -146,4 +195,4 @@ class Backlog:
         heappush(self._ahead, ticket)
         while self._ahead[0] < first:
             heappop(self._ahead)
-        self.longest_overtake = max(self.longest_overtake, len(self._ahead))
+        self._longest_overtake = max(self._longest_overtake, len(self._ahead))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gpumanager.scheduling.memory import Card, Look, look, may_go
-from gpumanager.scheduling.policy import Policy, Running, Waiting
+from gpumanager.scheduling.policy import Affinity, Claim, Policy, Running, Waiting
 from gpumanager.scheduling.victims import Resident
 
 # -- what is known ---------------------------------------------------------------------------------
@@ -41,7 +41,9 @@ class Picture:
     policy lets run. `ready` are the tickets of those whose consumers surely hold all they need
     already, so that the card need not be looked at for them. `card` is None where nobody has
     looked at it. `preparing` is the ticket among the running ones whose consumer has yet to get
-    its room, None if there is none, and `so_far` what has been done for it.
+    its room, None if there is none, and `so_far` what has been done for it. If the first of
+    those that wait would cost a swap, and others could overtake it, `waiting` are it and those
+    others; for their `claims` and `depth` see `Affinity.overtaker`.
     """
 
     waiting: Sequence[Waiting] = ()
@@ -52,6 +54,8 @@ class Picture:
     preparing: int | None = None
     so_far: SoFar = SoFar()
     now: float = 0.0
+    claims: Mapping[int, Claim] = field(default_factory=dict)
+    depth: int = 0
 
 
 # -- what is decided -------------------------------------------------------------------------------
@@ -114,6 +118,12 @@ def decide(picture: Picture, policy: Policy) -> Decision:
     started: tuple[int, ...] = ()
     while waiting:
         chosen = policy.next_up(waiting, running, picture.now)
+        if chosen is not None and picture.claims and isinstance(policy, Affinity):
+            others = [place for place in waiting if place is not chosen]
+            chosen = (
+                policy.overtaker(chosen, others, picture.claims, picture.depth, picture.now)
+                or chosen
+            )
         if chosen is None or (picture.limits and _at_limit(picture.limits, running, chosen)):
             break
         if chosen.job.makes_room and chosen.ticket not in picture.ready:
@@ -123,7 +133,7 @@ def decide(picture: Picture, policy: Policy) -> Decision:
                 return Prepare(chosen.ticket)
             return _make_room(_granted(picture, chosen), chosen.ticket)
         started = (*started, chosen.ticket)
-        if len(waiting) == 1:
+        if len(waiting) == 1 or picture.claims:
             break
         running = (*running, Running(chosen.ticket, chosen.job, picture.now))
         waiting = [place for place in waiting if place is not chosen]

@@ -9,7 +9,7 @@ from gpumanager.clock import Clock
 from gpumanager.config import SchedulerConfig
 from gpumanager.scheduling.estimate import Outlook
 from gpumanager.scheduling.interface import Scheduler
-from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy
 from gpumanager.scheduling.queue import Queue, Room
 
 
@@ -20,11 +20,12 @@ def locked(
     clock: Clock,
     outlook: Callable[[], Outlook] = Outlook,
     room: Room | None = None,
+    policy: Policy | None = None,
 ) -> Queue:
-    """A FIFO ticket lock: one job at a time, in strict order of arrival; with a `room`, each job
-    starts as soon as there is memory for it."""
+    """One job at a time, by the policy; without one, in strict order of arrival. With a `room`,
+    each job starts as soon as there is memory for it."""
     return Queue(
-        FirstComeFirstServed(1),
+        FirstComeFirstServed() if policy is None else policy,
         max_queue=max_queue,
         max_wait=max_wait,
         clock=clock,
@@ -59,4 +60,18 @@ def build_scheduler(
     if settings.kind == "passthrough":
         # Without a room also for `max_queue: 1`, where it runs one job at a time by accident.
         return passthrough(max_queue=max_queue, max_wait=max_wait, clock=clock, outlook=outlook)
-    return locked(max_queue=max_queue, max_wait=max_wait, clock=clock, outlook=outlook, room=room)
+    return locked(
+        max_queue=max_queue,
+        max_wait=max_wait,
+        clock=clock,
+        outlook=outlook,
+        room=room,
+        policy=build_policy(settings),
+    )
+
+
+def build_policy(settings: SchedulerConfig) -> Policy:
+    """The policy that `settings.policy` names."""
+    if settings.policy == "fifo":
+        return FirstComeFirstServed()
+    return Affinity(max_overtake=settings.max_overtake, max_overtaken_by=settings.max_overtaken_by)

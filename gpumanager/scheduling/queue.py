@@ -27,7 +27,7 @@ from gpumanager.scheduling.decision import (
 from gpumanager.scheduling.estimate import Forecast, Outlook, forecast
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.scheduling.memory import Card
-from gpumanager.scheduling.policy import Policy, Running, Waiting
+from gpumanager.scheduling.policy import Policy, Prospect, Running, Waiting
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Resident
 
@@ -59,6 +59,9 @@ class Room(Protocol):
     def ready(self, job: Job) -> bool:
         """Whether there is nothing to do for a job, by what is known already: makes no call and
         does not wait, since it is asked under the queue's lock."""
+
+    def prospect(self, job: Job) -> Prospect:
+        """What a job would find, by what is known already; as `ready`."""
 
     def make_room(self, ticket: Granted) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
@@ -245,7 +248,7 @@ class Queue:
         if ticket is None:
             return
         now = self._clock.monotonic()
-        if (place := self._backlog.remove(number, now)) is not None:
+        if (place := self._backlog.remove(number)) is not None:
             ticket._waited_s = now - place.since
         else:
             self._backlog.end(number, now)
@@ -289,3 +292,10 @@ class _Seen:
         except Exception:
             log.exception("looking at who is ready failed")
             return False
+
+    def prospect(self, job: Job) -> Prospect:
+        try:
+            return self._room.prospect(job)
+        except Exception:
+            log.exception("looking at what a job would find failed")
+            return Prospect()

@@ -135,7 +135,7 @@ class _Play:
         self._grant()
 
     def _leaves(self, number: int) -> None:
-        if self._backlog.remove(number, self._now) is not None:
+        if self._backlog.remove(number) is not None:
             self._close(number)
             self._grant()
 

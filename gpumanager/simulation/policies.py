@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed
 from gpumanager.simulation.baselines import FairShare, UnboundedBatching
 from gpumanager.simulation.engine import Player, play
 from gpumanager.simulation.optimum import Best, can_solve, solve
@@ -20,12 +20,18 @@ class Promise:
     """Bounds of the broker's policies: no job is overtaken for longer than `max_overtake` seconds,
     nor by more than `max_overtaken_by` jobs."""
 
-    max_overtake: float = 60.0
-    max_overtaken_by: int = 16
+    max_overtake: float = 30.0
+    max_overtaken_by: int = 20
 
 
 def _fifo(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same for all
     return Player(FirstComeFirstServed())
+
+
+def _affinity(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same for all
+    return Player(
+        Affinity(max_overtake=promise.max_overtake, max_overtaken_by=promise.max_overtaken_by)
+    )
 
 
 def _unbounded(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # it promises nothing
@@ -39,12 +45,14 @@ def _one_model(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # it 
 
 _POLICIES: Mapping[str, Callable[[Stage, Promise], Player]] = {
     "fifo": _fifo,
+    "affinity": _affinity,
     "unbounded": _unbounded,
     "one-model": _one_model,
 }
 
 POLICIES: Mapping[str, str] = {
     "fifo": "strict order of arrival",
+    "affinity": "turns by urgency and fair share; what is loaded goes past, but not for long",
     "unbounded": "a job for what is loaded goes past all others, as in llama-swap",
     "one-model": "one model at a time, and the GPU's time shared fairly, as in gpu-broker",
 }

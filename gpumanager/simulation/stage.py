@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from gpumanager.model import Job, MemoryReading
 from gpumanager.scheduling.memory import Card, Standing
+from gpumanager.scheduling.policy import Prospect
 from gpumanager.scheduling.victims import Demand, Resident
 from gpumanager.simulation.trace import Trace
 
@@ -22,6 +24,10 @@ class Stage:
         self._loaded = set(trace.loaded)
         self._used: dict[str, float] = {}
         self._pictures: dict[str, Standing] = {}
+        runs: dict[str, list[float]] = {}
+        for task in trace.tasks:
+            runs.setdefault(task.needs, []).append(task.run_s)
+        self._run_s = {name: fmean(each) for name, each in runs.items()}
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -35,6 +41,14 @@ class Stage:
     def ready(self, job: Job) -> bool:
         """Whether what the job needs is on the card."""
         return job.resident in self._loaded
+
+    def prospect(self, job: Job) -> Prospect:
+        """What the job would find; it takes as long as the trace's do on average."""
+        trace, name = self.trace, job.resident
+        size = trace.footprints[name]
+        used = sum(trace.footprints[each].mib for each in self._loaded)
+        fits = name in self._loaded or size.mib <= trace.total_mib - trace.reserved_mib - used
+        return Prospect(fits, size.load_s, size.unload_s, self._run_s.get(name, 0.0))
 
     def load(self, name: str) -> None:
         """It has been loaded."""

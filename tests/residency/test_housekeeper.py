@@ -14,6 +14,7 @@ from gpumanager.model import Job
 from gpumanager.residency.housekeeper import Housekeeper
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
+from gpumanager.scheduling.policy import Prospect
 from gpumanager.telemetry.events import Event, HousekeepingFailed
 from tests.support.clock import FakeClock
 
@@ -37,6 +38,9 @@ class House:
         self.did: list[str] = []
         self.failing: BrokerError | None = None
         self.victims: tuple[str, ...] = ()
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect()
 
     def make_room(self, ticket: Ticket) -> None:
         self._act("room for", ticket.job.consumer)

@@ -36,8 +36,8 @@ def test_who_does_not_wait_is_not_granted_and_who_does_not_run_does_not_end() ->
     backlog.add(place(1))
     with pytest.raises(KeyError):
         backlog.end(1, 0.0)
-    assert backlog.remove(2, 0.0) is None
-    assert backlog.remove(1, 0.0) == place(1)
+    assert backlog.remove(2) is None
+    assert backlog.remove(1) == place(1)
     backlog.add(place(2))
     with pytest.raises(KeyError):
         backlog.grant(1, 0.0)
@@ -59,7 +59,7 @@ def test_the_longest_overtake_is_what_counting_one_by_one_gives(seed: int) -> No
         gone = sorted(overtaken)[min(int(chance.expovariate(0.7)), len(overtaken) - 1)]
         del overtaken[gone]
         if chance.random() < 0.2:
-            backlog.remove(gone, 0.0)
+            backlog.remove(gone)
             continue
         backlog.grant(gone, 0.0)
         backlog.end(gone, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from gpumanager.model import Job, Stats, Turn
 from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
-from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Prospect
 from gpumanager.scheduling.queue import Granted, Queue
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
@@ -30,6 +31,9 @@ class NoRoomNeeded:
 
     def ready(self, job: Job) -> bool:
         return True
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect()
 
     def make_room(self, ticket: Granted) -> None:
         pass
@@ -47,7 +51,20 @@ def evicting(**settings: object) -> Scheduler:
     return locked(**settings, room=NoRoomNeeded())  # type: ignore[arg-type]
 
 
-EXCLUSIVE = [pytest.param(locked, id="locked"), pytest.param(evicting, id="evicting")]
+def by_turns(**settings: object) -> Scheduler:
+    return locked(**settings, policy=Affinity())  # type: ignore[arg-type]
+
+
+def by_turns_evicting(**settings: object) -> Scheduler:
+    return evicting(**settings, policy=Affinity())
+
+
+EXCLUSIVE = [
+    pytest.param(locked, id="locked"),
+    pytest.param(evicting, id="evicting"),
+    pytest.param(by_turns, id="affinity"),
+    pytest.param(by_turns_evicting, id="affinity-evicting"),
+]
 EVERY = [*EXCLUSIVE, pytest.param(passthrough, id="passthrough")]
 
 
@@ -381,7 +398,7 @@ def test_a_job_that_fails_hands_on_to_the_next(make: Make) -> None:
     assert scheduler.stats().in_flight == 0
 
 
-@pytest.mark.parametrize("make", [locked])
+@pytest.mark.parametrize("make", [locked, by_turns])
 def test_stats_through_every_transition(make: Make) -> None:
     clock = FakeClock()
     scheduler = build(make, clock=clock)
@@ -483,6 +500,60 @@ def test_a_long_queue_drains_in_time_that_grows_with_its_length_only() -> None:
     assert len(looks) == 1
 
 
+class OneAtATime(NoRoomNeeded):
+    """Only `holds` is on the card."""
+
+    def __init__(self, holds: str) -> None:
+        self.holds = holds
+
+    def ready(self, job: Job) -> bool:
+        return job.resident == self.holds
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect(job.resident == self.holds, load_s=10.0, unload_s=1.0, run_s=1.0)
+
+    def make_room(self, ticket: Granted) -> None:
+        self.holds = ticket.job.resident
+
+
+def order_of(scheduler: Scheduler, tickets: list[Ticket]) -> list[int]:
+    """Have them run one by one, each by its own thread."""
+    order: list[int] = []
+
+    def run(ticket: Ticket) -> None:
+        ticket.wait()
+        order.append(ticket.number)
+        ticket.close()
+
+    for outcome in [Outcome(partial(run, ticket)) for ticket in tickets]:
+        outcome.result()
+    return order
+
+
+@pytest.mark.parametrize("most", [0, 2, 20])
+def test_jobs_for_what_is_loaded_overtake_as_often_as_they_may(most: int) -> None:
+    scheduler = locked(
+        max_queue=20,
+        max_wait=60,
+        clock=SystemClock(),
+        room=OneAtATime("a"),
+        policy=Affinity(max_overtaken_by=most),
+    )
+    tickets: list[Ticket] = [scheduler.enqueue(job(name)) for name in "ababaaab"]
+    overtook = {0: [1, 2, 3, 4, 5, 6, 7, 8], 2: [1, 3, 5, 2, 4, 8, 6, 7]}
+    assert order_of(scheduler, tickets) == overtook.get(most, [1, 3, 5, 6, 7, 2, 4, 8])
+    assert scheduler.stats().longest_overtake == min(most, 4)
+
+
+def test_the_config_names_the_policy() -> None:
+    settings = SchedulerConfig(policy="affinity", max_overtaken_by=1)
+    scheduler = build_scheduler(settings, OneAtATime("a"), Outlook, SystemClock())
+    tickets = [scheduler.enqueue(job(name)) for name in "abaa"]
+    assert order_of(scheduler, tickets) == [1, 3, 2, 4]
+    fifo = build_scheduler(SchedulerConfig(), OneAtATime("a"), Outlook, SystemClock())
+    assert order_of(fifo, [fifo.enqueue(job(name)) for name in "abaa"]) == [1, 2, 3, 4]
+
+
 def test_a_full_queue_is_estimated_once_for_all_that_it_refuses_at_a_time() -> None:
     looks = []
 
@@ -537,7 +608,7 @@ def test_retry_after_is_when_the_queue_is_done() -> None:
     assert refused.value.retry_after == 4 + 30 + 8 + 30
 
 
-@pytest.mark.parametrize("make", [locked, evicting])
+@pytest.mark.parametrize("make", [locked, evicting, by_turns])
 def test_it_tells_whose_jobs_come_next(make: Make) -> None:
     scheduler = build(make, max_queue=200)
     first = scheduler.enqueue(job("first"))
@@ -757,11 +828,12 @@ def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:
         )
 
 
-def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
+@pytest.mark.parametrize("make", EXCLUSIVE)
+def test_a_grant_wakes_only_the_thread_it_is_for(make: Make) -> None:
     """No thundering herd: handing on wakes one waiter, with a thousand in line."""
-    scheduler = locked(max_queue=2000, max_wait=60, clock=SystemClock())
+    scheduler = build(make, max_queue=2000)
     holder = scheduler.enqueue(job())
-    stopped_by = [scheduler.enqueue(job()) for _ in range(1000)]
+    stopped_by: list[Any] = [scheduler.enqueue(job()) for _ in range(1000)]
     woken = []
 
     def count(ticket: QueueTicket, n: int = 1) -> None:
@@ -769,6 +841,6 @@ def test_a_grant_wakes_only_the_thread_it_is_for() -> None:
         threading.Condition.notify(ticket._turn, n)
 
     for ticket in stopped_by:
-        ticket._turn.notify = partial(count, ticket)  # type: ignore[method-assign]
+        ticket._turn.notify = partial(count, ticket)
     holder.close()
     assert woken == [stopped_by[0].number]

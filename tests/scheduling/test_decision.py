@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from gpumanager.clock import SystemClock
 from gpumanager.model import Job, MemoryReading
 from gpumanager.residency.census import Census
 from gpumanager.scheduling.decision import (
@@ -26,10 +26,18 @@ from gpumanager.scheduling.decision import (
 )
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.memory import Card, Standing
-from gpumanager.scheduling.policy import FirstComeFirstServed, Running, Waiting
-from gpumanager.scheduling.queue import Granted
+from gpumanager.scheduling.policy import (
+    Affinity,
+    FirstComeFirstServed,
+    Policy,
+    Prospect,
+    Running,
+    Waiting,
+)
+from gpumanager.scheduling.queue import Granted, Room
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.cards import NOW, situation
+from tests.support.clock import FakeClock
 
 ONE = FirstComeFirstServed()
 SEVERAL = FirstComeFirstServed(limit=4, looks_at=4)
@@ -223,6 +231,9 @@ class Enough:
     def ready(self, job: Job) -> bool:
         return True
 
+    def prospect(self, job: Job) -> Prospect:
+        raise AssertionError
+
     def make_room(self, ticket: Granted) -> None:
         raise AssertionError
 
@@ -230,23 +241,50 @@ class Enough:
         raise AssertionError
 
 
-def calls_of_a_grant(depth: int) -> tuple[int, int]:
+class Swapping(Enough):
+    """A room in which only `a` is loaded."""
+
+    def ready(self, job: Job) -> bool:
+        return job.resident == "a"
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect(self.ready(job), load_s=10.0, unload_s=1.0, run_s=1.0)
+
+
+def calls_of_a_grant(depth: int, policy: Policy, room: Room, names: str) -> tuple[int, int]:
     """Python's and builtin ones, for handing the GPU on with so many in the queue."""
-    queue = locked(max_queue=depth + 1, max_wait=60, clock=SystemClock(), room=Enough())
-    holder, *_ = [queue.enqueue(Job("tts", "tts")) for _ in range(depth + 1)]
+    queue = locked(max_queue=depth + 1, max_wait=60, clock=FakeClock(), room=room, policy=policy)
+    holder, *_ = [
+        queue.enqueue(Job(names[n % len(names)], "tts", requester=f"r{n % 3}"))
+        for n in range(depth + 1)
+    ]
     counts = Counter[str]()
 
     def count(frame: FrameType, event: str, arg: object) -> None:
         counts[event] += 1
 
+    gc.disable()  # what is left of other tests is not to be counted
     sys.setprofile(count)
     try:
         holder.close()
     finally:
         sys.setprofile(None)
+        gc.enable()
     assert queue.stats().total_jobs == 2
+    assert queue.stats().longest_overtake == ("b" in names)
     return counts["call"], counts["c_call"]
 
 
-def test_a_grant_costs_as_much_with_ten_thousand_waiting_as_with_ten() -> None:
-    assert calls_of_a_grant(10_000) == calls_of_a_grant(10)
+@pytest.mark.parametrize(
+    ("policy", "room", "names"),
+    [
+        pytest.param(ONE, Enough(), "a", id="fifo"),
+        pytest.param(Affinity(), Enough(), "a", id="affinity"),
+        pytest.param(Affinity(), Swapping(), "abcb", id="overtaking"),
+    ],
+)
+def test_a_grant_costs_as_much_with_ten_thousand_waiting_as_with_ten(
+    policy: Policy, room: Room, names: str
+) -> None:
+    few = calls_of_a_grant(10, policy, room, names)
+    assert calls_of_a_grant(10_000, policy, room, names) == few

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from gpumanager.errors import BrokerError, Cancelled, QueueFull, QueueTimeout, ShuttingDown
 from gpumanager.model import Job
-from gpumanager.scheduling.policy import FirstComeFirstServed
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy
 from gpumanager.scheduling.queue import Queue
 from gpumanager.scheduling.ticket import QueueTicket
 from tests.support.clock import FakeClock
@@ -46,12 +46,15 @@ class LineMachine(RuleBasedStateMachine):
         self.grants: list[int] = []
         self.draining = False
 
-    @initialize(limit=st.sampled_from([1, 1, 1, 3]), max_queue=st.integers(1, 5))
-    def build(self, limit: int, max_queue: int) -> None:
-        self.limit, self.max_queue = limit, max_queue
-        self.line = Queue(
-            FirstComeFirstServed(limit), max_queue=max_queue, max_wait=MAX_WAIT, clock=self.clock
-        )
+    @initialize(
+        policy=st.sampled_from(
+            [FirstComeFirstServed(), FirstComeFirstServed(), FirstComeFirstServed(3), Affinity()]
+        ),
+        max_queue=st.integers(1, 5),
+    )
+    def build(self, policy: Policy, max_queue: int) -> None:
+        self.limit, self.max_queue = policy.limit, max_queue
+        self.line = Queue(policy, max_queue=max_queue, max_wait=MAX_WAIT, clock=self.clock)
 
     def tell(self, number: int, error: BrokerError) -> None:
         assert error is not None

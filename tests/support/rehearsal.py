@@ -400,6 +400,9 @@ class _Patient:
         ready: bool = self._rehearsal.room.ready(asked)
         return ready
 
+    def prospect(self, job: Any) -> Any:
+        return self._rehearsal.room.prospect(job)
+
     def make_room(self, ticket: Any) -> None:
         self._rehearsal.room.make_room(_Pausing(ticket, self._rehearsal))
 
