@@ -243,6 +243,27 @@ def test_it_says_since_when_and_why_a_consumer_is_down_and_what_to_do(opened: Op
         assert violations(page) == []
 
 
+def test_it_shows_who_had_how_much_of_the_gpu(opened: Open) -> None:
+    keys = [ApiKey(name, f"{name}-has-a-long-key", role="client") for name in ("anna", "ben")]
+    with scene(keys=(KEY, *keys)) as it:
+        for key in (keys[0], keys[1], keys[0]):
+            assert it.job("tts", key=key.secret).result(20).status_code == 200
+        page = opened(it.broker.url)
+        page.page.get_by_label("Key", exact=True).fill(KEY.secret)
+        page.press("Use it in this tab")
+        page.wait("#shares li", "anna")
+        page.wait("#shares li", "2 jobs")
+        page.wait("#shares li", "ben")
+        assert page.page.locator("#shares li").count() == 2
+        assert "longest overtake" in page.text("#stats")
+        assert violations(page) == []
+        page.press("Another key")
+        page.page.get_by_label("Key", exact=True).fill(keys[1].secret)
+        page.press("Use it in this tab")
+        page.wait("#shares li", "all others")
+        assert "anna" not in page.text("#shares")
+
+
 def changed_status(page: Page, url: str, change: Callable[[dict[str, Any]], None]) -> None:
     """Show what the broker says, but for `change`."""
 
@@ -253,6 +274,31 @@ def changed_status(page: Page, url: str, change: Callable[[dict[str, Any]], None
 
     page.page.route("**/v1/status", answer)
     page.page.goto(url)
+
+
+def test_it_shows_the_longest_overtake_and_how_urgent_a_job_is(opened: Open) -> None:
+    def overtaken(status: dict[str, Any]) -> None:
+        status["scheduler"]["longest_overtake"] = {"jobs": 3, "ms": 12_400}
+        names = [f"client-{number}" for number in range(12)]
+        status["scheduler"]["shares"] = [
+            {"requester": name, "gpu_ms": 1000 * (20 - at), "jobs": 1}
+            for at, name in enumerate(names)
+        ] + [{"requester": "-", "gpu_ms": 26_000, "jobs": 5}]
+
+    with scene() as it:
+        it.pace(voice=30)
+        it.job("tts", Priority="u=6")
+        it.broker.await_line(1)
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, overtaken)
+        page.wait("#stats", "3 jobs, 12 s")
+        page.wait("#queue-rows td", "tts u=6")
+        assert page.page.locator("#shares li").count() == 9
+        first = " ".join(page.text("#shares li:first-child").split())
+        assert first == "client-0 10 %: 20 s, 1 job"
+        assert "all others" in page.text("#shares li:last-child")
+        assert "9 jobs" in page.text("#shares li:last-child")
+        it.broker.delete("/v1/queue/1")
 
 
 def test_an_overdue_job_is_said_and_what_comes_after_it_is_a_lower_bound(opened: Open) -> None:

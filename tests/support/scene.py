@@ -80,13 +80,15 @@ class Scene:
         self.fakes = fakes
         self._clients: ThreadPoolExecutor = clients
 
-    def job(self, kind: str, *, key: str | None = None) -> Future[requests.Response]:
+    def job(
+        self, kind: str, *, key: str | None = None, **headers: str
+    ) -> Future[requests.Response]:
         """Send a job, and do not wait for it."""
         return self._clients.submit(
             requests.post,
             f"{self.broker.url}/v1/{kind}",
             json=BODIES[kind],
-            headers={} if key is None else {"X-Api-Key": key},
+            headers={**headers, **({} if key is None else {"X-Api-Key": key})},
             timeout=300,
         )
 

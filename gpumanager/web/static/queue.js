@@ -6,6 +6,8 @@ import {about, count, lasting} from "/dashboard/words.js";
 const LABELS = ["Place", "Consumer", "Kind", "Client", "For", "Turn in", "Do"];
 /** The part of the picture before "now", for what runs already: not to scale. */
 const PAST = 12;
+/** How the broker calls all those that it does not tell apart, and how many requesters are shown. */
+const OTHERS = "-", MOST_SHARES = 8;
 
 /** The queue with a place on the time axis for each entry: it starts and ends at so many ms from
  *  now, unloading others and loading its consumer included. */
@@ -98,7 +100,9 @@ export function drawQueue(status, mayCancel) {
     if (i >= 0 && cells[1].firstChild.firstChild.textContent !== String(i + 1)) {
       cells[1].firstChild.firstChild.replaceWith(badge(i));
     }
-    tell(cells[2], entry.kind);
+    tell(cells[2], entry.kind + (entry.urgency === 3 ? "" : ` u=${entry.urgency}`));
+    cells[2].title = `urgency ${entry.urgency}, of 0 (most urgent) to 7 (background)`
+      + (entry.model ? `; model ${entry.model}` : "");
     tell(cells[3], entry.client || "–");
     tell(cells[4], lasting(entry.age_ms));
     tell(cells[5], !running ? turn(entry) : entry.overdue ? "overdue" : took ? "usually " + lasting(took.p50) : "–");
@@ -112,6 +116,7 @@ export function drawQueue(status, mayCancel) {
   byId("queue-box").hidden = places.length === 0;
   byId("nobody").hidden = places.length > 0;
   const s = status.scheduler, stats = s.total_jobs ? [["last wait", lasting(s.last_wait_ms)]] : [];
+  if (s.total_jobs) stats.push(["longest overtake", overtake(s.longest_overtake)]);
   if (s.oldest_queued) {
     stats.push(["longest wait now", lasting(new Date(status.time) - new Date(s.oldest_queued))]);
   }
@@ -120,4 +125,34 @@ export function drawQueue(status, mayCancel) {
     group.append(make("dt", name), make("dd"));
     return group;
   }, (group, [, value]) => tell(group.lastChild, value));
+  drawShares(s.shares);
+}
+
+/** By how many jobs, and for how long, one was overtaken at most. */
+function overtake({jobs, ms}) {
+  if (!jobs) return "none";
+  return count(jobs, "job", "jobs") + (ms ? ", " + lasting(ms) : "");
+}
+
+/** Who had the GPU for how long in the last hour: the first few, and all others together. */
+function drawShares(shares) {
+  const whole = shares.reduce((sum, each) => sum + each.gpu_ms, 0);
+  const named = shares.filter((each) => each.requester !== OTHERS).slice(0, MOST_SHARES);
+  const rest = shares.filter((each) => !named.includes(each));
+  const rows = named.map((each) => ({...each, name: each.requester}));
+  if (rest.length) {
+    const sum = (field) => rest.reduce((all, each) => all + each[field], 0);
+    rows.push({requester: OTHERS, name: "all others", gpu_ms: sum("gpu_ms"), jobs: sum("jobs")});
+  }
+  byId("shares-box").hidden = rows.length === 0;
+  keep(byId("shares"), rows, (each) => each.requester, (each) => {
+    const item = make("li");
+    item.append(make("span", each.name, "name"), make("span", undefined, "meter"), make("span"));
+    item.children[1].append(make("span"));
+    return item;
+  }, (item, each) => {
+    const share = each.gpu_ms / Math.max(1, whole);
+    item.children[1].firstChild.style.width = 100 * share + "%";
+    tell(item.lastChild, `${Math.round(100 * share)} %: ${lasting(each.gpu_ms)}, ${count(each.jobs, "job", "jobs")}`);
+  });
 }
