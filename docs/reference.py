@@ -254,6 +254,7 @@ def presets_page() -> str:
             f"- Routes of OpenAI's, Anthropic's and Ollama's protocols: {drop_in or 'none'}",
             f"- Names of models: {_names_of_models(config)}",
             f"- Unloads: {unloads}",
+            f"- Memory: {_memory_of_models(config)}",
             *(
                 ["- Its jobs are answered at once; the GPU is held until they are over"]
                 if config.done
@@ -270,6 +271,14 @@ def _names_of_models(config: schema.ConsumerConfig) -> str:
     listed = config.list_models
     known = "it lists none" if listed is None else f"those that it lists at `{listed.path}`"
     return known + (", and it takes any other" if config.any_model else "")
+
+
+def _memory_of_models(config: schema.ConsumerConfig) -> str:
+    if config.tells_models_apart:
+        return "counted by model; one model can be unloaded alone"
+    if config.request_model is not None:
+        return f"counted as one; what a job needs may depend on its `{config.request_model}`"
+    return "counted as one, whatever the model"
 
 
 def _split(text: str) -> tuple[str, str]:

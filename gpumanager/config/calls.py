@@ -163,6 +163,9 @@ class UnloadCall(Call):
     """Its HTTP method."""
     for_each: Literal["items"] | None = None
     """Makes the call once for each item that the probe lists; `{item}` stands for the item."""
+    alone: StrictBool = True
+    """Whether one item may be unloaded and the others stay; `false` where they need each other, as
+    the parts of a pipeline do."""
     when_busy: Literal["drains", "aborts", "refuses", "unsafe"] = "drains"
     """What the server does if this call comes while it works: it `drains` (finishes its jobs
     first), `aborts` them, `refuses` the call, or may break (`unsafe`). Others may use the server

@@ -136,7 +136,8 @@ class ConsumerConfig(Model):
     list_models: ModelList | None = None
     """The call that lists its models; none: a GET of `/v1/models`, as OpenAI has it."""
     request_model: Expression | None = None
-    """Finds, in the JSON body of a job, the model that it works with; none: `model`."""
+    """Finds, in the JSON body of a job, the model that it works with; none: `model`. Where it finds
+    no text, what the job needs is the consumer's figure."""
     request_context: Expression | None = None
     """Finds, in the JSON body of a job, the context length that the server has to load its model
     for, in tokens; none: jobs do not say."""
@@ -211,7 +212,8 @@ class ConsumerConfig(Model):
     def tells_models_apart(self) -> bool:
         """Whether it says which models are loaded, and can unload one of them alone."""
         told = self.probe is not None and self.probe.items is not None
-        alone = self.unload is not None and self.unload.for_each is not None
+        unload = self.unload
+        alone = unload is not None and unload.for_each is not None and unload.alone
         return told and alone and any(method.http for method in self.eviction_methods)
 
     @cached_property

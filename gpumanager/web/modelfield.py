@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from io import UnsupportedOperation
 from typing import IO, cast
 
-from gpumanager.config import expressions
 from gpumanager.errors import BadRequest
 from gpumanager.upstream.proxy import Inbound
 from gpumanager.upstream.splice import Spliced
@@ -83,20 +82,19 @@ def find_model(inbound: Inbound) -> ModelField:
         body.seek(at)
 
 
-def find_in_json(inbound: Inbound, expression: str) -> object:
-    """What an expression finds in a body of JSON, None if it finds nothing, or the body is none, or
-    is larger than `WHOLE_BYTES`."""
+def read_json(inbound: Inbound) -> object:
+    """What a body of JSON says, None if it is none, or is larger than `WHOLE_BYTES`."""
     body, length = inbound.body, inbound.length
     if body is None or not length or length > WHOLE_BYTES:
         return None
     at = body.tell()
     try:
-        said = json.loads(body.read(length))
+        said: object = json.loads(body.read(length))
     except (ValueError, RecursionError):
         return None
     finally:
         body.seek(at)
-    return expressions.search(expression, said)
+    return said
 
 
 def with_model(inbound: Inbound, field: ModelField, name: str) -> Inbound:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from flask import Response
 
-from gpumanager.config import KINDS, Config, ConsumerConfig, Route
+from gpumanager.config import KINDS, Config, ConsumerConfig, Route, expressions
 from gpumanager.consumers.admission import Admission
 from gpumanager.errors import BadRequest, MethodNotAllowed, NoConsumer
 from gpumanager.jobs.routing import Choice, Router
@@ -23,8 +24,8 @@ from gpumanager.web.inbound import inbound_of, preferred_wait
 from gpumanager.web.modelfield import (
     LONGEST_NAME,
     ModelField,
-    find_in_json,
     find_model,
+    read_json,
     with_model,
 )
 from gpumanager.web.record import record_of
@@ -182,10 +183,9 @@ class ModelRequest:
     def _works_with(self, consumer: ConsumerConfig) -> str | None:
         """The model that its consumer has to have loaded for it. Where that cannot be told, the
         consumer decides what it makes of the request."""
-        if consumer.request_model is not None:
-            found = find_in_json(self._inbound, consumer.request_model)
-            if isinstance(found, str) and 0 < len(found) <= LONGEST_NAME:
-                return found
+        if consumer.request_model is not None and (said := self._said) is not None:
+            found = expressions.search(consumer.request_model, said)
+            return found if isinstance(found, str) and 0 < len(found) <= LONGEST_NAME else None
         try:
             return self.model()
         except BadRequest:
@@ -194,10 +194,14 @@ class ModelRequest:
     def _context(self, consumer: ConsumerConfig) -> int | None:
         if consumer.request_context is None:
             return None
-        found = find_in_json(self._inbound, consumer.request_context)
+        found = expressions.search(consumer.request_context, self._said)
         if isinstance(found, bool) or not isinstance(found, int):
             return None
         return found if 0 < found <= LONGEST_CONTEXT else None
+
+    @cached_property
+    def _said(self) -> object:
+        return read_json(self._inbound)
 
     def model(self) -> str | None:
         if self._field is None:

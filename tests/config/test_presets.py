@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ import yaml
 from gpumanager.config import Config, ConfigError, ConsumerConfig, parse_config
 from gpumanager.config.presets import names
 from gpumanager.config.values import DROP_IN_ROUTES
+from gpumanager.consumers.registry import Registry
 from gpumanager.errors import ConsumerUnreachable
 from gpumanager.jobs.polling import job_id
-from gpumanager.model import LoadedModel, ProbeReport
+from gpumanager.jobs.routing import Choice, Router
+from gpumanager.model import LoadedModel, ModelListing, ProbeReport
+from gpumanager.upstream.proxy import Inbound
+from gpumanager.web.ways import ModelRequest
 from tests.support.calls import CallsOf
+from tests.support.clock import FakeClock
 
 URL = "http://127.0.0.1:8188"
 ANSWERS = Path(__file__).parent / "answers"
@@ -305,6 +311,44 @@ def test_the_list_of_models_finds_their_names(server: responses.RequestsMock, pr
     found = calls(preset).models("it")
     assert found is not None
     assert list(found.names) == example["names"]
+
+
+class Listed:
+    """A catalogue that has whatever model is asked for."""
+
+    def __init__(self, model: str | None) -> None:
+        self._model = model
+
+    def listed(self, name: str, *, wanted: str | None = None) -> ModelListing:
+        return ModelListing(() if self._model is None else (self._model,))
+
+
+@pytest.mark.parametrize(("preset", "example"), having("job"))
+def test_what_a_job_says_of_the_memory_that_it_needs(preset: str, example: dict[str, Any]) -> None:
+    body = json.dumps(example["body"]).encode()
+    headers = [("Content-Type", "application/json")]
+    inbound = Inbound("POST", "", headers, BytesIO(body), len(body), "r-1")
+    router = Router(Registry(config_of(preset), FakeClock()), Listed(example["model"]))
+    choice = ModelRequest(inbound, "/consumers/it/x", strict=False).said_of(
+        Choice("llm", "it"), router
+    )
+    assert (choice.model, choice.context) == (example["model"], example["context"])
+
+
+def test_every_way_in_which_a_job_says_that_is_recorded() -> None:
+    for preset in names():
+        filled = consumer(preset)
+        says = (filled.request_model, filled.request_context) != (None, None)
+        assert says == ("job" in recorded(preset)), preset
+
+
+def test_who_unloads_one_model_alone() -> None:
+    alone = {preset for preset in names() if consumer(preset).tells_models_apart}
+    assert alone == {
+        *("docker-model-runner", "lemonade", "llama-router", "llama-swap", "lmstudio", "localai"),
+        *("mistralrs", "ollama", "speaches"),
+    }
+    assert consumer("triton").unload is not None  # all of it, as its parts need each other
 
 
 def test_who_lists_nothing_takes_any_name_or_none() -> None:
