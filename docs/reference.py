@@ -52,7 +52,7 @@ TITLES = {
     "Probe": "`consumers.NAME.probe`",
     "Session": "`consumers.NAME.session`",
     "Busy": "`consumers.NAME.probe.busy`",
-    "LoadCall": "`consumers.NAME.load` and `warm`, and a call in `on_disconnect`",
+    "LoadCall": "`consumers.NAME.load`, `warm` and `trim`, and a call in `on_disconnect`",
     "UnloadCall": "`consumers.NAME.unload`",
     "Settled": "`consumers.NAME.settled`",
     "EvictionMethod": "one of `consumers.NAME.evict`",

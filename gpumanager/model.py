@@ -235,7 +235,9 @@ class Growth:
     `unknown` as long as too little was seen. A leak goes on `over` the `jobs` since a load, and is
     given back by an unload, or over `loads`: after each unload more is left. `fresh_mib` is what it
     held at rest just after it was loaded; `grown_mib` how much more that is by now, after `jobs`
-    jobs. `at` is since when the verdict is so, in seconds since the epoch.
+    jobs. `trims_to_mib` is what a trim is taken to leave: what the last one did, or the lowest that
+    it was seen to hold since its load; None if a trim would give nothing. `at` is since when the
+    verdict is so, in seconds since the epoch.
     """
 
     verdict: Literal["unknown", "steady", "grows", "leaks"] = "unknown"
@@ -245,6 +247,7 @@ class Growth:
     mib_per_job: float = 0.0
     mib_per_load: int = 0
     jobs: int = 0
+    trims_to_mib: int | None = None
     at: float | None = None
 
     @property

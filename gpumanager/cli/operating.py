@@ -41,7 +41,8 @@ def plan_text(answer: Mapping[str, Any]) -> str:
     elif answer["fits_now"]:
         lines.append("fits as it is")
     else:
-        lines.append("fits after unloading:")
+        trims = any(victim.get("method") == "trim" for victim in answer["victims"])  # a newer key
+        lines.append("fits after trimming:" if trims else "fits after unloading:")
         lines += [
             f"  {victim['consumer']:<16} {victim['mib']:>7} MiB  {victim['why']}"
             for victim in answer["victims"]

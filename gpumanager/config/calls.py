@@ -94,7 +94,8 @@ class Call(Model):
     ] = Field(default_factory=dict)
     """Headers that are added to the request, for example one with a key of the server."""
     timeout: Seconds | None = None
-    """The longest time that it may take; none: 3 for a probe, 120 for a load, 30 for an unload."""
+    """The longest time that it may take; none: 3 for a probe, 120 for a load, 30 for an unload, 10
+    for a trim."""
     ok: tuple[Status, ...] = ()
     """The statuses that count as success; empty: any 2xx."""
 

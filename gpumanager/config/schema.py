@@ -186,6 +186,9 @@ class ConsumerConfig(Model):
     and when an operator loads the consumer."""
     unload: _Unload = None
     """The call that frees its memory."""
+    trim: _Load = None
+    """The call that has it give back what it holds beyond its models, such as torch's cache, while
+    they stay loaded. It is made before another consumer is unloaded, if that may be enough."""
     settled: _Settled = None
     """The call that says when an unload is over."""
     evict: _Evict | None = None

@@ -50,6 +50,9 @@ LEVELLED = 0.2
 LOADS = 6
 """Loads in a row after each of which more has to be left than before, for a leak over loads."""
 
+GAVE_SHARE = 0.1
+"""A trim that gave less than this of what it was taken to give has given nothing."""
+
 STEP_MIB = 8
 """The least that has to be added each time, and also half of the mean."""
 
@@ -69,6 +72,7 @@ class GrowthWatch:
         self._what: object = None
         self._floor: int | None = None
         self._jobs_then: int | None = None
+        self._trims_to: int | None = None
         self._loads: deque[tuple[int | None, int]] = deque(maxlen=LOADS)
         self._begin(0, None)
 
@@ -91,14 +95,25 @@ class GrowthWatch:
                 self._loads.clear()
             self._begin(jobs if self._loaded or self._jobs_then is None else self._jobs_then, None)
             self._what, self._loaded = what, True
+            self._trims_to = mib
         elif self._fell(mib, jobs - self._jobs_before):
             self._begin(jobs, self._fresh if self._fresh and mib >= self._fresh else None)
-        if not self._note(mib, jobs - self._jobs_before):
-            grown = max(0, mib - (self._fresh or 0))
-            if grown != self.growth.grown_mib:
-                self.growth = replace(self.growth, grown_mib=grown)
-            return self.growth
-        return self._judge(mib, at)
+        if self._trims_to is not None:
+            self._trims_to = min(mib, self._trims_to)
+        grown_mib = max(0, mib - (self._fresh or 0))
+        if self._note(mib, jobs - self._jobs_before):
+            self._judge(mib, at)
+        elif (grown_mib, self._trims_to) != (self.growth.grown_mib, self.growth.trims_to_mib):
+            self.growth = replace(self.growth, grown_mib=grown_mib, trims_to_mib=self._trims_to)
+        return self.growth
+
+    def trimmed(self, before_mib: int, after_mib: int) -> Growth:
+        """It was asked to give back what it holds beyond its models, and did, or did not: then it
+        is not taken to give anything by that until it was loaded anew."""
+        gave_mib, expected_mib = before_mib - after_mib, before_mib - (self._trims_to or 0)
+        self._trims_to = after_mib if gave_mib > GAVE_SHARE * expected_mib else None
+        self.growth = replace(self.growth, trims_to_mib=self._trims_to)
+        return self.growth
 
     def unloaded(self, mib: int, jobs: int, at: float) -> Growth:
         """Not loaded, and at rest, it holds so much."""
@@ -106,7 +121,8 @@ class GrowthWatch:
         if self._loaded:
             self._loaded, self._floor = False, None
         self._floor = mib if self._floor is None else min(mib, self._floor)
-        self.growth = replace(self.growth, grown_mib=0)
+        self._trims_to = None
+        self.growth = replace(self.growth, grown_mib=0, trims_to_mib=None)
         if mib == 0 and self.growth.over == "loads":  # ended with its process
             self._loads.clear()
             self.growth = replace(self.growth, verdict="unknown", mib_per_load=0, over="", at=at)
@@ -152,7 +168,7 @@ class GrowthWatch:
 
     # -- what follows ----------------------------------------------------------------------
 
-    def _judge(self, mib: int, at: float) -> Growth:
+    def _judge(self, mib: int, at: float) -> None:
         before, fresh = self.growth, self._fresh if self._fresh is not None else mib
         grown = max(0, mib - fresh)
         per_load = _rise_over_loads(self._loads)
@@ -179,9 +195,9 @@ class GrowthWatch:
             fresh_mib=fresh,
             grown_mib=grown,
             jobs=0 if not self._recent else self._recent[-1][0],
+            trims_to_mib=self._trims_to,
             at=before.at if same and before.at is not None else at,
         )
-        return self.growth
 
     def _levelled(self, mib_per_job: float) -> bool:
         """Whether what was taken for a leak goes on no more. It needs as many levels to tell as
@@ -242,6 +258,12 @@ class Growths:
         with self._lock:
             watch = self._watches.setdefault(name, GrowthWatch())
             return watch.growth, watch.unloaded(mib, jobs, at)
+
+    def trimmed(self, name: str, before_mib: int, after_mib: int) -> Growth:
+        """See `GrowthWatch.trimmed`."""
+        with self._lock:
+            watch = self._watches.setdefault(name, GrowthWatch())
+            return watch.trimmed(before_mib, after_mib)
 
     def forget(self, name: str) -> None:
         """Forget all of one consumer."""

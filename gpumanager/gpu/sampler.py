@@ -166,7 +166,8 @@ class Sampler:
                     self._learned.ran_out(resident, needs_mib)
             elif share and (working or not state.active):
                 source: Seen = "reported" if mib is None else "measured"
-                self._learned.held(resident, share, source, working=working)
+                needed = max(0, share - state.growth.leaked_mib)
+                self._learned.held(resident, needed, source, working=working)
 
 
 def _held_by_models(state: ConsumerState, mib: int | None) -> dict[str, int]:

@@ -147,6 +147,7 @@ class Operations:
             "victims": [
                 {
                     **_named(*parts_of(victim.name)),
+                    "method": victim.method,
                     "mib": victim.mib,
                     "why": self._why(victim),
                     "estimate_ms": round(victim.unload_s * 1000),
@@ -164,6 +165,8 @@ class Operations:
         }
 
     def _why(self, victim: PlannedVictim) -> str:
+        if victim.method == "trim":
+            return "gives back what it holds beyond its models, and stays loaded"
         idle = "never used"
         if victim.last_used is not None:
             idle = f"idle for {self._clock.monotonic() - victim.last_used:.0f} s"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import mean, median
 
 from gpumanager.config import ConsumerConfig, EvictionMethod
+from gpumanager.consumers.growth import tolerance
 from gpumanager.consumers.learning import Figures, Times
 from gpumanager.consumers.snapshot import Snapshot
 from gpumanager.gpu.accounting import Balance, Held
@@ -170,8 +171,9 @@ class Census:
         if model is None:
             surely_mib = holder(self.snapshot, name, self._now).surely_mib
         else:
-            sure = self.snapshot.states[owner].model(model).sure
-            surely_mib = self._shares[owner].get(model, 0) if sure else 0
+            state = self.snapshot.states[owner]
+            surely_mib = self._shares[owner].get(model, 0) if state.model(model).sure else 0
+            surely_mib = max(0, surely_mib - state.growth.leaked_mib)
         return Demand(name, self.needed(name, now), surely_mib, spared)
 
     def outlook(self, doing: Doing | None = None) -> Outlook:
@@ -295,6 +297,7 @@ class Census:
             evictable=False,
             floor_mib=left_mib,
             reload_s=reload_s,
+            trim_mib=self._trim_mib(name),
         )
 
     def whole(self, name: str, *, hopeful: bool = False, reload_s: float = 0.0) -> Resident:
@@ -309,7 +312,13 @@ class Census:
             evictable=_evictable(consumer, state),
             floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
+            trim_mib=self._trim_mib(name),
         )
+
+    def _trim_mib(self, name: str) -> int:
+        """What a consumer gives back while it stays loaded, with all its models."""
+        consumer, state = self.snapshot.consumers[name], self.snapshot.states[name]
+        return _trim_mib(consumer, state, holder(self.snapshot, name, self._now))
 
 
 def _works(name: str, state: ConsumerState) -> bool:
@@ -332,6 +341,18 @@ def _evictable(consumer: ConsumerConfig, state: ConsumerState) -> bool:
         and not state.is_pinned(consumer.pinned)
         and not state.quarantine
     )
+
+
+def _trim_mib(consumer: ConsumerConfig, state: ConsumerState, holds: Held) -> int:
+    """What it gives back while it stays loaded. One that leaks gives what it does by an unload, and
+    one that manages its memory itself is left alone."""
+    growth = state.growth
+    asks = consumer.trim is not None and not consumer.vram_managed
+    at_rest = state.loaded and state.assumed is None and not state.active and not state.busy
+    if not asks or not at_rest or growth.trims_to_mib is None or growth.verdict == "leaks":
+        return 0
+    gives_mib = holds.mib - growth.trims_to_mib
+    return gives_mib if holds.source != "declared" and gives_mib > tolerance(holds.mib) else 0
 
 
 def _floor(

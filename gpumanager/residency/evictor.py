@@ -58,6 +58,9 @@ class Controls(Protocol):
     def warm(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
         """As `load`, for a consumer that loads with its first job."""
 
+    def trim(self, name: str, consumer: ConsumerConfig) -> None:
+        """Have the consumer give back what it holds beyond its models."""
+
     def unload(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
         """Have the consumer drop all its models, or the one that is given; returns when it says so,
         which is not yet proof. False if it says that it does not have that loaded."""

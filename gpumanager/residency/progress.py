@@ -23,6 +23,7 @@ class Progress:
         """Those whose job for somebody else is waited for to its end."""
         self._tried: set[str] = set()
         self._left_alone: set[str] = set()
+        self._trimmed: set[str] = set()
         self._unloaded = Counter[str]()
         self._more_until = 0.0
         self._patience_s = patience_s
@@ -34,6 +35,7 @@ class Progress:
         return SoFar(
             frozenset(self._tried),
             frozenset(self._left_alone),
+            frozenset(self._trimmed),
             patient=now < until,
             more_to_come=now < self._more_until,
         )
@@ -53,6 +55,10 @@ class Progress:
     def tries(self, name: str) -> None:
         """That one is about to be unloaded."""
         self._tried.add(name)
+
+    def trims(self, name: str) -> None:
+        """That one is about to give back what it can while it stays loaded."""
+        self._trimmed.add(name)
 
     def unloaded(self, name: str, release: Release) -> None:
         """What became of it."""

@@ -30,7 +30,9 @@ from gpumanager.residency.loading import Loader
 from gpumanager.residency.progress import Progress
 from gpumanager.residency.prospects import prospect
 from gpumanager.residency.refusal import refusal, short_mib
+from gpumanager.residency.rest import Rest
 from gpumanager.residency.settling import FIRST_POLL_S, LONGEST_POLL_S
+from gpumanager.residency.trimming import Trimmer
 from gpumanager.scheduling.decision import MakeRoom, Refuse, Start, Wait
 from gpumanager.scheduling.estimate import Doing, Outlook
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
@@ -74,6 +76,8 @@ class RoomMaker:
         self._emit = emit
         self._upcoming = upcoming
         self._evictor = Evictor(registry, learned, controls, stops, measure, clock, emit)
+        rest = Rest(controls, measure, clock)
+        self._trimmer = Trimmer(registry, learned, controls, rest, measure, clock, emit)
         self._loader = Loader(
             registry, learned, controls, stops, clock, emit, partial(self._does, "load")
         )
@@ -131,8 +135,9 @@ class RoomMaker:
         return prospect(self._registry.now.of(job), job, now)
 
     def relieve(self, ticket: Granted) -> bool:
-        """Unload all others that may go, for a job that ran out of memory; True if that gave
-        anything back. Raises the error the ticket was cancelled with."""
+        """Unload all others that may go, for a job that ran out of memory, and have those that stay
+        give back what they can; True if that gave anything back. Raises the error the ticket was
+        cancelled with."""
         released = 0
         for other in ticket.idle_others(self._measured_census(ticket.job).card()):
             release = self._evict(other, ticket)
@@ -140,6 +145,9 @@ class RoomMaker:
                 released += release.expected_mib
             elif release is not None:
                 released += release.mib
+        for other in ticket.idle_trims(self._measured_census(ticket.job).card()):
+            release = self._trim(other, ticket)
+            released += 0 if release is None else release.mib
         return released > 0
 
     def unload(self, name: str, ticket: Ticket, *, patient: bool = True) -> Release:
@@ -179,22 +187,27 @@ class RoomMaker:
         now = look(census.card(), job.resident, queue)
         state, consumer = snapshot.states[job.consumer], snapshot.consumers[job.consumer]
         loaded = state.has_loaded(job.model if consumer.tells_models_apart else None)
+        trims = tuple(
+            PlannedVictim(each.name, each.trim_mib, each.last_used, 0.0, method="trim")
+            for each in now.trims
+        )
+        victims = tuple(
+            PlannedVictim(
+                each.name,
+                each.yield_mib,
+                each.last_used,
+                each.reload_s,
+                _place_in(queue, each.name),
+                outlook.profile(each.name).unload.mean,
+            )
+            for each in now.plan.victims
+        )
         return Preview(
             consumer=job.consumer,
             model=job.model,
             fits=now.plan.fits or (now.plan.attempt and not now.plan.victims),
-            victims=tuple(
-                PlannedVictim(
-                    each.name,
-                    each.yield_mib,
-                    each.last_used,
-                    each.reload_s,
-                    _place_in(queue, each.name),
-                    outlook.profile(each.name).unload.mean,
-                )
-                for each in now.plan.victims
-            ),
-            short_mib=now.plan.short_mib,
+            victims=trims + (victims if not trims or now.plan.attempt else ()),
+            short_mib=now.plan.short_mib if not trims or now.plan.attempt else 0,
             needed_mib=now.needed_mib,
             held_mib=now.held_mib,
             balance=now.balance,
@@ -268,7 +281,11 @@ class RoomMaker:
                 if step.attempt is not None:
                     self._note_attempt(step.attempt, card)
                 return
-            if isinstance(step, MakeRoom):
+            if isinstance(step, MakeRoom) and step.method == "trim":
+                done.trims(step.victims[0].name)
+                self._trim(step.victims[0], ticket)
+                ticket.pause(0)
+            elif isinstance(step, MakeRoom):
                 self._unload_first(step.victims, ticket, done)
             elif isinstance(step, Refuse):
                 retry_after = census.snapshot.config.health_interval
@@ -292,6 +309,16 @@ class RoomMaker:
         if release is not None:
             done.unloaded(victim.name, release)
         ticket.pause(0)
+
+    def _trim(self, victim: Resident, ticket: Ticket) -> Release | None:
+        try:
+            with self._registry.using(victim.name) as now:
+                consumer = now.consumers[victim.name]
+                return self._trimmer.trim(victim.name, consumer, victim.trim_mib, ticket)
+        except NoConsumer:  # a reload has just removed it
+            return None
+        finally:
+            self._changed_at = self._clock.monotonic()
 
     def _seen(self, job: Job | None = None) -> Census:
         """As of now and for the job, with those in it that may be asked again from now on."""

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gpumanager.scheduling.memory import Card, Look, look, may_go
+from gpumanager.scheduling.memory import Card, Look, can_trim, look, may_go
 from gpumanager.scheduling.policy import Affinity, Claim, Policy, Running, Waiting
 from gpumanager.scheduling.victims import Resident
 
@@ -22,11 +22,13 @@ from gpumanager.scheduling.victims import Resident
 class SoFar:
     """What has been done for the job that is being prepared. `tried` were unloaded for it, or could
     not be, and are not asked again; `left_alone` of them worked on a job of somebody else, while
-    another one could go instead. `patient`: there is time left to wait for memory that is on its
+    another one could go instead. `trimmed` were asked to give back what they can while loaded.
+    `patient`: there is time left to wait for memory that is on its
     way back; `more_to_come`: one that was unloaded for it may give back more yet."""
 
     tried: frozenset[str] = frozenset()
     left_alone: frozenset[str] = frozenset()
+    trimmed: frozenset[str] = frozenset()
     patient: bool = True
     more_to_come: bool = False
 
@@ -79,11 +81,13 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class MakeRoom:
-    """The first of the victims is unloaded for this job; then it is decided anew. None of them
-    works on a job of the broker."""
+    """The first of the victims is unloaded for this job, or, by the method `trim`, gives back what
+    it can while it stays loaded; then it is decided anew. None of them works on a job of the
+    broker."""
 
     ticket: int
     victims: tuple[Resident, ...]
+    method: Literal["unload", "trim"] = "unload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,14 @@ def idle_others(picture: Picture) -> list[Resident]:
     return may_go(picture.card, {own_name, *others})
 
 
+def idle_trims(picture: Picture) -> list[Resident]:
+    """All others that give back something while they stay loaded, for such a job."""
+    if picture.card is None or picture.preparing is None:
+        return []
+    own, others = _own(picture, picture.preparing)
+    return can_trim(picture.card, own.job.resident, others)
+
+
 def _at_limit(limits: Mapping[str, int], running: Sequence[Running], chosen: Waiting) -> bool:
     name = chosen.job.consumer
     limit = limits.get(name)
@@ -176,11 +188,13 @@ def _make_room(picture: Picture, ticket: int) -> Decision:
     own, busy = _own(picture, ticket)
     target = own.job.resident
     upcoming = [place.job.resident for place in picture.waiting if place.job.makes_room]
-    now = look(card, target, upcoming, so_far.tried | busy)
+    now = look(card, target, upcoming, so_far.tried | busy, so_far.trimmed)
     if now.plan.fits:
         return Start((ticket,))
     if now.worth_waiting and so_far.patient:
         return Wait("memory")
+    if now.trims:
+        return MakeRoom(ticket, now.trims, "trim")
     if now.plan.victims:
         return MakeRoom(ticket, now.plan.victims)
     if now.may_come_late or so_far.more_to_come:

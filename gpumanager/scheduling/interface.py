@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gpumanager.errors import BrokerError
 from gpumanager.gpu.accounting import Balance
@@ -133,10 +133,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class PlannedVictim:
-    """A consumer, or a model of one, that would be unloaded, and the MiB that gives back.
-    `last_used` is monotonic seconds, None if it had no job yet; `reload_s` how long it takes to
-    load again; `wanted` the place of its first job in the queue, counted from 1, None if none of
-    its jobs waits;
+    """A consumer, or a model of one, that would be unloaded, and the MiB that gives back; by the
+    `method` trim it gives them back while it stays loaded. `last_used` is monotonic seconds, None
+    if it had no job yet; `reload_s` how long it takes to load again; `wanted` the place of its
+    first job in the queue, counted from 1, None if none of its jobs waits;
     `unload_s` how long unloading it takes."""
 
     name: str
@@ -145,6 +145,7 @@ class PlannedVictim:
     reload_s: float
     wanted: int | None = None
     unload_s: float = 0.0
+    method: Literal["unload", "trim"] = "unload"
 
 
 @dataclass(frozen=True, slots=True)

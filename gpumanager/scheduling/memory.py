@@ -3,9 +3,9 @@ over plain data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from math import inf
 
 from gpumanager.gpu.accounting import Balance, balance
 from gpumanager.model import CONTEXT_MIB, MemoryReading, parts_of
@@ -17,6 +17,7 @@ from gpumanager.scheduling.victims import (
     candidates,
     fits,
     plan_eviction,
+    trims,
     yields_mib,
 )
 
@@ -104,7 +105,9 @@ class Card:
 class Look:
     """What follows from a card for the next job of `target`. `coming_mib` is what was unloaded
     lately and is still held; `late_mib` what is overdue of it, of those that are in quarantine for
-    the first time because of that."""
+    the first time because of that. `trims` are those that give back something first, while they
+    stay loaded: enough, so that nobody has to go, or all that can, before the job is refused, or
+    tried although it does not fit."""
 
     target: str
     plan: Plan
@@ -113,6 +116,7 @@ class Look:
     balance: Balance
     coming_mib: int = 0
     late_mib: int = 0
+    trims: tuple[Resident, ...] = ()
 
     @property
     def short_mib(self) -> int:
@@ -135,10 +139,14 @@ class Look:
 
 
 def look(
-    card: Card, target: str, upcoming: Sequence[str] = (), spared: Set[str] = frozenset()
+    card: Card,
+    target: str,
+    upcoming: Sequence[str] = (),
+    spared: Set[str] = frozenset(),
+    trimmed: Set[str] = frozenset(),
 ) -> Look:
-    """What making room for the next job of `target` takes. Those that are `spared` may not go;
-    `upcoming` is whose jobs wait behind it.
+    """What making room for the next job of `target` takes. Those that are `spared` may not go, nor
+    be trimmed; those that are `trimmed` have been already. `upcoming` is whose jobs wait behind it.
 
     A guess may cost an eviction, never a refusal: where the room would not be enough even
     without all that may go, but would be if what is only assumed turns out well, and what
@@ -146,16 +154,18 @@ def look(
     be alone on the card then.
     """
     now, demand = card.balance(target), card.demand(target)
+    plan = Plan(fits=True)
+    if now.source != "unknown":
+        plan = _plan(card, target, demand, now, upcoming, spared)
     return Look(
         target,
-        Plan(fits=True)
-        if now.source == "unknown"
-        else _plan(card, target, demand, now, upcoming, spared),
+        plan,
         demand.needed_mib,
         demand.held_mib,
         now,
         sum(each.coming_mib for each in card.standings.values()),
         sum(each.late_mib for each in card.standings.values()),
+        () if plan.fits else _trims(card, demand, now, plan, spared | trimmed),
     )
 
 
@@ -182,6 +192,12 @@ def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool
 def may_go(card: Card, spared: Set[str] = frozenset()) -> list[Resident]:
     """All that could be unloaded, and are not `spared`, nor their consumers."""
     return candidates(_residents(card, spared))
+
+
+def can_trim(card: Card, target: str, spared: Set[str] = frozenset()) -> list[Resident]:
+    """All but the consumer of `target`, and those that are `spared`, that give back something while
+    they stay loaded."""
+    return list(trims(card.demand(target), _spared(card, spared), math.inf))
 
 
 def _plan(
@@ -214,9 +230,31 @@ def _plan(
         plan = plan if hopeful else again
     if not _with_luck(card, target, demand, spared) and not _ends_alone(card, demand, now, spared):
         return plan
-    going = sorted(may_go(card, spared), key=lambda each: each.last_used or -inf)
+    going = sorted(may_go(card, spared), key=lambda each: each.last_used or -math.inf)
     victims = tuple(each for each in going if not demand.spares(each))
     return replace(plan, victims=victims, attempt=True)
+
+
+def _trims(
+    card: Card, demand: Demand, now: Balance, plan: Plan, spared: Set[str]
+) -> tuple[Resident, ...]:
+    """Those to be trimmed, before anybody goes for `demand`."""
+    missing_mib = demand.missing_mib - now.free_mib + card.reserved_mib
+    chosen = trims(demand, _spared(card, spared), missing_mib)
+    gives_mib = sum(each.trim_mib for each in chosen)
+    if gives_mib >= missing_mib or plan.attempt:
+        return chosen
+    # Before a refusal: with all that may go, they may be enough.
+    return chosen if plan.in_vain and gives_mib >= plan.short_mib else ()
+
+
+def _spared(card: Card, spared: Set[str]) -> list[Resident]:
+    """All but those."""
+    return [
+        each.resident
+        for name, each in card.standings.items()
+        if spared.isdisjoint((name, each.resident.consumer))
+    ]
 
 
 def _residents(card: Card, spared: Set[str], *, hopeful: bool = False) -> list[Resident]:

@@ -48,6 +48,9 @@ class Granted(Ticket, Protocol):
     def idle_others(self, card: Card) -> list[Resident]:
         """All consumers but its own that may go."""
 
+    def idle_trims(self, card: Card) -> list[Resident]:
+        """All consumers but its own that give back something while they stay loaded."""
+
 
 class Room(Protocol):
     """What has to be done on the card before a job can start."""

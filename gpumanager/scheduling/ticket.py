@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpumanager.errors import BrokerError, QueueTimeout
-from gpumanager.scheduling.decision import Decision, SoFar, decide, idle_others
+from gpumanager.scheduling.decision import Decision, SoFar, decide, idle_others, idle_trims
 from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Waiting, overstayed
 from gpumanager.scheduling.victims import Resident
@@ -107,6 +107,11 @@ class QueueTicket:
         queue = self._queue
         with queue._lock:
             return idle_others(queue._preparing_locked(self.number, card, SoFar()))
+
+    def idle_trims(self, card: Card) -> list[Resident]:
+        queue = self._queue
+        with queue._lock:
+            return idle_trims(queue._preparing_locked(self.number, card, SoFar()))
 
     def pause(self, seconds: float) -> None:
         with self._queue._lock:

@@ -38,7 +38,8 @@ class Resident:
     `held_mib` is what it is taken to hold now, `floor_mib` what it keeps after an unload;
     `last_used` the monotonic time of its last real job, None if it had none; `reload_s` how long
     it takes to load again; `evictable` is False where it manages its own memory, is pinned, has
-    no way to be unloaded, or one that was tried just now to no avail.
+    no way to be unloaded, or one that was tried just now to no avail. `trim_mib` is what it would
+    give back while it stays loaded, 0 if it has no way to, or does not run idle.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Resident:
     evictable: bool = True
     floor_mib: int = 0
     reload_s: float = 0.0
+    trim_mib: int = 0
 
     @property
     def consumer(self) -> str:
@@ -152,6 +154,27 @@ def fits(demand: Demand, available_mib: int) -> bool:
 def yields_mib(demand: Demand, residents: Iterable[Resident]) -> int:
     """MiB that unloading all of them that may go for `demand` would give back."""
     return sum(each.yield_mib for each in candidates(residents) if not demand.spares(each))
+
+
+def trims(
+    demand: Demand, residents: Iterable[Resident], missing_mib: float
+) -> tuple[Resident, ...]:
+    """Those whose trims together give back `missing_mib`, as few as do; all that give anything, if
+    they are not enough. They stay loaded, so it does not matter who is pinned, or may not be
+    unloaded for this demand; only the consumer that it is for is left out, whose jobs use what it
+    could give back."""
+    own = parts_of(demand.name)[0]
+    giving = [each for each in residents if each.trim_mib > 0 and each.consumer != own]
+    giving.sort(key=lambda each: (-each.trim_mib, each.last_used or 0.0, each.name))
+    taken: list[Resident] = []
+    for each in giving:
+        if sum(other.trim_mib for other in taken) >= missing_mib:
+            break
+        taken.append(each)
+    for each in taken[:]:  # the last one may have made smaller ones needless
+        if sum(other.trim_mib for other in taken if other is not each) >= missing_mib:
+            taken.remove(each)
+    return tuple(taken)
 
 
 def candidates(residents: Iterable[Resident]) -> list[Resident]:

@@ -270,6 +270,29 @@ class Evicted(Event):
         return "warning" if self.outcome in ("leaked", "stolen") else "info"
 
 
+@declared("trimmed", "trimmed")
+class Trimmed(Event):
+    """A consumer gave back what it could while it stays loaded, to make room. `leaked` says here
+    only that it had next to nothing to give."""
+
+    consumer: str
+    target: str
+    outcome: Outcome
+    mib: int
+    expected_mib: int
+    ms: int
+
+
+@declared("trim_failed", "trim failed", "warning")
+class TrimFailed(Event):
+    """A consumer could not be asked to give back what it can while it stays loaded. Another one is,
+    or one is unloaded."""
+
+    consumer: str
+    target: str
+    reason: str
+
+
 @declared("eviction_failed", "eviction failed", "warning")
 class EvictionFailed(Event):
     """A consumer could not be unloaded by one of its eviction methods. The next is tried."""

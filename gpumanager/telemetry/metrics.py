@@ -40,6 +40,7 @@ from gpumanager.telemetry.events import (
     OutOfMemoryHealed,
     Refused,
     Resumed,
+    Trimmed,
 )
 
 MIB = 1024 * 1024
@@ -103,6 +104,12 @@ class Metrics:
         self._evictions = counter(
             "evictions", "Consumers unloaded to make room.", ["consumer", "outcome"]
         )
+        self._trims = counter(
+            "trims",
+            "Consumers that were asked to give back what they can while they stay loaded.",
+            ["consumer", "outcome"],
+        )
+        self._trimmed = counter("trimmed_bytes", "What they gave back.", ["consumer"])
         self._releases = seconds(
             "release", "Time until memory that was to be released was free.", ["consumer"]
         )
@@ -154,6 +161,9 @@ class Metrics:
             case Evicted():
                 self._evictions.labels(event.consumer, event.outcome).inc()
                 self._releases.labels(event.consumer).observe(event.ms / 1000)
+            case Trimmed():
+                self._trims.labels(event.consumer, event.outcome).inc()
+                self._trimmed.labels(event.consumer).inc(event.mib * MIB)
             case Loaded() | Resumed():
                 self._loads.labels(event.consumer).observe(event.ms / 1000)
             case OutOfMemory():

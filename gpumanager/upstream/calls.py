@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 3.0
 UNLOAD_TIMEOUT_S = 30.0
+TRIM_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 120.0
 CANCEL_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.5
@@ -83,6 +84,12 @@ class ControlCalls:
         if consumer.warm is None:
             raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
         self._ok(name, consumer, _with_model(consumer.warm, model), LOAD_TIMEOUT_S)
+
+    def trim(self, name: str, consumer: ConsumerConfig) -> None:
+        """Have the consumer give back what it holds beyond its models, with its `trim` call."""
+        if consumer.trim is None:
+            raise ConsumerUnreachable(f"{name} has no trim call", consumer=name)
+        self._ok(name, consumer, consumer.trim, TRIM_TIMEOUT_S)
 
     def unload(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> bool:
         """Have the consumer drop its model, or each of the models its probe lists, or of those only

@@ -131,7 +131,7 @@ class StatusView:
             "routes": drop_in_routes(snapshot.config, name),
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(snapshot.figures(name), snapshot.needed(name)),
-            "growth": _growth(state.growth),
+            "growth": _growth(state.growth, trims=consumer.trim is not None),
         }
         if state.assumed is not None:
             view["assumed"] = True
@@ -266,8 +266,9 @@ def _figure(figure: Figure) -> dict[str, Any]:
     return view
 
 
-def _growth(growth: Growth) -> dict[str, Any]:
-    """Whether what it holds at rest grows, since when, from what, and by how much."""
+def _growth(growth: Growth, *, trims: bool) -> dict[str, Any]:
+    """Whether what it holds at rest grows, since when, from what, and by how much; and, if it can
+    be trimmed, what that is taken to leave."""
     view: dict[str, Any] = {
         "verdict": growth.verdict,
         "fresh_mib": growth.fresh_mib,
@@ -280,6 +281,8 @@ def _growth(growth: Growth) -> dict[str, Any]:
         view["mib_per_job"] = growth.mib_per_job
     if growth.mib_per_load:
         view["mib_per_load"] = growth.mib_per_load
+    if trims and growth.trims_to_mib is not None:
+        view["trims_to_mib"] = growth.trims_to_mib
     if growth.at is not None:
         view["since"] = _since_epoch(growth.at)
     return view

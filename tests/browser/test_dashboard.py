@@ -406,6 +406,8 @@ def test_every_event_has_its_sentence(opened: Open) -> None:
         {"event": "out_of_memory_doubted", "available_mib": 2800, "needed_mib": 2000},
         {"event": "gpu_unavailable", "reason": "power: Unknown Error"},
         {"event": "answer_truncated", "reason": "it closed the connection"},
+        {"event": "trimmed", "target": "ollama", "outcome": "released", "mib": 900},
+        {"event": "trim_failed", "target": "ollama", "reason": "it answered 400"},
         {"event": "leaking", "over": "jobs", "each_mib": 5, "grown_mib": 900},
         {"event": "leaking", "over": "loads", "each_mib": 5, "grown_mib": 900},
         {"event": "quarantined", "reason": "gave back 0 of 2800 MiB"},

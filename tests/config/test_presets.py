@@ -211,9 +211,9 @@ def test_a_session_that_is_not_opened_is_noticed(
     assert sent(server) == (example["method"], example["target"], example["json"])
 
 
-@pytest.mark.parametrize("key", ["load", "warm"])
+@pytest.mark.parametrize("key", ["load", "warm", "trim"])
 @pytest.mark.parametrize("preset", names())
-def test_load_and_warm(server: responses.RequestsMock, preset: str, key: str) -> None:
+def test_load_warm_and_trim(server: responses.RequestsMock, preset: str, key: str) -> None:
     example = recorded(preset).get(key)
     if getattr(consumer(preset), key) is None:
         assert example is None

@@ -71,7 +71,7 @@ def test_a_cache_that_fills_and_is_full_grows() -> None:
 
 def test_a_cache_that_is_allocated_once_is_steady() -> None:
     watch, _ = after(lambda job, dice: 9000, 60)
-    assert watch.growth == Growth("steady", fresh_mib=9000, jobs=59, at=4.0)
+    assert watch.growth == Growth("steady", fresh_mib=9000, jobs=59, trims_to_mib=9000, at=4.0)
 
 
 def test_what_takes_its_cache_with_the_first_job_grows_by_that_once() -> None:
@@ -218,6 +218,36 @@ def test_one_that_is_never_seen_unloaded_is_judged_by_its_level_after_each_load(
         for job in range(3):
             watch.at_rest(3000 + 50 * number, 10 * number + job, float(number))
     assert (watch.growth.verdict, watch.growth.over) == ("leaks", "loads")
+
+
+# -- trims ---------------------------------------------------------------------------------------
+
+
+def test_a_trim_is_taken_to_give_what_has_grown() -> None:
+    watch, _ = after(lambda job, dice: 3000 + min(1000, job * 50), 60)
+    assert watch.growth.trims_to_mib == 3050
+
+
+def test_a_trim_is_taken_to_leave_what_the_last_one_left() -> None:
+    watch, _ = after(lambda job, dice: 3000 + min(1000, job * 50), 60)
+    assert watch.trimmed(4000, 3400).trims_to_mib == 3400
+    watch.at_rest(3900, 61, 0.0)
+    assert watch.growth.trims_to_mib == 3400
+
+
+def test_a_trim_that_gave_nothing_is_taken_to_give_nothing_until_the_next_load() -> None:
+    watch, _ = after(lambda job, dice: 3000 + min(1000, job * 50), 60)
+    assert watch.trimmed(4000, 3950).trims_to_mib is None
+    watch.at_rest(4500, 61, 0.0)
+    assert watch.growth.trims_to_mib is None
+    watch.unloaded(500, 61, 0.0)
+    watch.at_rest(3000, 61, 0.0)
+    assert watch.growth.trims_to_mib == 3000
+
+
+def test_what_is_unloaded_has_nothing_to_trim() -> None:
+    watch, _ = after(lambda job, dice: 3000, 10)
+    assert watch.unloaded(500, 10, 0.0).trims_to_mib is None
 
 
 # -- over restarts -------------------------------------------------------------------------------

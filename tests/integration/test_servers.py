@@ -867,3 +867,49 @@ def test_what_unloads_leave_behind_more_and_more_is_a_leak(card: SimulatedCard) 
             broker.post("/v1/consumers/leaky/unload")
         seen_at_rest(broker, 1, mib_per_load=50)
         assert status_of(broker, "leaky")["growth"]["over"] == "loads"
+
+
+def test_what_one_can_give_back_while_loaded_comes_before_an_unload(card: SimulatedCard) -> None:
+    """`plan` says so before, and the trimmed one needs no reload after."""
+    consumers = {
+        "leaky": {"fake": "plain", "mib": 3000, "trim": "/trim", "pinned": True},
+        "small": {"fake": "plain", "mib": 2000, "kind": "stt"},
+        "big": {"fake": "plain", "mib": 4000, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "stt").status_code == 200
+        assert job(broker, "tts").status_code == 200
+        seen_at_rest(broker, 1, fresh_mib=3000)
+        fakes["leaky"].set(caches_mib=1500)
+        assert job(broker, "tts").status_code == 200
+        seen_at_rest(broker, 2, grown_mib=1500, trims_to_mib=3000)
+        (victim,) = broker.get("/v1/plan/llm").json()["victims"]
+        assert (victim["consumer"], victim["method"], victim["mib"]) == ("leaky", "trim", 1500)
+        assert job(broker, "llm").status_code == 200
+        assert all(status_of(broker, name)["loaded"] for name in ("leaky", "small", "big"))
+        assert status_of(broker, "leaky")["gpu_resident_mib"] == 3000
+        assert broker.stats.evictions == 0
+        (told,) = [
+            each for each in broker.get("/v1/events").json()["events"] if each["event"] == "trimmed"
+        ]
+        assert (told["consumer"], told["target"], told["mib"]) == ("leaky", "big", 1500)
+        metrics = broker.get("/metrics").text
+        assert 'gpumanager_trims_total{consumer="leaky",outcome="released"} 1.0' in metrics
+        assert 'gpumanager_trimmed_bytes_total{consumer="leaky"} 1.572864e+09' in metrics
+
+
+def test_before_a_job_runs_a_second_time_all_give_back_what_they_can(card: SimulatedCard) -> None:
+    consumers = {
+        "leaky": {"fake": "plain", "mib": 3000, "trim": "/trim", "pinned": True},
+        "big": {"fake": "plain", "mib": 4000, "kind": "llm"},
+    }
+    with box(card, consumers) as (broker, fakes):
+        assert job(broker, "tts").status_code == 200
+        seen_at_rest(broker, 1, fresh_mib=3000)
+        fakes["leaky"].set(caches_mib=2500)
+        assert job(broker, "tts").status_code == 200
+        seen_at_rest(broker, 2, trims_to_mib=3000)
+        fakes["big"].set(needs=6000)
+        assert job(broker, "llm").status_code == 200
+        assert failures_of(broker) == {"seen": 1, "healed": 1}
+        assert status_of(broker, "leaky")["gpu_resident_mib"] == 3000

@@ -40,7 +40,7 @@ from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Release
 from gpumanager.scheduling.queue import Granted
-from gpumanager.telemetry.events import Event, Evicted, TriedAnyway
+from gpumanager.telemetry.events import Event, Evicted, TriedAnyway, TrimFailed, Trimmed
 from tests.support.clock import FakeClock
 
 
@@ -77,6 +77,7 @@ class Bench:
         self.attributed = False
         self.reporting = False
         self.keeps: dict[str, int] = {}
+        self.caches: dict[str, int] = {}
         self.stolen = 0
         self.leaking: set[str] = set()
         self.works_until: dict[str, float] = {}
@@ -202,6 +203,12 @@ class Bench:
             raise self.failing[name]
         self.holds[name] = self.config.consumers[name].vram_resident_mib
 
+    def trim(self, name: str, *_: object) -> None:
+        self.calls.append(f"trim {name}")
+        if name in self.failing:
+            raise self.failing[name]
+        self.holds[name] -= self.caches.pop(name, 0)
+
     def unload(self, name: str, *_: object) -> bool:
         self.calls.append(f"unload {name}")
         if name in self.failing:
@@ -222,6 +229,15 @@ class Bench:
             self.registry.job_started(name)
             self.registry.job_finished(name)
             self.clock.advance(used)
+
+    def grown(self, name: str, mib: int, cache: int | None = None) -> None:
+        """It was seen to grow by so much since its load; of that it can give back its `cache`."""
+        growths, fresh = self.learned.growths, self.holds[name]
+        growths.at_rest(name, fresh, 0, 0.0)
+        self.holds[name] += mib
+        self.caches[name] = mib if cache is None else cache
+        _, growth = growths.at_rest(name, fresh + mib, 5, 0.0)
+        self.registry.note_growth(name, growth)
 
     def reload(self, *, added: str | None = None, removed: str | None = None) -> None:
         """Put a config in force that has one consumer more, or less."""
@@ -252,6 +268,7 @@ class Bench:
             number, job, waited_s, prepared_s = ticket.number, ticket.job, 0.0, 0.0
             wait, cancel = ticket.wait, ticket.cancel
             next_step, idle_others = ticket.next_step, ticket.idle_others
+            idle_trims = ticket.idle_trims
             when_cancelled, relieve = ticket.when_cancelled, ticket.relieve
             when_granted = ticket.when_granted
 
@@ -1213,6 +1230,188 @@ def test_relief_that_gives_nothing_back_is_none() -> None:
     bench.lag = None
     bench.resident("tts", used=5)
     assert not bench.relieve("llm")
+
+
+# -- what can be given back while it stays loaded ------------------------------------------------
+
+TRIMMED = {
+    name: {**settings, "trim": "/trim"} if name != "llm" else settings
+    for name, settings in THREE.items()
+}
+
+
+def trims(bench: Bench) -> list[tuple[str, str, int, int]]:
+    return [
+        (each.consumer, each.outcome, each.mib, each.expected_mib)
+        for each in bench.told
+        if isinstance(each, Trimmed)
+    ]
+
+
+def test_a_trim_that_is_enough_comes_before_an_unload() -> None:
+    bench = attributed(TRIMMED, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000)
+    preview = bench.room.preview(Job("llm", "llm"))
+    assert [(each.name, each.method, each.mib) for each in preview.victims] == [
+        ("stt", "trim", 1000)
+    ]
+    assert not preview.fits
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt"]
+    assert trims(bench) == [("stt", "released", 1000, 1000)]
+    assert evictions(bench) == []
+    assert bench.room.evictions == 0
+    assert bench.registry.get("stt").loaded
+    assert bench.registry.get("stt").quarantine == ""
+
+
+@pytest.mark.parametrize("cannot_go", [{"pinned": True}, {"unload": None}], ids=["pinned", "never"])
+def test_who_stays_may_be_trimmed_all_the_same(cannot_go: dict[str, Any]) -> None:
+    bench = attributed({**TRIMMED, "stt": {**TRIMMED["stt"], **cannot_go}}, total=9000)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000)
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt"]
+
+
+def test_who_may_coexist_may_be_trimmed_all_the_same() -> None:
+    llm = {**THREE["llm"], "can_coexist_with": ["stt"]}
+    bench = attributed({**TRIMMED, "llm": llm}, total=9000)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000)
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt"]
+
+
+def test_a_trim_that_would_not_be_enough_is_left_out() -> None:
+    bench = attributed(TRIMMED, total=10_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 500)
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+
+
+def test_before_a_refusal_all_are_trimmed_that_may_be_enough() -> None:
+    pinned = {**TRIMMED["stt"], "pinned": True}
+    bench = attributed({**TRIMMED, "stt": pinned}, total=8500)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.holds["tts"] = 2000  # by the card it holds less than it declares
+    bench.grown("stt", 1000)
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt", "unload tts"]
+
+
+@pytest.mark.parametrize("gives", [0, 50])
+def test_a_trim_that_gave_nothing_is_not_tried_again_and_is_no_leak(gives: int) -> None:
+    bench = attributed(TRIMMED, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000, cache=gives)
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt", "unload tts"]
+    assert trims(bench) == [("stt", "leaked", gives, 1000)]
+    assert bench.registry.get("stt").quarantine == ""
+    bench.holds.pop("llm", None)
+    bench.registry.set_loaded("llm", False)
+    bench.resident("tts", used=50)
+    bench.calls.clear()
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]  # nothing is expected of it any more
+
+
+def test_a_trim_that_gave_part_is_taken_to_give_what_has_grown_since() -> None:
+    bench = attributed(TRIMMED, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000, cache=600)
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt"]
+    assert trims(bench) == [("stt", "partial", 600, 1000)]
+    assert bench.registry.get("stt").growth.trims_to_mib == 2400
+    card = Census(bench.registry.now.seeing(bench.measure()), bench.clock.monotonic()).card()
+    assert card.standing("stt").resident.trim_mib == 0
+    bench.holds["stt"] += 300
+    card = Census(bench.registry.now.seeing(bench.measure()), bench.clock.monotonic()).card()
+    assert card.standing("stt").resident.trim_mib == 300
+
+
+def test_one_that_cannot_be_asked_is_passed_over() -> None:
+    bench = attributed(TRIMMED, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000)
+    bench.failing["stt"] = ConsumerUnreachable("stt answered 400", consumer="stt")
+    bench.make_room("llm")
+    assert bench.calls == ["trim stt", "unload tts"]
+    assert [each.reason for each in bench.told if isinstance(each, TrimFailed)] == [
+        "stt answered 400"
+    ]
+
+
+def test_one_that_works_for_somebody_else_is_not_trimmed() -> None:
+    busy = {"path": "/h", "busy": "busy"}
+    bench = attributed({**TRIMMED, "stt": {**TRIMMED["stt"], "probe": busy}}, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000)
+    bench.works_until["stt"] = bench.clock.monotonic() + 60
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+
+
+@pytest.mark.parametrize(
+    "why", ["manages its memory", "leaks", "is only assumed", "has no call", "works", "noise"]
+)
+def test_who_is_not_trimmed(why: str) -> None:
+    stt = dict(TRIMMED["stt"])
+    if why == "manages its memory":
+        stt["vram_managed"] = True
+    if why == "has no call":
+        del stt["trim"]
+    bench = attributed({**TRIMMED, "stt": stt}, total=12_000 if why != "noise" else 11_040)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000 if why != "noise" else 40)
+    if why == "leaks":
+        growth = replace(bench.registry.get("stt").growth, verdict="leaks", over="jobs")
+        bench.registry.note_growth("stt", growth)
+    if why == "is only assumed":
+        state = bench.registry.get("stt")
+        bench.registry._change("stt", lambda _: replace(state, assumed=0.0))
+    if why == "works":
+        bench.registry.job_started("stt")
+    card = Census(bench.registry.now.seeing(bench.measure()), bench.clock.monotonic()).card()
+    assert card.standing("stt").resident.trim_mib == 0
+    bench.make_room("llm")
+    assert bench.calls == ["unload tts"]
+
+
+def test_relief_has_those_that_stay_give_back_what_they_can() -> None:
+    bench = attributed(
+        {**TRIMMED, "tts": {**TRIMMED["tts"], "pinned": True}, "llm": {"vram_resident_mib": 3000}},
+        total=20_000,
+    )
+    for name in ("tts", "stt", "llm"):
+        bench.resident(name, used=5)
+    bench.grown("tts", 1000)
+    bench.grown("stt", 1000)
+    assert bench.relieve("llm")
+    assert bench.calls == ["unload stt", "trim tts"]
+
+
+def test_a_trim_ends_with_its_ticket() -> None:
+    bench = attributed(TRIMMED, total=12_000)
+    bench.resident("tts", used=50)
+    bench.resident("stt", used=5)
+    bench.grown("stt", 1000, cache=0)
+    bench.leave_after = 3
+    with pytest.raises(ClientGone):
+        bench.make_room("llm")
+    assert bench.calls == ["trim stt"]
 
 
 def test_a_preview_acts_on_nothing() -> None:

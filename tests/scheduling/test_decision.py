@@ -14,6 +14,7 @@ import pytest
 from gpumanager.model import Job, MemoryReading
 from gpumanager.residency.census import Census
 from gpumanager.scheduling.decision import (
+    Decision,
     MakeRoom,
     Picture,
     Prepare,
@@ -23,6 +24,7 @@ from gpumanager.scheduling.decision import (
     Wait,
     decide,
     idle_others,
+    idle_trims,
 )
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.memory import Card, Standing
@@ -288,3 +290,66 @@ def test_a_grant_costs_as_much_with_ten_thousand_waiting_as_with_ten(
 ) -> None:
     few = calls_of_a_grant(10, policy, room, names)
     assert calls_of_a_grant(10_000, policy, room, names) == few
+
+
+# -- trims ---------------------------------------------------------------------------------------
+
+
+def giving(known: Card, **mib: int) -> Card:
+    """The card, where these give back so much while they stay loaded."""
+    for name, gives in mib.items():
+        resident = replace(known.standings[name].resident, trim_mib=gives)
+        known = but(known, name, resident=resident, lucky=resident)
+    return known
+
+
+def step(known: Card, so_far: SoFar | None = None) -> Decision:
+    picture = Picture(running=running("llm"), card=known, preparing=11)
+    return decide(picture if so_far is None else replace(picture, so_far=so_far), ONE)
+
+
+def chosen(decision: Decision) -> tuple[str, list[str]]:
+    assert isinstance(decision, MakeRoom)
+    return decision.method, [each.name for each in decision.victims]
+
+
+def test_trims_that_are_enough_come_before_an_unload() -> None:
+    lacking = 6000 - (FULL.reading.free_mib if FULL.reading is not None else 0)
+    enough = giving(FULL, tts=lacking - 500, stt=500)
+    assert chosen(step(enough)) == ("trim", ["tts", "stt"])
+    assert chosen(step(giving(FULL, tts=lacking - 500, stt=499)))[0] == "unload"
+
+
+def test_who_was_trimmed_for_this_job_is_not_trimmed_again() -> None:
+    known = giving(FULL, stt=9000)
+    assert chosen(step(known)) == ("trim", ["stt"])
+    assert chosen(step(known, SoFar(trimmed=frozenset({"stt"}))))[0] == "unload"
+
+
+def test_who_works_is_not_trimmed() -> None:
+    picture = Picture(running=running("llm", "stt"), card=giving(FULL, stt=9000), preparing=11)
+    assert chosen(decide(picture, SEVERAL))[0] == "unload"
+    assert idle_trims(picture) == []
+
+
+def test_memory_that_is_on_its_way_back_is_waited_for_before_anybody_is_trimmed() -> None:
+    known = but(giving(FULL, stt=9000), "tts", coming_mib=9000)
+    assert step(known) == Wait("memory")
+
+
+def test_before_a_refusal_those_are_trimmed_that_may_be_enough() -> None:
+    tried = SoFar(tried=frozenset({"tts"}))
+    refused = step(FULL, tried)
+    assert isinstance(refused, Refuse)
+    short = refused.look.plan.short_mib
+    known = giving(FULL, stt=short)
+    assert chosen(step(known, tried)) == ("trim", ["stt"])
+    assert isinstance(step(giving(FULL, stt=short - 1), tried), Refuse)
+
+
+def test_for_a_job_that_ran_out_of_memory_all_others_may_be_trimmed() -> None:
+    picture = Picture(
+        running=running("llm"), card=giving(FULL, llm=100, tts=200, stt=300), preparing=11
+    )
+    assert [each.name for each in idle_trims(picture)] == ["stt", "tts"]
+    assert idle_trims(replace(picture, card=None)) == []

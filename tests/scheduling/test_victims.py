@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpumanager.scheduling.lookahead import FEW, covers
-from gpumanager.scheduling.victims import Demand, Order, Resident, plan_eviction
+from gpumanager.scheduling.victims import Demand, Order, Resident, plan_eviction, trims
 
 
 def resident(name: str, mib: int = 1000, used: float | None = None, **more: object) -> Resident:
@@ -222,3 +222,29 @@ def test_a_crowd_with_a_long_queue_is_decided_as_well() -> None:
     chosen = queued(residents, 1500, *queue)
     assert len(chosen) == 4
     assert not {"c03", "c04", "c05", "c06"} & set(chosen)
+
+
+# -- trims ---------------------------------------------------------------------------------------
+
+
+def trimmed(missing: int, target: str = "target", **gives: int) -> list[str]:
+    residents = [
+        resident(name.replace("__", "/"), trim_mib=mib, evictable=False)
+        for name, mib in gives.items()
+    ]
+    return [each.name for each in trims(Demand(target, 5000, 0), residents, missing)]
+
+
+def test_as_few_are_trimmed_as_give_enough() -> None:
+    assert trimmed(900, a=300, b=1000, c=500) == ["b"]
+    assert trimmed(1400, a=300, b=1000, c=500) == ["b", "c"]
+
+
+def test_all_that_give_anything_are_trimmed_if_they_are_not_enough() -> None:
+    assert trimmed(9000, a=300, b=0, c=500) == ["c", "a"]
+
+
+def test_who_it_is_for_is_not_trimmed() -> None:
+    """Its own jobs use what it could give back, also those of another model."""
+    assert trimmed(900, target="a", a=1000, b=100) == ["b"]
+    assert trimmed(900, target="a/large", a=1000, a__small=1000, b=100) == ["b"]

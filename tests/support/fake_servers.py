@@ -37,14 +37,14 @@ class Plain(Fake):
     [status, body]` it answers every job so, and does nothing. `suspended` is what a checkpoint of
     the driver does to it: its memory is elsewhere, its jobs stand still, and /health goes on
     answering. A job with `needs` takes so many MiB for itself, and gives back what is more than
-    usual. With `leaks_mib` each job leaves so much behind until the unload; with `leaves_mib` each
-    unload does, until the process ends."""
+    usual. With `caches_mib` the first job leaves so much behind until a trim, with `leaks_mib` each
+    job does until the unload, and with `leaves_mib` each unload until the process ends."""
 
     def __init__(self, card: SimulatedCard, name: str, mib: int) -> None:
         super().__init__(card, name, mib)
         self.lock = threading.Lock()
         self.held = 0
-        self.left = self.leaked = 0
+        self.left = self.leaked = self.cached = 0
         self.running = threading.Event()
         self.running.set()
 
@@ -73,6 +73,10 @@ class Plain(Fake):
             status, said = self.settings["answer"]
             return status, said
         with self.lock:
+            if path == "/trim":
+                self.cached = 0
+                self.card.free(self.name, keep_mib=self.held + self.left + self.leaked)
+                return 200, {"trimmed": True}
             if path == "/unload":
                 share, seconds = self.settings.get("steps", (1.0, 0.0))
                 if self.held:
@@ -81,7 +85,7 @@ class Plain(Fake):
                 self.card.free(self.name, keep_mib=kept)
                 if share < 1:
                     threading.Timer(seconds, self.card.free, (self.name,)).start()
-                self.held = self.leaked = 0
+                self.held = self.leaked = self.cached = 0
                 return 200, {"loaded": False}
             more = (body or {}).get("needs", 0) - self.needs
             try:
@@ -95,7 +99,12 @@ class Plain(Fake):
                 return 500, {"error": f"CUDA out of memory. {error}"}
             self.work()
             if more > 0:
-                self.card.free(self.name, keep_mib=self.held + self.left + self.leaked)
+                self.card.free(
+                    self.name, keep_mib=self.held + self.left + self.leaked + self.cached
+                )
+            if (caches := self.settings.get("caches_mib", 0)) > self.cached:
+                self.card.allocate(self.name, caches - self.cached)
+                self.cached = caches
             if leaks := self.settings.get("leaks_mib", 0):
                 self.card.allocate(self.name, leaks)
                 self.leaked += leaks

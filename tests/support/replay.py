@@ -161,6 +161,9 @@ class Replay:
         self.holds.pop(name, None)
         return True
 
+    def trim(self, name: str, *_: object) -> None:
+        raise NotImplementedError
+
     def busy(self, name: str, *_: object) -> bool | None:
         return None
 
@@ -256,6 +259,7 @@ class _Pausing:
         self.when_cancelled, self.relieve = ticket.when_cancelled, ticket.relieve
         self.when_granted = ticket.when_granted
         self.next_step, self.idle_others = ticket.next_step, ticket.idle_others
+        self.idle_trims = ticket.idle_trims
         self.pause = advance
 
 

@@ -190,6 +190,9 @@ class VirtualBroker:
 
     warm = load
 
+    def trim(self, name: str, *_: object) -> None:
+        raise NotImplementedError
+
     def unload(self, name: str, *_: object) -> bool:
         self._pass(self.trace.footprints[name].unload_s)
         self.holds.pop(name, None)

@@ -68,6 +68,8 @@ const changed = (e) => ["added", "removed", "changed", "keys"].filter((what) => 
 
 const SENTENCES = {
   job, evicted,
+  trimmed: (e) => [`${e.consumer} gave back ${mib(e.mib ?? 0)} of its caches${e.target ? " for " + e.target : ""}, and stays loaded.`, ""],
+  trim_failed: (e) => [`${e.consumer} could not be asked to give back its caches: ${e.reason}.`, "See trim in the config."],
   eviction_failed: (e) => [`${e.consumer} could not be unloaded by ${METHODS[e.method] ?? "its method"}: ${e.reason}.`,
     "Its next eviction method is tried; see evict in the config."],
   eviction_skipped: (e) => [`${e.consumer} was not unloaded for ${e.target}, because it works on somebody else's job.`, ""],
