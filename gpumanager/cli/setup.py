@@ -23,6 +23,7 @@ from gpumanager.config import (
 )
 
 if TYPE_CHECKING:
+    from gpumanager.model import MemoryReading
     from gpumanager.setup.configfile import Figures, Proposal
     from gpumanager.setup.discovery import Found
     from gpumanager.setup.taking import Place
@@ -122,12 +123,21 @@ def setup(
 
     path = users_config_path(os.environ) if path is None else path.absolute()
     before, old = _there(path)
-    measured_mib, found = _find(ports, old or Config(listen=listen))
+    reading, found = _find(ports, old or Config(listen=listen))
+    measured_mib = None if reading is None else reading.total_mib
+    of_host = reading is not None and reading.memory == "host"
     figures = Figures(total_mib or 0, needs_mib)
 
     def proposed(places: Sequence[Place] = ()) -> Proposal:
         try:
-            plain = propose(before, found, listen=listen, total_mib=measured_mib, figures=figures)
+            plain = propose(
+                before,
+                found,
+                listen=listen,
+                total_mib=measured_mib,
+                of_host=of_host,
+                figures=figures,
+            )
             return taken(plain, places)
         except CannotAdd as error:
             click.echo(error.by_hand)
@@ -246,19 +256,21 @@ def _there(path: Path) -> tuple[str, Config | None]:
         fail(f"{path} cannot be read: {error.strerror or error}")
 
 
-def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Sequence[Found]]:
-    """The card's memory in MiB, if it can be measured, and what runs here; says both."""
+def _find(
+    only: Sequence[int] | None, config: Config
+) -> tuple[MemoryReading | None, Sequence[Found]]:
+    """The card, if it can be measured, and what runs here; says both."""
     from gpumanager.gpu.device import GpuUnavailable, open_card
     from gpumanager.host.processes import SystemProcesses
     from gpumanager.setup.discovery import discover
     from gpumanager.setup.taking import held_by_broker
 
-    total_mib, held = None, None
+    reading, held = None, None
     card = open_card(0)
     try:
         reading = card.read()
-        total_mib = reading.total_mib
-        click.echo(f"card: {reading.name or 'NVIDIA'}, {total_mib} MiB, {reading.free_mib} free")
+        size = f"{reading.total_mib} MiB" + (" of the host's" if reading.memory == "host" else "")
+        click.echo(f"card: {reading.name or 'NVIDIA'}, {size}, {reading.free_mib} free")
         if reading.processes is not None:
             held = {process.pid: process.mib for process in reading.processes}
     except GpuUnavailable as error:
@@ -282,7 +294,7 @@ def _find(only: Sequence[int] | None, config: Config) -> tuple[int | None, Seque
         click.echo(f"left alone: the speech server of gpumanager's demo, on port {port}")
     for broker in seen.brokers:
         click.echo(f"left alone: {broker}, on port {broker.port}")
-    return total_mib, found
+    return reading, found
 
 
 def _check(config: Config, kind: str | None, start: starting.Start) -> None:

@@ -124,27 +124,22 @@ class Attributor:
         """Know every process, with as few costly look-ups as can be: who listens where is known
         already for a process that descends from one that is known to."""
         now = self._clock.monotonic()
+        listen = [(pid, born) for main in self._main.values() for pid, born in main.items()]
+        births = {pid: self._table.born(pid) for pid in pids.union(pid for pid, _ in listen)}
+        # If one that was found to listen has ended, another may serve in its place, or have its
+        # number.
         stale = self._looked_at is None or now - self._looked_at >= REFRESH_S
-        if stale or not self._main_still_run():
+        if stale or any(births[pid] != born for pid, born in listen):
             self._look_up(pids, now)
             return
         for pid in pids:
-            born = self._table.born(pid)
+            born = births[pid]
             if (known := self._known.get(pid)) is not None and born in (known.born, None):
                 continue  # what has just ended was the process that is known
             self._known[pid] = known = self._identify(pid, born)
             if not known.owners:
                 self._look_up(pids, now)  # perhaps it serves in the place of one that ended
                 return
-
-    def _main_still_run(self) -> bool:
-        """Whether the processes that were found to listen have not ended since: else another one
-        may serve in their place, or have their number."""
-        return all(
-            self._table.born(pid) == born
-            for main in self._main.values()
-            for pid, born in main.items()
-        )
 
     def _look_up(self, pids: frozenset[int], now: float) -> None:
         listening = self._consumers.find()

@@ -29,6 +29,10 @@ HEAD = """\
 _URL_IN_COMMENT = re.compile(r"""#.*\burl:\s*["']?(https?://[^\s"',}]+)""")
 
 
+KEPT_SHARE = 16
+"""Of the host's memory, where that is the card's, one part in so many should be kept free."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Memory in MiB as the user says it, where it cannot be measured: the card's, and what
@@ -101,10 +105,12 @@ def propose(
     *,
     listen: str,
     total_mib: int | None,
+    of_host: bool = False,
     figures: Figures | None = None,
 ) -> Proposal:
     """What the config should be. `before` is empty for a new one; `total_mib` is the card's
-    memory as measured, None without a measurement, where `figures` may help.
+    memory as measured, None without a measurement, where `figures` may help; `of_host`: that is
+    the host's memory.
 
     Raises ConfigError if `before` has faults, or the figures do; and CannotAdd.
     """
@@ -134,7 +140,7 @@ def propose(
         if each.service.kind not in routed and each.service.kind not in routing:
             routing[each.service.kind] = name
     if old is None:
-        after = _whole(new, routing, listen, total_mib, figures.total_mib)
+        after = _whole(new, routing, listen, total_mib, figures.total_mib, of_host=of_host)
     elif new:
         after = _with(before, new, routing)
     else:
@@ -148,9 +154,16 @@ def _whole(
     listen: str,
     measured_mib: int | None,
     said_mib: int,
+    *,
+    of_host: bool,
 ) -> str:
     lines = [f"listen: {listen}", "", "gpu:"]
-    if measured_mib is not None:
+    cushion = "  reserved_mib: 256               # a cushion that is promised to nobody"
+    if measured_mib is not None and of_host:
+        lines.append(f"  # measured: {measured_mib} MiB of the host's memory, which is the card's")
+        lines.append("  total_mib: 0                    # 0: all of it")
+        cushion = f"  reserved_mib: {measured_mib // KEPT_SHARE:<17} # for other programs"
+    elif measured_mib is not None:
         lines.append(f"  # measured by NVML: {measured_mib} MiB")
         lines.append("  total_mib: 0                    # 0: ask NVML")
     elif said_mib:
@@ -162,7 +175,7 @@ def _whole(
             "  # set the card's memory here, and vram_resident_mib below.",
             "  total_mib: 0",
         ]
-    lines.append("  reserved_mib: 256               # a cushion that is promised to nobody")
+    lines.append(cushion)
     lines += ["", "# Which consumer serves POST /v1/<kind>."]
     lines.append("routing:" if routing else "routing: {}")
     lines += [f"  {kind}: {name}" for kind, name in routing.items()]

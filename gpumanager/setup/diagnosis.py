@@ -12,10 +12,7 @@ from gpumanager.config import Config
 from gpumanager.keys import GUARD_IT
 from gpumanager.model import MemoryReading
 from gpumanager.setup.brokers import RunningBroker, Stranger
-from gpumanager.setup.configfile import local_port
-
-KEPT_SHARE = 16
-"""Of the host's memory where that is the card's, one part in so many should be kept free."""
+from gpumanager.setup.configfile import KEPT_SHARE, local_port
 
 Level = Literal["good", "warning", "bad"]
 

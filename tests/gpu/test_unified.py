@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gpumanager.gpu.accounting import Balance, balance
-from gpumanager.gpu.device import RETRY_S, GpuUnavailable, NvmlCard
+from gpumanager.gpu.device import MIB, RETRY_S, GpuUnavailable, NvmlCard
 from gpumanager.gpu.unified import Board
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from tests.gpu.test_attribution import FakeProcesses, attributor
 from tests.gpu.test_device import FakeNvml, NotSupported, NVMLError
 from tests.support.clock import FakeClock
+from tests.support.in_namespaces import run_inside
 
 GIB = 1024
 TREES = {
@@ -212,6 +214,34 @@ def test_a_list_of_processes_that_cannot_be_is_none(machine: Machine, pid: int) 
     reading = card(machine, nvml).read()
     assert (reading.processes, reading.on_gpu_mib) == (None, None)
     assert f"a process {pid}" in reading.untold
+
+
+BOARD = """
+import json, os, subprocess
+subprocess.run(["mount", "-t", "tmpfs", "none", "/sys/devices"], check=True)
+os.mkdir("/sys/devices/soc0")
+with open("/sys/devices/soc0/family", "w") as family:
+    family.write("Tegra\\n")
+from gpumanager.gpu.device import open_card
+from pynvml import NVMLError, nvmlInit
+try:
+    nvmlInit()
+except NVMLError as error:
+    reading = open_card(0).read()
+    print(json.dumps([str(error), reading.memory, reading.total_mib, reading.name, reading.untold]))
+else:
+    print(json.dumps([]))
+"""
+
+
+def test_the_real_library_and_kernel_of_a_board_without_nvml() -> None:
+    told = run_inside(BOARD, options=("-Urm",))
+    if not told:
+        pytest.skip("there is a real NVML here")
+    error, memory, total_mib, name, untold = told
+    assert (memory, name) == ("host", "NVIDIA Jetson")
+    assert total_mib == psutil.virtual_memory().total // MIB
+    assert error in untold
 
 
 # -- whose it is -----------------------------------------------------------------------------------

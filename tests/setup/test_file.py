@@ -161,6 +161,13 @@ def test_it_says_who_is_routed_and_who_not() -> None:
     }
 
 
+def test_of_the_hosts_memory_a_part_is_left_to_other_programs() -> None:
+    proposal = proposed("", found("ollama", 11434), total_mib=120_000, of_host=True)
+    assert "measured: 120000 MiB of the host's memory, which is the card's" in proposal.after
+    assert (proposal.config.gpu.total_mib, proposal.config.gpu.reserved_mib) == (0, 7500)
+    assert proposed("", found("ollama", 11434)).config.gpu.reserved_mib == 256
+
+
 def test_figures_that_the_user_says_stand_in_the_config() -> None:
     figures = Figures(16_000, {"ollama": 9000})
     proposal = proposed(
