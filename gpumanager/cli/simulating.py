@@ -20,6 +20,7 @@ WORKLOADS = (
     "chat-bursts",
     "voice-assistant",
     "image-night",
+    "crowded-night",
     "agent-fleet",
     "alternating",
     "mixed",

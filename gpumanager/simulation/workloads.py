@@ -133,9 +133,19 @@ def _voice_assistant(sheet: _Sheet) -> Mapping[str, Footprint]:
 
 
 def _image_night(sheet: _Sheet) -> Mapping[str, Footprint]:
-    """A script queues a night's pictures at once, and people chat meanwhile: the one does not fit
-    beside the other."""
-    needs = {"image": Footprint(14_000, 12.0), "llm": Footprint(13_000, 8.0)}
+    """A script queues a night's pictures at once, and people chat meanwhile; both models fit on the
+    card together."""
+    return _night(sheet, image_mib=12_000, llm_mib=10_000)
+
+
+def _crowded_night(sheet: _Sheet) -> Mapping[str, Footprint]:
+    """The same, but the two models do not fit together: each answer to a person in between costs
+    two swaps."""
+    return _night(sheet, image_mib=14_000, llm_mib=13_000)
+
+
+def _night(sheet: _Sheet, image_mib: int, llm_mib: int) -> Mapping[str, Footprint]:
+    needs = {"image": Footprint(image_mib, 12.0), "llm": Footprint(llm_mib, 8.0)}
     pictures = max(1, round(sheet.most * 0.6))
     for _ in range(pictures):
         sheet.add(0.0, "image", 10.0, kind="image", requester="script", urgency=6)
@@ -229,6 +239,7 @@ _KINDS = {
     "chat-bursts": _Kind(_chat_bursts, 120),
     "voice-assistant": _Kind(_voice_assistant, 120),
     "image-night": _Kind(_image_night, 120),
+    "crowded-night": _Kind(_crowded_night, 120),
     "agent-fleet": _Kind(_agent_fleet, 160),
     "alternating": _Kind(_alternating, 160),
     "mixed": _Kind(_mixed, 200),
