@@ -18,8 +18,8 @@ MOST_ROWS = 12
 LEGEND = (
     "makespan: from the first arrival to the last end; runs: the share of it during which a job "
     "ran; swaps: unloads; swapping: unloading and loading together; p50, p95, p99: of the waits in "
-    "the queue; overtaken, for: the most jobs that went past one, and the longest that one waited "
-    "after it was first overtaken; queue: the most jobs that waited at once"
+    "the queue; overtaken, for: the most jobs that came later and went past one, and the longest "
+    "that one waited after that; queue: the most jobs that waited at once"
 )
 
 
@@ -33,6 +33,14 @@ def comparison(found: Comparison, *, brief: bool = False) -> RenderableType:
     if trace.name in WORKLOADS:
         parts.append(Text(WORKLOADS[trace.name], style="dim"))
     parts.append(_summary(found, all_figures))
+    parts += [
+        Text(
+            f"{each.policy}: out of turn, nobody was overtaken by more than {each.out_of_turn_by} "
+            f"jobs, nor for longer than {seconds(each.out_of_turn_s or 0.0)} s"
+        )
+        for each in all_figures
+        if each.out_of_turn_by is not None
+    ]
     if not brief:
         parts += [Text(), Text("Waits by kind and by requester: p50, p95, p99", style="bold")]
         parts += _waits("kind", all_figures, lambda each: each.by_kind)

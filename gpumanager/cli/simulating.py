@@ -13,6 +13,7 @@ import click
 from gpumanager.cli.group import fail, main
 
 if TYPE_CHECKING:
+    from gpumanager.config import Config
     from gpumanager.simulation.policies import Comparison, Promise
 
 POLICIES = ("fifo", "affinity", "unbounded", "one-model")
@@ -39,12 +40,12 @@ def _about_policies(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-overtaken-by",
             type=click.IntRange(min=0),
-            help="The policies' `max_overtaken_by`; by default the broker's.",
+            help="The policies' `max_overtaken_by`; by default the config's.",
         ),
         click.option(
             "--max-overtake",
             type=click.FloatRange(min=0),
-            help="The policies' `max_overtake`, in seconds; by default the broker's.",
+            help="The policies' `max_overtake`, in seconds; by default the config's.",
         ),
         click.option(
             "--policy",
@@ -143,9 +144,9 @@ def replay(
     from gpumanager.simulation.policies import compared
     from gpumanager.simulation.recorded import reconstruct
 
-    promise = _promise(max_overtake, max_overtaken_by)
     try:
         config = None if config_path is None else load_config(config_path)
+        promise = _promise(max_overtake, max_overtaken_by, config)
         name = events[0] if len(events) == 1 else f"{events[0]} and {len(events) - 1} more"
         recorded = reconstruct(
             read(_once(events)), name, config, card_mib, clients_wait=clients_wait
@@ -166,10 +167,14 @@ def replay(
     _draw(plot, found)
 
 
-def _promise(max_overtake: float | None, max_overtaken_by: int | None) -> Promise:
+def _promise(
+    max_overtake: float | None, max_overtaken_by: int | None, config: Config | None = None
+) -> Promise:
     from gpumanager.simulation.policies import Promise
 
     usual = Promise()
+    if config is not None:
+        usual = Promise(config.scheduler.max_overtake, config.scheduler.max_overtaken_by)
     return Promise(
         usual.max_overtake if max_overtake is None else max_overtake,
         usual.max_overtaken_by if max_overtaken_by is None else max_overtaken_by,

@@ -28,7 +28,7 @@ from gpumanager.scheduling.decision import (
     Start,
     decide,
 )
-from gpumanager.scheduling.policy import Policy, Waiting
+from gpumanager.scheduling.policy import Affinity, Policy, Waiting
 from gpumanager.simulation.results import overtakes
 from gpumanager.simulation.stage import Stage
 from gpumanager.simulation.trace import Course, Move, Operation, Played, Task, Trace
@@ -94,7 +94,10 @@ class _Play:
         while self._due:
             self._now, _, happen = heapq.heappop(self._due)
             happen()
-        return Course(self._name, self._jobs(), tuple(self._moves), tuple(self._decisions))
+        backlog, turns = self._backlog, isinstance(self._player.policy, Affinity)
+        out_of_turn = (backlog.longest_overtake, backlog.longest_overtake_s) if turns else None
+        moves, decisions = tuple(self._moves), tuple(self._decisions)
+        return Course(self._name, self._jobs(), moves, out_of_turn, decisions)
 
     def _jobs(self) -> tuple[Played, ...]:
         over = self._over
@@ -162,6 +165,8 @@ class _Play:
         if self._preparing is not None and not self._moving:
             self._make_room(self._preparing)
         self._grant()
+        if job.task.operation is None:  # learned once the next job has the GPU, as in the broker
+            self._stage.ran(job.task.needs, job.task.run_s)
 
     def _close(self, number: int) -> None:
         job = self._open.pop(number)

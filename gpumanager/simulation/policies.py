@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gpumanager.config import SchedulerConfig
 from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed
 from gpumanager.simulation.baselines import FairShare, UnboundedBatching
 from gpumanager.simulation.engine import Player, play
@@ -14,14 +15,16 @@ from gpumanager.simulation.results import Figures, figures
 from gpumanager.simulation.stage import Stage
 from gpumanager.simulation.trace import Course, Trace
 
+_USUAL = SchedulerConfig()
+
 
 @dataclass(frozen=True, slots=True)
 class Promise:
     """Bounds of the broker's policies: no job is overtaken for longer than `max_overtake` seconds,
     nor by more than `max_overtaken_by` jobs."""
 
-    max_overtake: float = 30.0
-    max_overtaken_by: int = 20
+    max_overtake: float = _USUAL.max_overtake
+    max_overtaken_by: int = _USUAL.max_overtaken_by
 
 
 def _fifo(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same for all

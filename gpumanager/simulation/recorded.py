@@ -479,4 +479,5 @@ def _course(
             at = max(move.at - began, granted.get(number, 0.0))  # whatever was rounded
             steps.append((at, 1, (what, move.name, str(number))))
     steps.sort(key=lambda step: step[:2])
-    return Course("really", played, tuple(made), tuple(what for *_, what in steps))
+    decisions = tuple(what for *_, what in steps)
+    return Course("really", played, tuple(made), decisions=decisions)

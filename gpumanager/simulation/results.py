@@ -29,9 +29,10 @@ class Waits:
 class Figures:
     """Of one course. `makespan_s` is from the first arrival to the last end; `utilisation` the
     share of it during which a job ran; `swaps` counts unloads, `swapping_s` is what unloading and
-    loading took together. `overtaken_by` is the most jobs that were granted past one, `overtaken_s`
-    the longest that one waited after it was first overtaken. `left` counts those that got no turn,
-    because their clients left."""
+    loading took together. `overtaken_by` is the most jobs that came after one and were granted
+    before it, `overtaken_s` the longest that one waited after the first of them; `out_of_turn_by`
+    and `out_of_turn_s` are the same of jobs whose turn it was not, where the policy has turns.
+    `left` counts those that got no turn, because their clients left."""
 
     policy: str
     jobs: int
@@ -44,6 +45,8 @@ class Figures:
     longest_queue: int
     overtaken_by: int
     overtaken_s: float
+    out_of_turn_by: int | None
+    out_of_turn_s: float | None
     waits: Waits
     by_kind: Mapping[str, Waits] = field(default_factory=dict)
     by_requester: Mapping[str, Waits] = field(default_factory=dict)
@@ -73,6 +76,8 @@ def figures(course: Course) -> Figures:
         longest_queue=_longest_queue(jobs),
         overtaken_by=max((job.overtaken_by for job in jobs), default=0),
         overtaken_s=max((job.overtaken_s for job in jobs), default=0.0),
+        out_of_turn_by=None if course.out_of_turn is None else course.out_of_turn[0],
+        out_of_turn_s=None if course.out_of_turn is None else course.out_of_turn[1],
         waits=waits(jobs),
         by_kind=_by(jobs, lambda job: job.task.kind),
         by_requester=_by(jobs, lambda job: job.task.requester),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
 
+from gpumanager.consumers.footprint import REMEMBERED
 from gpumanager.model import Job, MemoryReading
+from gpumanager.scheduling.estimate import RUN
 from gpumanager.scheduling.memory import Card, Standing
 from gpumanager.scheduling.policy import Prospect
 from gpumanager.scheduling.victims import Demand, Resident
@@ -24,10 +27,7 @@ class Stage:
         self._loaded = set(trace.loaded)
         self._used: dict[str, float] = {}
         self._pictures: dict[str, Standing] = {}
-        runs: dict[str, list[float]] = {}
-        for task in trace.tasks:
-            runs.setdefault(task.needs, []).append(task.run_s)
-        self._run_s = {name: fmean(each) for name, each in runs.items()}
+        self._runs: dict[str, deque[float]] = {}
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -43,12 +43,18 @@ class Stage:
         return job.resident in self._loaded
 
     def prospect(self, job: Job) -> Prospect:
-        """What the job would find; it takes as long as the trace's do on average."""
+        """What the job would find. What it usually takes is learned from jobs as they end, as the
+        broker does; loads and unloads are known from the start."""
         trace, name = self.trace, job.resident
-        size = trace.footprints[name]
+        size, runs = trace.footprints[name], self._runs.get(name)
         used = sum(trace.footprints[each].mib for each in self._loaded)
         fits = name in self._loaded or size.mib <= trace.total_mib - trace.reserved_mib - used
-        return Prospect(fits, size.load_s, size.unload_s, self._run_s.get(name, 0.0))
+        run_s = fmean(runs) if runs else RUN.mean
+        return Prospect(fits, size.load_s, size.unload_s, run_s)
+
+    def ran(self, name: str, seconds: float) -> None:
+        """A job of it has run for so long."""
+        self._runs.setdefault(name, deque(maxlen=REMEMBERED)).append(seconds)
 
     def load(self, name: str) -> None:
         """It has been loaded."""

@@ -117,9 +117,12 @@ class Move:
 @dataclass(frozen=True, slots=True)
 class Course:
     """How a trace went, by one policy, or in reality. `jobs` are in the order of their numbers,
-    `moves` in the order of time. `decisions` are what was decided, in order: see `engine`."""
+    `moves` in the order of time. `out_of_turn` is by how many jobs one was overtaken at most whose
+    turn it was not, and for how many seconds, where the policy has turns: what is promised is
+    about these. `decisions` are what was decided, in order: see `engine`."""
 
     policy: str
     jobs: tuple[Played, ...]
     moves: tuple[Move, ...] = ()
+    out_of_turn: tuple[int, float] | None = None
     decisions: tuple[tuple[str, ...], ...] = field(default=(), repr=False)

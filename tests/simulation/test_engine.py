@@ -155,3 +155,11 @@ def test_a_course_is_the_same_again(policy: str) -> None:
     made = workload("mixed", 5, 60)
     assert play(policy, made) == play(policy, workload("mixed", 5, 60))
     assert play(policy, workload("mixed", 6, 60)) != play(policy, made)
+
+
+def test_what_is_overtaken_out_of_turn_is_told_where_there_are_turns() -> None:
+    tasks = jobs("ababab")
+    course = played(trace(*tasks), "affinity", Promise(max_overtake=60.0, max_overtaken_by=1))
+    assert course.out_of_turn is not None
+    assert course.out_of_turn[0] == 1
+    assert play("fifo", trace(*tasks)).out_of_turn is None

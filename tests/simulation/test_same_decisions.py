@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpumanager.config import EventsConfig
-from gpumanager.scheduling.policy import FirstComeFirstServed, Policy
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy
 from gpumanager.simulation.eventlines import read
 from gpumanager.simulation.policies import Promise, played
 from gpumanager.simulation.recorded import Recorded, reconstruct
@@ -19,14 +19,18 @@ from tests.support.virtual import VirtualBroker
 
 JOBS = 60
 
-POLICIES: dict[str, Policy] = {"fifo": FirstComeFirstServed()}
+POLICIES: dict[str, Policy] = {"fifo": FirstComeFirstServed(), "affinity": Affinity()}
 
 
 def of_consumers(trace: Trace) -> Trace:
-    """The same trace, where every resident is a consumer, and all times are of whole ms."""
+    """The same trace, where every resident is a consumer, and a client needs some ms to send its
+    next request: the event file tells times to the ms."""
     short = {name: name.replace("/", "-") for name in trace.footprints}
     sizes: dict[str, Footprint] = {short[name]: each for name, each in trace.footprints.items()}
-    tasks = tuple(replace(task, needs=short[task.needs]) for task in trace.tasks)
+    tasks = tuple(
+        replace(task, needs=short[task.needs], think_s=max(0.005, task.think_s))
+        for task in trace.tasks
+    )
     return replace(trace, footprints=sizes, tasks=tasks)
 
 
@@ -49,7 +53,8 @@ def test_the_broker_and_the_simulator_decide_the_same(
         trace = of_consumers(workload(name, seed, JOBS))
         found = recorded(trace, POLICIES[policy], tmp_path)
         assert len(found.trace.tasks) == JOBS
-        course = played(found.trace, policy, Promise())
+        known = replace(found.trace, footprints=trace.footprints)  # as the broker did from before
+        course = played(known, policy, Promise())
         assert course.decisions == found.real.decisions
         for mine, real in zip(course.jobs, found.real.jobs, strict=True):
             assert mine.came == pytest.approx(real.came, abs=0.002)

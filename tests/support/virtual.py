@@ -101,23 +101,25 @@ class VirtualBroker:
                 self._pass(self._due[0][0] - self.clock.monotonic())
                 continue
             ticket, task = self._open[number]
-            self._serve(ticket, task)
+            seconds = self._serve(ticket, task)
             del self._open[number]
             ticket.close()
+            self.learned.ran(task.needs, seconds)  # once the next job has the GPU, as `Hold` does
             now = self.clock.monotonic()
             for behind in self._behind.pop(task.number, ()):
                 self._comes_at(max(self._began + behind.at, now + behind.think_s), behind)
             self._come()
 
-    def _serve(self, ticket: Any, task: Task) -> None:
+    def _serve(self, ticket: Any, task: Task) -> float:
+        """Returns how long it ran."""
         ticket.wait()
         registry, name = self.registry, task.needs
-        before, began = registry.job_started(name), self.clock.monotonic()
+        began = self.clock.monotonic()
+        assert registry.job_started(name).loaded
         assert name in self.holds
         self._pass(task.run_s)
         registry.job_finished(name)
         seconds = self.clock.monotonic() - began
-        self.learned.ran(name, seconds, cold=not before.loaded)
         job, came = ticket.job, began - ticket.prepared_s - ticket.waited_s
         self.events.emit(
             JobEnded(
@@ -139,6 +141,7 @@ class VirtualBroker:
                 total_mib=self.trace.total_mib,
             )
         )
+        return seconds
 
     # -- time ------------------------------------------------------------------------------------
 
