@@ -80,7 +80,7 @@ def print_deadlines(jobs: list[Told]) -> None:
     print("\n| `Prefer: wait=` | Too late | Of them refused at once | Refused, but in time |")
     print("|---|---|---|---|")
     for limit in WAITS_S:
-        refused = [each for each in jobs if each.sure and each.told_s > limit]
+        refused = [each for each in jobs if each.surely_s > limit]
         late = [each for each in jobs if each.waited_s > limit]
         in_time = [each for each in refused if each.waited_s <= limit]
         found = (len(refused) - len(in_time)) / len(late)

@@ -82,15 +82,16 @@ def parts_of(resident: str) -> tuple[str, str | None]:
 class Turn:
     """What is expected of a job's turn, in seconds: until it comes, then unloading others, loading
     its consumer, and running; of a job that runs, what is left of them. `overdue`: the job that
-    runs has taken far longer than any that is remembered, so that all of it is a guess. `guessed`:
-    something of what comes before it, or of what is left of it if it runs, was never seen yet."""
+    runs has taken far longer than any that is remembered, so that all of it is a guess. `surely_s`:
+    so much of the wait, or of what is left of it if it runs, is no guess: it comes first in any
+    case, and takes what was seen before."""
 
     wait_s: float = 0.0
     evict_s: float = 0.0
     load_s: float = 0.0
     run_s: float = 0.0
     overdue: bool = False
-    guessed: bool = False
+    surely_s: float = 0.0
 
     @property
     def left_s(self) -> float:

@@ -1,10 +1,11 @@
 """Jobs whose turn will not come in the time that their clients wait for it (`Prefer: wait=N`): they
 are told so as soon as that is known.
 
-Nobody is refused on a guess: the estimate has to rest on times that were all seen before, and no
-job that runs may be overdue. A job that comes is refused if its turn is expected later than its
-client waits. One that waits already has to be late by a margin: estimates go up and down a little
-while a job runs, and it has waited so far.
+Nobody is refused on a guess: only those count that come before it in any case (all of them, or,
+where jobs overtake each other, those of its own requester, urgency and resident, and what runs),
+as far as what they take was seen before, and no job that is overdue. A job that comes is refused if
+that is longer than its client waits. One that waits already has to be late by a margin: estimates
+go up and down a little while a job runs, and it has waited so far.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Deadlines:
         """Raises QueueTimeout if a job that comes now will not have its turn in time."""
         limit = self._limit(job)
         turn = self._scheduler.estimate(job)
-        if turn.wait_s > limit and not turn.guessed and not turn.overdue:
+        if turn.surely_s > limit:
             raise QueueTimeout(
-                f"no turn within {_seconds(limit)}: it is expected in {_seconds(turn.wait_s)}",
+                f"no turn within {_seconds(limit)}: it is expected in {_seconds(turn.surely_s)}",
                 consumer=job.consumer,
-                retry_after=min(turn.wait_s - limit, LONGEST_RETRY_S),
-                estimate_s=turn.wait_s,
+                retry_after=min(turn.surely_s - limit, LONGEST_RETRY_S),
+                estimate_s=turn.surely_s,
             )
 
     def joined(self) -> None:
@@ -84,14 +85,14 @@ class Deadlines:
     def _too_late(self, entry: QueueEntry, now: float) -> QueueTimeout | None:
         limit, waited, turn = self._limit(entry.job), now - entry.since, entry.turn
         left = max(0.0, limit - waited)
-        if turn.guessed or turn.overdue or turn.wait_s <= MARGIN * left:
+        if turn.surely_s <= MARGIN * left:
             return None
         return QueueTimeout(
             f"no turn within {_seconds(limit)}: after {_seconds(waited)} it is expected in "
-            f"{_seconds(turn.wait_s)}",
+            f"{_seconds(turn.surely_s)}",
             consumer=entry.job.consumer,
-            retry_after=min(max(0.0, turn.wait_s - limit), LONGEST_RETRY_S),
-            estimate_s=turn.wait_s,
+            retry_after=min(max(0.0, turn.surely_s - limit), LONGEST_RETRY_S),
+            estimate_s=turn.surely_s,
         )
 
 

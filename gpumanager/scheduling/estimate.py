@@ -28,6 +28,10 @@ UPCOMING = 16
 LEAST_S = 0.001
 """Of a wait: who waits is never told that it takes no time."""
 
+Granting = Literal["in order", "in turns", "together"]
+"""How jobs are granted: one at a time, in the order of the queue; or so that some may overtake
+others, but none an earlier one of the same requester, urgency and resident; or several at once."""
+
 OVERDUE = 1.25
 """A job is overdue when it has run so many times longer than any that is remembered."""
 
@@ -104,35 +108,35 @@ def forecast(
     outlook: Outlook,
     now: float,
     *,
-    exact: bool = True,
+    granted: Granting = "in order",
 ) -> Forecast:
-    """Play the queue through, one job at a time, in this order. Where that is not `exact`, since
-    several may run at once or some may overtake others, it is an upper bound, and counts as
-    guessed."""
+    """Play the queue through, one job at a time, in this order. Where jobs are not `granted` so,
+    what it says of waits is an upper bound, but for what comes before a job in any case."""
     queue = [place.job for place in waiting]
     card = _Card(outlook, now)
     names = [job.resident for job in queue if job.makes_room]
     begun = {each.ticket: _begun(each, card, names) for each in running}
     ahead = sum(turn.left_s for turn in begun.values())
     overdue = any(turn.overdue for turn in begun.values())
-    guessed = not exact or any(turn.guessed for turn in begun.values())
+    sure = _Sure(granted, sum(turn.surely_s for turn in begun.values()))
     played: list[Turn] = []
     position = 0
     for job in queue[:PLAYED]:
         position += job.makes_room
         turn = card.take(job, names[position : position + UPCOMING], ahead)
-        wait_s = max(LEAST_S, ahead)
-        played.append(replace(turn, wait_s=wait_s, overdue=overdue, guessed=guessed))
+        wait_s, surely_s = max(LEAST_S, ahead), sure.before(job)
+        played.append(replace(turn, wait_s=wait_s, overdue=overdue, surely_s=surely_s))
         ahead += turn.left_s
-        guessed |= turn.guessed
+        sure.add(job, turn.surely_s, _run_times(job, outlook.profile(job.resident)))
     switching = _switching(queue, played)
     for job in queue[PLAYED:]:
-        profile = outlook.profile(job.resident)
-        run_s = _run_s(job, profile)
+        times = _run_times(job, outlook.profile(job.resident))
+        run_s = times.mean
         evict_s, load_s = switching.get(job.resident, switching[""]) if job.makes_room else (0, 0)
-        played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue, guessed))
+        surely_s = sure.before(job)
+        played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue, surely_s))
         ahead += evict_s + load_s + run_s
-        guessed |= not _run_times(job, profile).count
+        sure.add(job, run_s if times.count else 0.0, times)
     return Forecast(begun, played, ahead)
 
 
@@ -150,6 +154,32 @@ def left(times: Times, elapsed: float) -> float:
 def is_overdue(times: Times, elapsed: float) -> bool:
     """Whether something has taken far longer than it ever did."""
     return bool(times.values) and elapsed > OVERDUE * times.values[-1]
+
+
+class _Sure:
+    """What comes before a job in any case: all before it in the queue, or, where they take turns,
+    those of its own requester, urgency and resident; beside what runs."""
+
+    def __init__(self, granted: Granting, running_s: float) -> None:
+        self._granted = granted
+        self._running_s = running_s if granted != "together" else 0.0
+        self._before_s: dict[object, float] = {}
+
+    def before(self, job: Job) -> float:
+        """Of one that has its place here: seconds."""
+        return self._running_s + self._before_s.get(self._with(job), 0.0)
+
+    def add(self, job: Job, turn_s: float, run: Times) -> None:
+        """It has its place behind the others; as far as it was seen, `turn_s` is what its turn
+        takes as the queue stands. What others do before it is not sure where they take turns."""
+        if self._granted != "together":
+            seconds = turn_s if self._granted == "in order" else _seen(run)
+            self._before_s[self._with(job)] = self._before_s.get(self._with(job), 0.0) + seconds
+
+    def _with(self, job: Job) -> object:
+        if self._granted == "in order":
+            return None
+        return job.requester, job.urgency, job.resident, job.makes_room
 
 
 class _Card:
@@ -179,18 +209,18 @@ class _Card:
             self._unload(resident)
             if not resident.loaded:
                 return Turn()
-            return Turn(run_s=run_s, guessed=not profile.unload.count)
+            return Turn(run_s=run_s, surely_s=_seen(profile.unload))
         victims = self._victims(resident.name, behind, after_s)
         for victim in victims:
             self._unload(victim)
         load_s = 0.0 if resident.loaded else profile.load.mean
         unloads = [self._outlook.profile(victim.name).unload for victim in victims]
         evict_s = sum(times.mean for times in unloads)
-        used = [*unloads, *([] if resident.loaded else [profile.load])]
-        used += [profile.run] if job.runs else []
-        guessed = not all(times.count for times in used)
+        used = [*unloads, _run_times(job, profile)]
+        used += [] if resident.loaded else [profile.load]
         self._load(resident, self._now + after_s + evict_s + load_s + run_s)
-        return Turn(evict_s=evict_s, load_s=load_s, run_s=run_s, guessed=guessed)
+        surely_s = sum(map(_seen, used))
+        return Turn(evict_s=evict_s, load_s=load_s, run_s=run_s, surely_s=surely_s)
 
     def _victims(self, name: str, behind: Sequence[str], after_s: float) -> Sequence[Resident]:
         demand = self._demands.get(name)
@@ -242,24 +272,29 @@ def _begun(running: Running, card: _Card, behind: Sequence[str]) -> Turn:
         times = profile.cold if profile.runs_cold else profile.run
     if since is not None:
         elapsed = now - since
-        overdue, guessed = is_overdue(times, elapsed), not times.count
-        return Turn(run_s=left(times, elapsed), overdue=overdue, guessed=guessed)
+        rest, overdue = left(times, elapsed), is_overdue(times, elapsed)
+        surely_s = rest if times.count and not overdue else 0.0
+        return Turn(run_s=rest, overdue=overdue, surely_s=surely_s)
     if doing is None:
         return turn
     elapsed = now - doing.since
     if doing.what == "load":
-        return replace(
-            turn,
-            evict_s=0.0,
-            load_s=left(profile.load, elapsed),
-            overdue=is_overdue(profile.load, elapsed),
-        )
+        rest, overdue = left(profile.load, elapsed), is_overdue(profile.load, elapsed)
+        sure_rest = rest if profile.load.count and not overdue else 0.0
+        surely_s = sure_rest + _seen(_run_times(job, profile))
+        return replace(turn, evict_s=0.0, load_s=rest, overdue=overdue, surely_s=surely_s)
     unload = outlook.profile(doing.name).unload
     return replace(
         turn,
         evict_s=max(turn.evict_s - min(elapsed, unload.mean), left(unload, elapsed)),
         overdue=is_overdue(unload, elapsed),
+        surely_s=max(0.0, turn.surely_s - min(elapsed, _seen(unload))),
     )
+
+
+def _seen(times: Times) -> float:
+    """What something takes, 0 where that is a guess."""
+    return times.mean if times.count else 0.0
 
 
 def _run_times(job: Job, profile: Profile) -> Times:

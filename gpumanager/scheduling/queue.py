@@ -24,10 +24,10 @@ from gpumanager.scheduling.decision import (
     Start,
     decide,
 )
-from gpumanager.scheduling.estimate import Forecast, Outlook, forecast
+from gpumanager.scheduling.estimate import Forecast, Granting, Outlook, forecast
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.scheduling.memory import Card
-from gpumanager.scheduling.policy import Policy, Prospect, Running, Waiting
+from gpumanager.scheduling.policy import Affinity, Policy, Prospect, Running, Waiting
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Resident
 
@@ -170,7 +170,7 @@ class Queue:
         place = Waiting(0, job, since=now, deadline=now)
         turn = self._forecast([*waiting, place], running, now).turns[-1]
         if self._policy.next_up([*waiting, place], running, now) is place:
-            return replace(turn, wait_s=0.0, overdue=False, guessed=False)
+            return replace(turn, wait_s=0.0, overdue=False, surely_s=0.0)
         return turn
 
     def stats(self) -> Stats:
@@ -269,7 +269,11 @@ class Queue:
     def _forecast(
         self, waiting: Iterable[Waiting], running: Iterable[Running], now: float
     ) -> Forecast:
-        return forecast(waiting, running, self._outlook(), now, exact=self._policy.limit == 1)
+        policy = self._policy
+        granted: Granting = "in turns" if isinstance(policy, Affinity) else "in order"
+        if policy.limit != 1:
+            granted = "together"
+        return forecast(waiting, running, self._outlook(), now, granted=granted)
 
     def _retry_after(self) -> float:
         """Seconds until the queue as it stands is done."""

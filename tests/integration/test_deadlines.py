@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import ScriptedConsumer
-from tests.support.threads import Outcome
+from tests.support.threads import Outcome, eventually
 
 
 @pytest.fixture
@@ -21,10 +21,12 @@ def broker(held_consumer: ScriptedConsumer) -> Iterator[LiveBroker]:
 
 
 @pytest.fixture
-def running(broker: LiveBroker, release: threading.Event) -> Iterator[Outcome[object]]:
+def running(
+    broker: LiveBroker, held_consumer: ScriptedConsumer, release: threading.Event
+) -> Iterator[Outcome[object]]:
     """A job that runs until `release`."""
     job: Outcome[object] = Outcome(lambda: broker.post("/v1/tts"))
-    broker.await_line(1)
+    eventually(lambda: len(held_consumer.requests) == 1)
     yield job
     release.set()
     job.result()

@@ -16,6 +16,7 @@ from gpumanager.model import Job
 from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.factory import locked, passthrough
 from gpumanager.scheduling.interface import Ticket
+from gpumanager.scheduling.policy import Affinity
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import FakeClock
 from tests.support.threads import eventually
@@ -129,6 +130,37 @@ def test_nobody_is_refused_while_a_job_is_overdue() -> None:
                 setting.check(1)
         else:
             setting.check(1)
+
+
+def test_what_waits_behind_an_overdue_job_counts() -> None:
+    setting = Setting()
+    for _ in range(3):
+        setting.join("image")
+    setting.clock.advance(100)
+    with pytest.raises(QueueTimeout) as told:
+        setting.check(20)
+    assert told.value.estimate_s == 60
+
+
+def test_what_may_be_overtaken_does_not_count() -> None:
+    """With `affinity` the one of another requester may come later, the own one does not."""
+    setting = Setting()
+    scheduler = locked(
+        max_queue=9,
+        max_wait=MAX_WAIT,
+        clock=setting.clock,
+        outlook=setting.outlook,
+        policy=Affinity(),
+    )
+    deadlines = Deadlines(scheduler, setting.clock, MAX_WAIT)
+    scheduler.enqueue(Job("stranger", "tts"))
+    scheduler.enqueue(Job("image", "tts", requester="bob"))
+    mine = Job("image", "tts", requester="anna", max_wait=10)
+    deadlines.check(mine)
+    scheduler.enqueue(replace(mine, max_wait=None))
+    with pytest.raises(QueueTimeout) as told:
+        deadlines.check(mine)
+    assert told.value.estimate_s == 30
 
 
 def test_nobody_is_refused_where_jobs_run_together() -> None:

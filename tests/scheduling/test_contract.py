@@ -635,7 +635,7 @@ def test_the_queue_tells_positions_and_when_each_turn_is_expected() -> None:
     # 20 s of the running job are left; then 2 s, then 30 s
     assert [entry.turn.wait_s for entry in line] == [0, 20, 22, 52]
     assert [entry.turn.run_s for entry in line] == [20, 2, 30, 2]
-    assert scheduler.estimate(job("comfyui")) == Turn(wait_s=54, run_s=30, guessed=True)
+    assert scheduler.estimate(job("comfyui")) == Turn(wait_s=54, run_s=30)
 
 
 @pytest.mark.parametrize("make", EVERY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ from gpumanager.scheduling.estimate import (
     PLAYED,
     Doing,
     Forecast,
+    Granting,
     Outlook,
     Profile,
     forecast,
@@ -120,8 +121,8 @@ def test_an_empty_queue_is_done() -> None:
 def test_of_strangers_there_are_guesses() -> None:
     turns = played(waiting("a", "b"), Outlook(), running("c")).turns
     assert turns == [
-        Turn(wait_s=1, run_s=1, guessed=True),
-        Turn(wait_s=2, run_s=1, guessed=True),
+        Turn(wait_s=1, run_s=1),
+        Turn(wait_s=2, run_s=1),
     ]
 
 
@@ -199,15 +200,13 @@ def test_a_load_runs_nothing() -> None:
 def test_a_job_that_runs_needs_what_is_left_of_it() -> None:
     view = outlook(profile("voice", 3000, loaded=True, run=30, running_since=NOW - 10))
     found = played(waiting("voice"), view, running("voice", NOW - 25))
-    assert found.running[1] == Turn(run_s=20, guessed=True)
+    assert found.running[1] == Turn(run_s=20)
     assert found.turns[0].wait_s == 20
 
 
 def test_one_that_loads_with_its_job_needs_the_load_too() -> None:
     cold = profile("voice", 3000, loaded=True, running_since=NOW - 4, runs_cold=True)
-    assert played([], outlook(cold), running("voice", NOW - 4)).running[1] == Turn(
-        run_s=8, guessed=True
-    )
+    assert played([], outlook(cold), running("voice", NOW - 4)).running[1] == Turn(run_s=8)
 
 
 def test_an_overdue_job_says_so_and_so_do_those_behind_it() -> None:
@@ -257,53 +256,85 @@ def known(name: str, mib: int = 3000, *, loaded: bool = True, **more: Any) -> Pr
     return replace(profile(name, mib, loaded=loaded), **{**times, **more})
 
 
-def test_a_wait_is_guessed_if_anything_before_it_was_never_seen() -> None:
-    """The turn of the stranger itself is guessed; what it waits for is not."""
-    view = outlook(known("voice"), known("stranger", run=guess(2)))
-    turns = played(waiting("voice", "stranger", "voice", "voice"), view).turns
-    assert [turn.guessed for turn in turns] == [False, False, True, True]
+def surely(queue: list[Waiting], view: Outlook, **more: Any) -> list[float]:
+    return [turn.surely_s for turn in forecast(queue, (), view, NOW, **more).turns]
 
 
-@pytest.mark.parametrize("unseen", ["run", "load", "unload"])
-def test_only_what_happens_counts(unseen: str) -> None:
-    """`llm` has to be loaded, and `voice` unloaded for it; both are tried with one guess."""
-    names = {"run": "llm", "load": "llm", "unload": "voice"}
-    for guessed in (False, True):
-        change: dict[str, Any] = {unseen: guess(1)} if guessed else {}
-        view = outlook(
-            known("voice", 6000, **(change if names[unseen] == "voice" else {"load": guess(1)})),
-            known("llm", 6000, loaded=False, **(change if names[unseen] == "llm" else {})),
-        )
-        turns = played(waiting("llm", "llm"), view).turns
-        assert [turn.guessed for turn in turns] == [False, guessed]
+def test_only_what_was_seen_is_sure() -> None:
+    """The turn of the stranger itself is a guess; what it waits for is not."""
+    view = outlook(known("voice"), known("stranger", run=guess(5)))
+    assert surely(waiting("voice", "stranger", "voice", "voice"), view) == [0, 2, 2, 4]
 
 
-def test_what_runs_is_guessed_if_nothing_like_it_was_seen() -> None:
-    for times, guessed in ((seen(9), False), (guess(9), True)):
+@pytest.mark.parametrize(("unseen", "missing"), [("run", 2), ("load", 10), ("unload", 1)])
+def test_each_part_of_a_turn_counts_for_itself(unseen: str, missing: float) -> None:
+    """`llm` has to be loaded, and `voice` unloaded for it."""
+    change: dict[str, Any] = {unseen: guess(7)}
+    of_voice = change if unseen == "unload" else {"load": guess(7)}
+    view = outlook(
+        known("voice", 6000, **of_voice),
+        known("llm", 6000, loaded=False, **({} if unseen == "unload" else change)),
+    )
+    assert surely(waiting("llm", "llm"), view) == [0, 13 - missing]
+
+
+def test_of_what_runs_the_rest_is_sure_if_such_were_seen() -> None:
+    for times, rest in ((seen(9), 8), (guess(9), 0)):
         view = outlook(known("voice", run=times, running_since=NOW - 1))
         found = played(waiting("voice"), view, running("voice", NOW - 1))
-        assert (found.running[1].guessed, found.turns[0].guessed) == (guessed, guessed)
+        assert (found.running[1].surely_s, found.turns[0].surely_s) == (rest, rest)
 
 
-def test_moves_are_guessed_by_the_times_that_they_take() -> None:
+def test_of_moves_those_are_sure_that_were_seen() -> None:
     view = outlook(known("voice", run=guess(2)))
     moves = [*waiting("voice", makes_room=False), *waiting("voice", runs=False)]
-    turns = played([*moves, *waiting("voice", "voice")], view).turns
-    assert [turn.guessed for turn in turns] == [False, False, False, True]
+    assert surely([*moves, *waiting("voice", "voice")], view) == [0, 1, 11, 11]
 
 
-def test_those_far_behind_are_guessed_as_those_before_them() -> None:
+def test_those_far_behind_are_sure_by_how_long_those_before_them_run() -> None:
     view = outlook(known("voice"), known("stranger", run=guess(2)))
     queue = waiting(*["voice"] * (PLAYED + 2), "stranger", "voice")
-    assert [turn.guessed for turn in played(queue, view).turns][-3:] == [False, False, True]
+    assert surely(queue, view)[-3:] == [2 * PLAYED + 2, 2 * PLAYED + 4, 2 * PLAYED + 4]
 
 
-def test_an_order_that_may_change_is_a_guess() -> None:
-    view = outlook(known("voice"))
-    queue = waiting("voice")
-    assert [
-        forecast(queue, (), view, NOW, exact=exact).turns[0].guessed for exact in (True, False)
-    ] == [False, True]
+def test_where_jobs_overtake_each_other_only_those_of_the_same_are_sure() -> None:
+    view = outlook(known("voice"), known("llm", run=seen(5)))
+    queue = [
+        *waiting("voice", "llm", requester="a"),
+        *waiting("voice", requester="b"),
+        *waiting("voice", requester="a", urgency=6),
+        *waiting("voice", "llm", requester="a"),
+    ]
+    assert surely(queue, view) == [0, 2, 7, 9, 11, 13]
+    assert surely(queue, view, granted="in turns") == [0, 0, 0, 0, 2, 5]
+    assert surely(queue, view, granted="together") == [0] * 6
+
+
+def test_what_runs_comes_first_but_where_jobs_run_together() -> None:
+    view = outlook(known("voice", run=seen(9), running_since=NOW - 1))
+    rest = {}
+    for granted in get_args(Granting):
+        found = forecast(waiting("voice"), running("voice", NOW - 1), view, NOW, granted=granted)
+        rest[granted] = found.turns[0].surely_s
+    assert rest == {"in order": 8, "in turns": 8, "together": 0}
+
+
+@pytest.mark.parametrize(
+    ("doing", "seen_before", "sure"),
+    [
+        (Doing("load", "llm", NOW - 4), True, 6 + 2),
+        (Doing("load", "llm", NOW - 4), False, 2),
+        (Doing("load", "llm", NOW - 40), True, 2),  # overdue
+        (Doing("unload", "voice", NOW - 0.25), True, 0.75 + 10 + 2),
+    ],
+)
+def test_of_what_is_done_for_it_before_it_runs_the_rest_is_sure(
+    doing: Doing, seen_before: bool, sure: float
+) -> None:
+    load = seen(10) if seen_before else guess(10)
+    view = outlook(known("voice"), known("llm", 6000, loaded=False, load=load), doing=doing)
+    found = played(waiting("voice"), view, running("llm", NOW - 4))
+    assert found.running[1].surely_s == found.turns[0].surely_s == sure
 
 
 # -- a long one ------------------------------------------------------------------------------------

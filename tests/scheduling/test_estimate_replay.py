@@ -38,7 +38,7 @@ def test_few_are_refused_who_would_have_had_their_turn_in_time() -> None:
     there are; and most of those that do are told so."""
     told = [each for seed in range(3) for each in Replay(seed).run(200)]
     limits = (10, 30, 60, 120)
-    refused = [(each, n) for n in limits for each in told if each.sure and each.told_s > n]
+    refused = [(each, n) for n in limits for each in told if each.surely_s > n]
     wrong = sum(each.waited_s <= n for each, n in refused)
     late = sum(each.waited_s > n for n in limits for each in told)
     assert wrong < 0.1 * len(refused)

@@ -65,12 +65,12 @@ SPREAD = 0.3
 @dataclass(frozen=True, slots=True)
 class Told:
     """A job that had to wait: what it was told when it came, and what came of it, in seconds.
-    `sure`: it was no guess, and no job was overdue."""
+    `surely_s` of that was no guess."""
 
     consumer: str
     told_s: float
     waited_s: float
-    sure: bool
+    surely_s: float
 
     @property
     def error(self) -> float:
@@ -220,8 +220,7 @@ class Replay:
         name = ticket.job.consumer
         waited = self.clock.monotonic() - came
         if waited > 0:
-            sure = not told.guessed and not told.overdue
-            self.told.append(Told(name, told.wait_s, waited, sure))
+            self.told.append(Told(name, told.wait_s, waited, told.surely_s))
         self.room.make_room(_Pausing(ticket, self._advance))
         before = self.registry.job_started(name)
         began = self.clock.monotonic()
