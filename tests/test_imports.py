@@ -54,7 +54,7 @@ def files_that_mention(library: str) -> set[str]:
                 "upstream/transport.py",
             },
         ),
-        ("prometheus_client", {"telemetry/metrics.py"}),
+        ("prometheus_client", {"telemetry/metrics.py", "telemetry/modelmetrics.py"}),
         ("opentelemetry", {"telemetry/tracing.py"}),
         ("rich", {"cli/policyviews.py", "cli/top.py", "cli/views.py", "cli/watching.py"}),
         ("psutil", {"host/processes.py", "residency/stopping.py", "host/signals.py"}),

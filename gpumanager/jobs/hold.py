@@ -235,7 +235,7 @@ class Hold:
                 means.learned.ran(name, seconds, cold=cold, context=context)
             else:
                 means.learned.failed(name)
-        self._note(seconds)
+        self._note(seconds, cold)
         means.after_job(self._name)
 
     @property
@@ -249,7 +249,7 @@ class Hold:
         """The job's model, if its consumer tells its models apart."""
         return self._job.model if self._place.config.tells_models_apart else None
 
-    def _note(self, seconds: float) -> None:
+    def _note(self, seconds: float, cold: bool) -> None:
         ticket, job = self._place.ticket, self._job
         assert ticket is not None  # noqa: S101  # it has begun
         now = self._means.registry.now
@@ -277,6 +277,7 @@ class Hold:
                 wait_ms=round(ticket.waited_s * 1000, 1),
                 prepare_ms=round(ticket.prepared_s * 1000, 1),
                 run_ms=round(seconds * 1000, 1),
+                cold=cold or None,
                 needed_mib=now.of(job).needed(job.resident).mib,
                 total_mib=total_mib or None,
             )

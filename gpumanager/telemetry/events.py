@@ -27,6 +27,7 @@ FIELDS = {
     "key": "the name of the client's key",
     "path": "the path that was asked for, at most 256 characters of it",
     "traceparent": "the client's `traceparent` (W3C Trace Context)",
+    "cold": "its consumer, or its model, was not loaded before",
     "job": "the id that the consumer gave the job",
     "status": "the HTTP status of the answer",
     "failure": "the code of the error that ended it",
@@ -128,7 +129,8 @@ def fields_of(event: type[Event]) -> dict[str, Field[Any]]:
 
 @declared("job", None)
 class JobEnded(Event):
-    """A job that held the GPU is over. Without a `failure` the consumer answered, with `status`."""
+    """A job that held the GPU is over. Without a `failure` the consumer answered, with `status`.
+    `cold`: its consumer, or its model, was not loaded, so that it took the time to load it, too."""
 
     consumer: str
     model: str | None = None
@@ -148,6 +150,7 @@ class JobEnded(Event):
     wait_ms: float
     prepare_ms: float
     run_ms: float
+    cold: bool | None = None
     needed_mib: int | None = None
     total_mib: int | None = None
 

@@ -42,8 +42,8 @@ from gpumanager.telemetry.events import (
     Resumed,
     Trimmed,
 )
+from gpumanager.telemetry.modelmetrics import MIB, Models
 
-MIB = 1024 * 1024
 PENDING = 500
 """Events that may wait to be counted."""
 
@@ -85,6 +85,8 @@ class Metrics:
         )
         registry.register(_Now(snapshot, longest_overtake))
         registry.register(_WebSockets(websockets))
+        self._models = Models(snapshot)
+        registry.register(self._models)
         job = ["consumer", "kind"]
 
         def counter(name: str, text: str, labels: list[str]) -> Counter:
@@ -151,6 +153,7 @@ class Metrics:
                 self._take(self._pending.popleft())
 
     def _take(self, event: Event) -> None:
+        self._models.take(event)
         match event:
             case JobEnded():
                 self._take_job(event)

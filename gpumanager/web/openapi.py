@@ -179,4 +179,4 @@ def _typed(hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": _typed(choices[0])}
     if choices:
         return _typed(choices[0])
-    return {"type": {str: "string", int: "integer", float: "number"}[hint]}
+    return {"type": {str: "string", int: "integer", float: "number", bool: "boolean"}[hint]}

@@ -234,6 +234,7 @@ def models(sizes: Mapping[str, int], *, card_mib: int = CARD_MIB) -> Iterator[Sc
                     "health": "/health",
                     "unload": "/unload",
                     "paths": {"tts": "/job"},
+                    "models": ["voice"],
                     "vram_resident_mib": 2800,
                 },
             },

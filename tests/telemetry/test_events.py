@@ -113,7 +113,13 @@ def test_the_dashboard_has_a_sentence_for_every_event_and_knows_its_fields() -> 
         assert set(re.findall(r"\be\.(\w+)", code)) <= {*fields_of(EVENTS[name])}, name
 
 
-VALUES: dict[str, Any] = {"string": "x", "integer": 7, "number": 0.5, "array": ["x"]}
+VALUES: dict[str, Any] = {
+    "string": "x",
+    "integer": 7,
+    "boolean": True,
+    "number": 0.5,
+    "array": ["x"],
+}
 
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=list(EVENTS))
