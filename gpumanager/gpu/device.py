@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from gpumanager.clock import Clock
-from gpumanager.gpu.unified import Board, HostMemory, shares
+from gpumanager.gpu.unified import Board, HostMemory, shared
 from gpumanager.host.processes import sees_all
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 
@@ -120,8 +120,8 @@ class NvmlCard:
             host = self._board.memory()
             return host.total, host.free, host
         with contextlib.suppress(OSError, KeyError):  # no Linux
-            if shares(name, memory.total, host := self._board.memory()):
-                return host.total, host.free, host
+            if (own := shared(name, memory.total, self._board)) is not None:
+                return own.total, own.free, own
         return memory.total, memory.free, None
 
     def _without_nvml(self, error: Exception) -> MemoryReading:
@@ -155,8 +155,14 @@ class NvmlCard:
         on_gpu = None if host.on_gpu is None else host.on_gpu // MIB
         if on_gpu is None and processes is not None and self._sees_all():
             on_gpu = sum(each.mib for each in processes)
+        load = reading.utilization_percent
         return replace(
-            reading, memory="host", on_gpu_mib=on_gpu, processes=processes, untold=untold
+            reading,
+            memory="host",
+            on_gpu_mib=on_gpu,
+            processes=processes,
+            untold=untold,
+            utilization_percent=self._board.load() if load is None else load,
         )
 
     def _sensors(self) -> _Sensors:

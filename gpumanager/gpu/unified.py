@@ -21,6 +21,14 @@ _CHIPS = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|nvgpu)\b", re.IGNORECASE)
 _CLIENT = re.compile(r"\S+\s+.*\s(?P<pid>\d+)\s+(?P<size>\d+)(?P<unit>[KMG]?)")
 """A line of the kernel's table: whose, program, pid, size. The last line, the total, has no pid."""
 
+_LOADS = (
+    "sys/devices/platform/bus@0/17000000.gpu/load",
+    "sys/devices/platform/17000000.gpu/load",
+    "sys/devices/platform/gpu.0/load",
+    "sys/devices/gpu.0/load",
+)
+"""Where the boards before Thor say it, by the version of their system."""
+
 _UNITS = {"": 1, "K": KIB, "M": MIB, "G": 1024 * MIB}
 
 
@@ -61,6 +69,13 @@ class Board:
         # NvMapMemUsed: Jetson boards before Thor.
         return HostMemory(found["MemTotal"], found["MemAvailable"], found.get("NvMapMemUsed"))
 
+    def load(self) -> int | None:
+        """How busy the GPU of a Jetson is, in percent; None where the kernel does not tell."""
+        for file in _LOADS:
+            if (permille := _content(self._root / file).strip()).isdigit():
+                return round(int(permille) / 10)
+        return None
+
     def processes(self) -> tuple[GpuProcess, ...] | None:
         """Who holds memory for the GPU of a Jetson before Thor, as the kernel tells root; None
         where it does not tell."""
@@ -76,11 +91,14 @@ class Board:
         return tuple(GpuProcess(pid, size // MIB) for pid, size in sorted(held.items()))
 
 
-def shares(name: str | None, total: int, host: HostMemory) -> bool:
-    """Whether what NVML calls the memory of a chip is the host's: no memory at all, or, of a chip
-    that is known to have none, nearly as much as the host has. Some drivers say one, some the
-    other, and most say that they do not know."""
-    return not total or (total >= _ALMOST * host.total and _CHIPS.search(name or "") is not None)
+def shared(name: str | None, total: int, board: Board) -> HostMemory | None:
+    """The host's memory, if what NVML calls the memory of a chip is that: no memory at all, or, of
+    a chip that is known to have none, nearly as much as the host has. Some drivers say one, some
+    the other, and most say that they do not know. Raises as `Board.memory`."""
+    if total and not _CHIPS.search(name or ""):
+        return None
+    host = board.memory()
+    return host if not total or total >= _ALMOST * host.total else None
 
 
 def _content(file: Path) -> bytes:

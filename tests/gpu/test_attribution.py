@@ -146,6 +146,14 @@ def test_one_that_only_holds_the_port_for_another_is_not_it(front: str) -> None:
     assert one.attribute(reading(p100=1000)).consumers == {"mvoice": 1000}
 
 
+def test_one_that_systemd_gave_its_socket_is_found_beside_it() -> None:
+    table = FakeProcesses()
+    table.names[1] = "systemd"
+    table.listening["0.0.0.0", 11434] = (1, 200)
+    one, _ = attributor(table)
+    assert one.attribute(reading(p202=4000)).consumers == {"mvoice": 0, "ollama": 4000}
+
+
 @pytest.mark.parametrize(
     "cgroup",
     [

@@ -11,7 +11,7 @@ import pytest
 
 from gpumanager.gpu.accounting import Balance, balance
 from gpumanager.gpu.device import MIB, RETRY_S, GpuUnavailable, NvmlCard
-from gpumanager.gpu.unified import Board
+from gpumanager.gpu.unified import Board, HostMemory
 from gpumanager.model import GpuProcess, Holdings, MemoryReading
 from tests.gpu.test_attribution import FakeProcesses, attributor
 from tests.gpu.test_device import FakeNvml, NotSupported, NVMLError
@@ -167,6 +167,24 @@ def test_a_driver_that_comes_back_to_a_jetson_is_found_and_not_looked_for_all_th
     nvml.failing["init"] = nvml.failing["memory"] = NVMLError("GPU is lost")
     assert one.read().memory == "host"  # the host's memory is there still
     assert "GPU is lost" in one.read().untold
+
+
+@pytest.mark.parametrize("board", ["platform/bus@0/17000000.gpu", "gpu.0"])
+def test_a_jetson_tells_how_busy_it_is_by_its_kernel(machine: Machine, board: str) -> None:
+    machine.device_tree("nano")
+    assert card(machine).read().utilization_percent is None
+    machine.write(f"sys/devices/{board}/load", b"476\n")
+    assert card(machine).read().utilization_percent == 48
+    assert card(machine, gb10()).read().utilization_percent == 37  # NVML's own, where it has one
+
+
+def test_an_ordinary_card_costs_no_look_at_the_host(machine: Machine) -> None:
+    class Unread(Board):
+        def memory(self) -> HostMemory:
+            raise AssertionError("a look")
+
+    nvml: Any = FakeNvml()
+    assert NvmlCard(0, lambda: nvml, board=Unread(machine.root)).read().total_mib == 24576
 
 
 @pytest.mark.parametrize("content", [b"Tegra\n", b"Tegra"])
