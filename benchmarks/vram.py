@@ -1,7 +1,7 @@
 """Does anybody run out of memory, or is refused what would have fitted? Mixed jobs over five
 consumers that never all fit.
 
-    python -m benchmarks.vram [--jobs 2000] [--seed N] [--modes clean,laggy,...]
+    python -m benchmarks.vram [--jobs 2000] [--seed N] [--modes clean,laggy,...] [--policy affinity]
 
 The consumers are processes of their own (fakes of Ollama, ComfyUI, vLLM and two plain servers)
 whose models take memory of a simulated card; the broker is `waitress-serve wsgi:app`. Modes:
@@ -114,7 +114,9 @@ MODES = {
 }
 
 
-def run(name: str, jobs: int, seed: int) -> dict[str, Any]:
+def run(
+    name: str, jobs: int, seed: int, policy: str = "fifo", load_s: float = 0.0
+) -> dict[str, Any]:
     """One mode; its figures."""
     if name.startswith("models"):
         return {"mode": name} | vram_models.run(name != "models", jobs, seed)
@@ -125,7 +127,7 @@ def run(name: str, jobs: int, seed: int) -> dict[str, Any]:
         card = SimulatedCard.create(folder / "card.json", CARD_MIB)
         if name == "desktop":
             card.allocate("desktop", DESKTOP_MIB)
-        config = _config(stack, card, name)
+        config = _config(stack, card, name, load_s) | {"scheduler": {"policy": policy}}
         card.misbehave(**mode.card)
         broker = stack.enter_context(serving(config))
         tally = Tally()
@@ -143,13 +145,14 @@ def run(name: str, jobs: int, seed: int) -> dict[str, Any]:
         return _figures(name, jobs, broker, tally, took)
 
 
-def _config(stack: ExitStack, card: SimulatedCard, mode: str) -> dict[str, Any]:
+def _config(stack: ExitStack, card: SimulatedCard, mode: str, load_s: float) -> dict[str, Any]:
     consumers: dict[str, Any] = {}
     for name, kind in FAKES.items():
         if name == "voice" and mode == "leaking":
             consumers[name] = _restartable(stack, card, name)
         else:
             fake = stack.enter_context(fake_server(kind, card.path, name, NEEDS[name]))
+            fake.set(load_s=load_s)
             consumers[name] = {"url": fake.url}
         if kind == "plain":
             consumers[name] |= {
@@ -331,6 +334,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument(
+        "--load-s", type=float, default=0.0, help="how long each load takes, in seconds"
+    )
+    parser.add_argument("--policy", choices=["fifo", "affinity"], default="fifo")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument(
         "--modes", type=modes, default=list(MODES), metavar="A,B", help="default: all of them"
@@ -338,7 +345,7 @@ def main() -> int:
     options = parser.parse_args()
     broken = False
     for name in options.modes:
-        figures = run(name, options.jobs, options.seed)
+        figures = run(name, options.jobs, options.seed, options.policy, options.load_s)
         print(json.dumps(figures), flush=True)
         if not MODES[name].expected:
             broken |= figures["refused"] > 0 or figures["failed_otherwise"] > 0

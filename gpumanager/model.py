@@ -121,8 +121,8 @@ class Stats:
 
     `total_jobs` counts grants since the start; `last_wait_ms` belongs to the latest grant,
     `last_run_ms` to the job that gave the GPU back last. `evictions` counts consumers that
-    were unloaded to make room; `longest_overtake` is the most jobs that were granted past one
-    that had come before them.
+    were unloaded to make room; `longest_overtake` is the most jobs that one was overtaken by, and
+    `longest_overtake_s` the longest between the first and the last of those, in seconds.
     """
 
     queue_depth: int = 0
@@ -133,6 +133,7 @@ class Stats:
     oldest_queued: datetime | None = None
     evictions: int = 0
     longest_overtake: int = 0
+    longest_overtake_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,13 +173,13 @@ class Backlog:
         if sight is None or not turn.job.makes_room or self._is_ready(turn):
             return Picture((turn,), running, ready={turn.ticket}, now=now)
         prospect = sight.prospect(turn.job)
-        if prospect.in_place:
+        if prospect.loaded or prospect.fits:
             return Picture((turn,), running, now=now)
         claims = {turn.ticket: Claim(prospect)}
         places = [turn]
         for place in turns.firsts(turn):
             prospect = sight.prospect(place.job)
-            if prospect.in_place:
+            if prospect.loaded:
                 passed, since = turns.passed(place, turn)
                 same = turns.by_resident[place.job.resident]
                 claims[place.ticket] = Claim(prospect, same, passed, since)

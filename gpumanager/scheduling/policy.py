@@ -30,11 +30,12 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a job would find. `in_place`: what it needs is on the card, or fits without anybody
-    being unloaded. The rest are the usual seconds for loading that, for unloading it again, and of
-    a job."""
+    """What a job would find. `loaded`: what it needs is on the card; `fits`: it could be loaded
+    without anybody being unloaded. The rest are the usual seconds for loading that, for unloading
+    it again, and of a job."""
 
-    in_place: bool = True
+    loaded: bool = True
+    fits: bool = True
     load_s: float = 0.0
     unload_s: float = 0.0
     run_s: float = 0.0
@@ -93,7 +94,7 @@ class FirstComeFirstServed:
 
 @dataclass(frozen=True, slots=True)
 class Affinity(FirstComeFirstServed):
-    """Each in its turn (`turns` says whose it is), but jobs for what is in place may overtake one
+    """Each in its turn (`turns` says whose it is), but jobs for what is loaded may overtake one
     that would cost a swap: nobody by more than `max_overtaken_by` jobs, nor for longer than
     `max_overtake` seconds.
 
@@ -114,7 +115,7 @@ class Affinity(FirstComeFirstServed):
         now: float,
     ) -> Waiting | None:
         """Who starts before the one whose `turn` it is, and who would cost a swap; None if nobody
-        does. `others` are the first for each resident that is in place, in their order, `claims`
+        does. `others` are the first for each resident that is loaded, in their order, `claims`
         say what there is to weigh, by ticket, and `depth` is how many wait in all."""
         swap = claims[turn.ticket].prospect
         for place in others:

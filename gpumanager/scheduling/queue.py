@@ -186,6 +186,7 @@ class Queue:
                 oldest_queued=None if oldest is None else wall_time(self._clock, oldest.since),
                 evictions=0 if self._room is None else self._room.evictions,
                 longest_overtake=backlog.longest_overtake,
+                longest_overtake_s=backlog.longest_overtake_s,
             )
 
     def drain(self) -> None:

@@ -48,9 +48,9 @@ class Stage:
         trace, name = self.trace, job.resident
         size, runs = trace.footprints[name], self._runs.get(name)
         used = sum(trace.footprints[each].mib for each in self._loaded)
-        fits = name in self._loaded or size.mib <= trace.total_mib - trace.reserved_mib - used
+        fits = size.mib <= trace.total_mib - trace.reserved_mib - used
         run_s = fmean(runs) if runs else RUN.mean
-        return Prospect(fits, size.load_s, size.unload_s, run_s)
+        return Prospect(name in self._loaded, fits, size.load_s, size.unload_s, run_s)
 
     def ran(self, name: str, seconds: float) -> None:
         """A job of it has run for so long."""

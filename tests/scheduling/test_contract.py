@@ -510,7 +510,9 @@ class OneAtATime(NoRoomNeeded):
         return job.resident == self.holds
 
     def prospect(self, job: Job) -> Prospect:
-        return Prospect(job.resident == self.holds, load_s=10.0, unload_s=1.0, run_s=1.0)
+        return Prospect(
+            job.resident == self.holds, fits=False, load_s=10.0, unload_s=1.0, run_s=1.0
+        )
 
     def make_room(self, ticket: Granted) -> None:
         self.holds = ticket.job.resident

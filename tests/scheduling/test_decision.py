@@ -250,7 +250,7 @@ class Swapping(Enough):
         return job.resident == "a"
 
     def prospect(self, job: Job) -> Prospect:
-        return Prospect(self.ready(job), load_s=10.0, unload_s=1.0, run_s=1.0)
+        return Prospect(self.ready(job), fits=False, load_s=10.0, unload_s=1.0, run_s=1.0)
 
 
 def calls_of_a_grant(depth: int, policy: Policy, room: Room, names: str) -> tuple[int, int]:

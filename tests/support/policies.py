@@ -50,8 +50,10 @@ class Card:
 
     def prospect(self, job: Job) -> Prospect:
         name = job.resident
-        in_place = name in self.holds or len(self.holds) < self.size
-        return Prospect(in_place, self.load_s[name], self.unload_s, self.run_s[name])
+        fits = len(self.holds) < self.size
+        return Prospect(
+            name in self.holds, fits, self.load_s[name], self.unload_s, self.run_s[name]
+        )
 
     def use(self, name: str) -> float:
         """Have it on the card; returns the seconds that takes."""
