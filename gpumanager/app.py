@@ -132,7 +132,7 @@ class Broker:
         self._deadlines = Deadlines(self.card.scheduler, self._clock, config.scheduler.max_wait)
         self._completions = Completions(self._calls, self._clock, self._emit)
         self._owners = Owners()
-        self._catalogue = ModelCatalogue(self._models_of, self._clock)
+        self._catalogue = ModelCatalogue(self._models_of, self._clock, self.registry.listed)
         self._draining = threading.Event()
         self.tunnels = Tunnels(self._live, self._clock, self._emit)
         self.flask = create_app(self._services())
@@ -273,7 +273,10 @@ class Broker:
     def _prober(self, name: str) -> Prober:
         interval = self.config.health_interval
         returned = self.card.stopping.returned
-        return Prober(name, self._calls, self.registry, returned, self._emit, interval=interval)
+        look = self._catalogue.listed
+        return Prober(
+            name, self._calls, self.registry, returned, self._emit, interval=interval, look=look
+        )
 
     def _always(self) -> list[PeriodicWorker]:
         """The threads that do not depend on the consumers."""

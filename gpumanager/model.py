@@ -33,7 +33,8 @@ class Job:
     is for the jobs after it. The queue does not look at it.
 
     `model` is the model that it works with, where its memory is known by model, and `context` how
-    many tokens it wants that loaded with, where it says so.
+    many tokens it wants that loaded with, where it says so. `called` is what it calls its model
+    itself, where its consumer tells which models are loaded.
 
     `urgency` is 0 (now) to 7 (background), as RFC 9218 has it; `requester` is who shares the GPU
     fairly with others: the name of the API key, else the client's address; `session` is the
@@ -51,6 +52,7 @@ class Job:
     settings: object = field(default=None, compare=False, repr=False)
     model: str | None = None
     context: int | None = None
+    called: str | None = None
     urgency: int = NORMAL
     requester: str = "-"
     session: str | None = None
@@ -303,6 +305,10 @@ class ConsumerState:
     `healthy` is None until the first probe. `resident_mib` is what the consumer itself
     reports, None where it does not; `on_cpu` what it loaded, but not wholly onto the card; `items`
     the models that it says are loaded; `models` what is known of each that was loaded or used.
+    `called` is what jobs have called their models since it said so last, and `aliases` the models
+    that are meant by names which it does not list; `unplaced` is True if a job whose model is not
+    known has begun since then, so that what it has grown by may be of a model that it has not
+    listed yet.
     `health_since` is when it last became healthy, unhealthy, or was stopped by the broker.
     `growth` says whether what it holds at rest grows with its jobs.
     `pinned` is an operator's word on whether it may be evicted, None while the config's counts.
@@ -340,6 +346,9 @@ class ConsumerState:
     pinned: bool | None = None
     growth: Growth = Growth()
     models: Mapping[str, ModelState] = field(default_factory=lambda: MappingProxyType({}))
+    called: frozenset[str] = frozenset()
+    unplaced: bool = False
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def model(self, name: str) -> ModelState:
         """What is known of one model."""
@@ -395,10 +404,14 @@ class ProbeReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelListing:
-    """The models that a consumer offers, by name, and what it says of each of them."""
+    """The models that a consumer offers, by name, and what it says of each of them. `sizes` are the
+    MiB of their weights and `aliases` their other names, both by the names that models are counted
+    by, as far as it tells."""
 
     names: tuple[str, ...]
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

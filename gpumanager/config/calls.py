@@ -361,6 +361,12 @@ class ModelList(Call):
 
     items: Expression
     """Gives the list of their names."""
+    details: Expression | None = None
+    """Gives a list with an object for each model: its `name`, as in `items`, and, as far as the
+    server tells, how large its weights are (`size`, in `unit`), which is the first guess of what it
+    needs, and its other names (`aliases`)."""
+    unit: Literal["B", "KiB", "MiB", "GiB"] = "B"
+    """The unit of the `size` in `details`."""
 
 
 def _filled(value: Any, sign: str, with_: str) -> Any:

@@ -31,11 +31,17 @@ class _Asked:
 
 class ModelCatalogue:
     """The lists, as they were told last; asked for when somebody wants them, by the thread that
-    does, outside every other lock. `ask` gives a consumer's list, and raises BrokerError. One that
-    cannot be asked now keeps its last list. Safe from any thread."""
+    does, outside every other lock. `ask` gives a consumer's list, and raises BrokerError; `tell` is
+    told of each. One that cannot be asked now keeps its last list. Safe from any thread."""
 
-    def __init__(self, ask: Callable[[str], ModelListing | None], clock: Clock) -> None:
+    def __init__(
+        self,
+        ask: Callable[[str], ModelListing | None],
+        clock: Clock,
+        tell: Callable[[str, ModelListing], object] = lambda name, models: None,  # noqa: ARG005
+    ) -> None:
         self._ask = ask
+        self._tell = tell
         self._clock = clock
         self._known: dict[str, _Asked] = {}
         self._asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -61,7 +67,8 @@ class ModelCatalogue:
         age = self._clock.monotonic() - known.at
         if known.failed:
             return age < FAILED_S
-        names = () if known.models is None else known.models.names
+        models = known.models
+        names = () if models is None else (*models.names, *models.aliases)
         missing = wanted is not None and not {wanted, f"{wanted}:latest"} & set(names)  # as Ollama
         return age < (LOOK_AGAIN_S if missing else FRESH_S)
 
@@ -73,4 +80,5 @@ class ModelCatalogue:
         now = self._clock.monotonic()
         if models is None:
             return _Asked(None if before is None else before.models, now, failed=True)
+        self._tell(name, models)
         return _Asked(models, now)

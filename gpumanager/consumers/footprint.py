@@ -42,7 +42,7 @@ MOST_CONTEXTS = 8
 KEPT_S = 30 * 24 * 3600.0
 """Peaks that are older are not taken over at a restart."""
 
-Source = Literal["declared", "measured", "reported", "out-of-memory"]
+Source = Literal["declared", "measured", "reported", "out-of-memory", "listed"]
 Seen = Literal["measured", "reported"]
 
 

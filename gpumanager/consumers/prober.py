@@ -22,7 +22,8 @@ class Probes(Protocol):
 
 class Prober:
     """`probe` is the body of a periodic worker; `interval` in seconds. `returned` says whether a
-    consumer that was stopped by a checkpoint is back by somebody else's doing."""
+    consumer that was stopped by a checkpoint is back by somebody else's doing; `look` asks for the
+    models that it offers, if that was some time ago, so that no job has to wait for their sizes."""
 
     def __init__(
         self,
@@ -33,8 +34,10 @@ class Prober:
         emit: Emit,
         *,
         interval: float,
+        look: Callable[[str], object] = lambda name: None,  # noqa: ARG005
     ) -> None:
         self._name = name
+        self._look = look
         self._probes = probes
         self._registry = registry
         self._returned = returned
@@ -63,7 +66,13 @@ class Prober:
             if report.on_cpu and report.on_cpu != before.on_cpu:
                 models = ", ".join(report.on_cpu)
                 self._emit(OnCpu(consumer=self._name, models=models))
+            self._look_at_its_models(snapshot.consumers[self._name])
         return self._interval
+
+    def _look_at_its_models(self, consumer: ConsumerConfig) -> None:
+        lists = consumer.list_models
+        if lists is not None and lists.details is not None and consumer.counts_by_model:
+            self._look(self._name)
 
     def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
         stopped_by = before.stopped_by

@@ -25,6 +25,7 @@ from gpumanager.model import (
     ConsumerState,
     GpuState,
     Growth,
+    ModelListing,
     ProbeReport,
     StoppedBy,
 )
@@ -124,8 +125,16 @@ class Registry:
                 version = 0 if known is None else known.residency_version + 1
                 loaded = self._assumes(after[name])
                 changed[name] = transitions.fresh(loaded, now, residency_version=version)
+            listings = {
+                name: each
+                for name, each in self.now.listings.items()
+                if name in after and name not in anew
+            }
             self.now = replace(
-                self.now, config=config, states=MappingProxyType({**states, **changed})
+                self.now,
+                config=config,
+                states=MappingProxyType({**states, **changed}),
+                listings=MappingProxyType(listings),
             )
 
     # -- the card, and what is learned -----------------------------------------------------
@@ -140,6 +149,13 @@ class Registry:
         """Publish what was learned of the consumers; a mapping that is never changed again."""
         with self._lock:
             self.now = replace(self.now, learned=learned)
+
+    def listed(self, name: str, listing: ModelListing) -> None:
+        """Publish the models that a consumer says it offers."""
+        with self._lock:
+            if name in self.now.config.consumers and self.now.listings.get(name) != listing:
+                listings = MappingProxyType({**self.now.listings, name: listing})
+                self.now = replace(self.now, listings=listings)
 
     # -- jobs ------------------------------------------------------------------------------
 
@@ -161,8 +177,10 @@ class Registry:
         process_gone: bool = False,
         model: str | None = None,
         context: int | None = None,
+        called: str | None = None,
     ) -> None:
-        """The counterpart of `job_started`; `context` is how many tokens the job asked for.
+        """The counterpart of `job_started`; `context` is how many tokens the job asked for, and
+        `called` what it calls its model itself.
 
         `worked`: the consumer did what it was asked, which shows that it is loaded; `unloaded`:
         the job loaded nothing, so back to what was so before it; `process_gone`: nothing listens
@@ -179,6 +197,7 @@ class Registry:
                 process_gone=process_gone,
                 model=model,
                 context=context,
+                called=called,
             ),
         )
 

@@ -7,7 +7,7 @@ to the model of that job; what is left, when all others have gone, to the last o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -33,12 +33,13 @@ def shared(state: ConsumerState, held_mib: int, base_mib: int) -> dict[str, int]
     not be back yet.
 
     What has come since the last look is the model's that works; at rest, that of those of which
-    nobody knows yet what they hold, or else the one's that was used last.
+    nobody knows yet what they hold, or else the one's that was used last. While there may be a
+    model that the consumer has not listed yet, it is nobody's.
     """
     held = {name: each.held_mib for name, each in state.models.items() if each.loaded}
     left, known = max(0, held_mib - base_mib), sum(held.values())
     releasing = any(each.unloaded_at is not None for each in state.models.values())
-    if len(held) == 1 and not releasing:
+    if len(held) == 1 and not releasing and not state.unplaced:
         return dict.fromkeys(held, left)
     owner = state.at_work if state.at_work in held else None
     if known > left:
@@ -48,7 +49,7 @@ def shared(state: ConsumerState, held_mib: int, base_mib: int) -> dict[str, int]
         return {name: mib * left // known for name, mib in held.items()} if known > left else held
     if owner is not None:
         owners = [owner]
-    elif releasing or not held:
+    elif releasing or not held or state.unplaced:
         return held
     else:
         owners = [name for name, mib in held.items() if not mib]
@@ -122,8 +123,12 @@ def job_finished(
     worked: bool,
     context: int | None,
     unloaded: ConsumerState | None,
+    called: str | None = None,
 ) -> ConsumerState:
-    """It ends; `unloaded` is its consumer before it, if it has loaded nothing."""
+    """It ends; `unloaded` is its consumer before it, if it has loaded nothing; `called` is what it
+    calls its model."""
+    if called is not None and worked and len(state.called) < MOST_MODELS:
+        state = replace(state, called=state.called | {called})
     if name is None:
         return state
     before, model = UNUSED if unloaded is None else unloaded.model(name), state.model(name)
@@ -168,6 +173,7 @@ def listed(
     now: float,
 ) -> ConsumerState:
     """The consumer has said which are loaded."""
+    state = _with_aliases(state, {model_key(item) for item in items[:MOST_MODELS]})
     there = {model_key(item): details.get(item, LoadedModel()) for item in items[:MOST_MODELS]}
     changed: dict[str, ModelState] = {}
     for name, said in there.items():
@@ -189,6 +195,36 @@ def listed(
         if model.loaded and name not in there:
             changed[name] = _without_memory(model, now)
     return with_models(state, changed) if changed else state
+
+
+def _with_aliases(state: ConsumerState, there: Set[str]) -> ConsumerState:
+    """What its jobs have called a model by another name than it is listed by, if that is certain: a
+    name that all jobs since the last list had, where one model was loaded meanwhile."""
+    aliases = {name: model for name, model in state.aliases.items() if name not in there}
+    new = there - {model_key(item) for item in state.items}
+    if len(state.called) == len(new) == 1:
+        (name,), (model,) = state.called, new
+        if name not in there:
+            aliases.pop(name, None)
+            aliases[name] = model
+    if len(aliases) > MOST_MODELS:
+        del aliases[next(iter(aliases))]
+    if not state.called and not state.unplaced and aliases == state.aliases:
+        return state
+    models = dict(state.models)
+    for name, model in aliases.items():
+        known = models.get(name)
+        if known is not None and not known.active and known.pinned is None:
+            del models[name]  # it was another name of that one
+            if known.loaded:
+                models.setdefault(model, known)
+    return replace(
+        state,
+        called=frozenset(),
+        unplaced=False,
+        aliases=MappingProxyType(aliases),
+        models=MappingProxyType(models),
+    )
 
 
 def _without_memory(model: ModelState, now: float | None) -> ModelState:

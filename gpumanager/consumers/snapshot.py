@@ -15,14 +15,21 @@ from gpumanager.model import (
     GpuState,
     Job,
     MemoryReading,
+    ModelListing,
     parts_of,
 )
+
+LISTED_SHARE = 0.15
+LISTED_MIB = 512
+"""On top of the size of a model's weights, for its buffers, its context of a usual length, and what
+the driver keeps for its process: a first guess, as llama.cpp's models of 2026 need it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The config in force; the state of each of its consumers, by name; the latest sample of the
-    card; and what was learned of each consumer, by name, as far as anything was.
+    card; what was learned of each consumer, by name, as far as anything was; and the models that
+    each said last that it offers, as far as anybody wanted to know.
 
     `states` also has the last state of the consumers that a reload has removed, for those who
     still work with a snapshot from before.
@@ -32,6 +39,7 @@ class Snapshot:
     states: Mapping[str, ConsumerState] = field(default_factory=lambda: MappingProxyType({}))
     gpu: GpuState = field(default_factory=GpuState)
     learned: Mapping[str, Figures] = field(default_factory=lambda: MappingProxyType({}))
+    listings: Mapping[str, ModelListing] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def consumers(self) -> Mapping[str, ConsumerConfig]:
@@ -47,7 +55,8 @@ class Snapshot:
         to be resident and work; with a `context` of so many tokens. It is a guess, unless it is
         declared: it may cost others an eviction, but refuses nothing.
 
-        A model of which nothing is known or declared is taken to need what its consumer does.
+        A model of which nothing is known or declared is taken to need its size, as its consumer
+        lists it, and some room; else what its consumer does.
         """
         owner, model = parts_of(name)
         consumer, needs = self.config.consumers[owner], self.learned.get(name, NOTHING).needs
@@ -55,10 +64,24 @@ class Snapshot:
         if declared is not None:
             return needs.of(declared, context)
         if needs.nothing:
-            return self.learned.get(owner, NOTHING).needs.of(consumer.declared, context)
+            usual = self.learned.get(owner, NOTHING).needs.of(consumer.declared, context)
+            listed_mib = self._listed_mib(owner, model)
+            if listed_mib is None or _holds_nothing(consumer, usual):
+                return usual
+            guess = needs.of(Declared(listed_mib, consumer.max_mib), context)
+            capped = guess.mib < listed_mib
+            return guess if capped else replace(guess, source="listed")
         if consumer.elastic:
             return needs.of(consumer.declared)
         return needs.of(Declared(0, consumer.max_mib), context)
+
+    def _listed_mib(self, owner: str, model: str | None) -> int | None:
+        """What a model of that size is likely to need, if its consumer lists its size."""
+        listing = self.listings.get(owner)
+        size_mib = None if listing is None or model is None else listing.sizes.get(model)
+        if size_mib is None or self.config.consumers[owner].elastic:
+            return None
+        return round(size_mib * (1 + LISTED_SHARE)) + LISTED_MIB
 
     def models(self, name: str) -> tuple[str, ...]:
         """The models of a consumer that count by themselves: those that are loaded, and those that
@@ -97,3 +120,9 @@ class Snapshot:
             return self
         config = self.config.model_copy(update={"consumers": {**consumers, name: settings}})
         return replace(self, config=config)
+
+
+def _holds_nothing(consumer: ConsumerConfig, usual: Figure) -> bool:
+    """Whether its jobs are known to hold nothing of the card, as on a CPU, whatever it lists."""
+    explicit = "vram_resident_mib" in consumer.model_fields_set
+    return usual.mib == 0 and (usual.source == "measured" or explicit)

@@ -43,6 +43,7 @@ def job_started(
         total_requests=state.total_requests + 1,
         last_used=now,
         loaded=True,
+        unplaced=state.unplaced or (tells and model is None),
         assumed=state.assumed if state.loaded else now,
         unloaded_at=None,
         resident_mib=state.resident_mib if state.loaded else None,
@@ -59,11 +60,20 @@ def job_finished(
     process_gone: bool,
     model: str | None = None,
     context: int | None = None,
+    called: str | None = None,
 ) -> ConsumerState:
     """See `Registry.job_finished`. What it reported before the job is a lower bound of what it
     holds now."""
     state = replace(
-        shares.job_finished(state, model, now, worked=worked, context=context, unloaded=unloaded),
+        shares.job_finished(
+            state,
+            model,
+            now,
+            worked=worked,
+            context=context,
+            unloaded=unloaded,
+            called=called,
+        ),
         active=state.active - 1,
         last_used=now,
         assumed=None if worked else state.assumed,
@@ -96,6 +106,8 @@ def set_loaded(
     state: ConsumerState, loaded: bool, now: float, model: str | None = None
 ) -> ConsumerState:
     """The broker itself loaded or unloaded it, or one model of it."""
+    if not loaded:
+        state = replace(state, called=frozenset())
     if model is not None:
         others = any(name != model for name in state.loaded_models)
         said_mib = None if loaded else state.model(model).reported_mib
@@ -191,9 +203,9 @@ def probe_succeeded(
     state = replace(state, tells=report.loaded is not None)
     if not current or state.active:
         return state
-    state = replace(state, on_cpu=report.on_cpu, items=report.items or ())
     if report.items is not None:
         state = shares.listed(state, report.items, report.details, now)
+    state = replace(state, on_cpu=report.on_cpu, items=report.items or ())
     loaded = state.loaded if report.loaded is None else report.loaded
     if report.loaded is not None:
         if state.loaded and not report.loaded and state.assumed is None:

@@ -225,6 +225,7 @@ class Hold:
                 process_gone=self._process_gone,
                 model=self._job.model,
                 context=self._job.context,
+                called=self._job.called,
             )
         finally:
             self._place.give_up()

@@ -13,7 +13,7 @@ from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.record import RequestRecord
 from gpumanager.jobs.routing import Router
-from gpumanager.model import Job, model_key, parts_of, resident_name
+from gpumanager.model import Job, parts_of, resident_name
 from gpumanager.scheduling.interface import Moves, PlannedVictim, Scheduler, Ticket
 from gpumanager.telemetry.events import Emit, Forgotten, Pinned, Unpinned
 from gpumanager.upstream.watcher import Watcher
@@ -116,16 +116,11 @@ class Operations:
         choice, place = self._places.chosen(lambda: self._router.choose((kind,), lambda: model))
         try:
             wanted = choice.served_as or model
-            if not place.config.counts_by_model:
+            if wanted is not None and place.config.counts_by_model:
+                wanted = self._router.counted_as(place.name, wanted)
+            else:
                 wanted = None
-            return self._plan(
-                Job(
-                    place.name,
-                    kind,
-                    model=None if wanted is None else model_key(wanted),
-                    context=context,
-                )
-            )
+            return self._plan(Job(place.name, kind, model=wanted, context=context))
         finally:
             place.give_up()
 

@@ -35,7 +35,8 @@ class Choice:
     """The consumer that gets a job of a kind, and the name that it is given for the model, None if
     that is the client's own. `makes_room` is False for one that only unloads. `model` is the model
     that it works with, where what the job needs depends on that, and `context` the context length
-    that it asks for, in tokens."""
+    that it asks for, in tokens. `called` is what the request calls its model, where its consumer
+    tells which models are loaded."""
 
     kind: str
     consumer: str
@@ -43,6 +44,7 @@ class Choice:
     makes_room: bool = True
     model: str | None = None
     context: int | None = None
+    called: str | None = None
 
 
 class Catalogue(Protocol):
@@ -163,19 +165,26 @@ class Router:
         """The config of one that was chosen."""
         return self._registry.now.consumers[name]
 
-    def is_known(self, name: str, model: str) -> bool:
-        """Whether a consumer surely means that model by that name: one that takes any name may
-        answer with another one."""
-        now = self._registry.now
-        if not now.consumers[name].any_model or model_key(model) in now.states[name].models:
-            return True
+    def counted_as(self, name: str, model: str) -> str | None:
+        """The name by which that model of a consumer's is counted. None if it is not known which
+        one the consumer means by that name: one that takes any may answer with another one."""
+        now, key = self._registry.now, model_key(model)
+        state, listing = now.states[name], now.listings.get(name)
+        if listing is not None and key in listing.aliases:
+            return listing.aliases[key]
+        if listing is not None and _is_listed(model, listing.names):
+            return key
+        if key in state.aliases:
+            return state.aliases[key]
+        if not now.consumers[name].any_model or key in state.models:
+            return key
         listed = self._catalogue.listed(name)
-        return listed is not None and _is_listed(model, listed.names)
+        return key if listed is not None and _is_listed(model, listed.names) else None
 
     def _offer(self, name: str, consumer: ConsumerConfig, wanted: str) -> Offer:
         asks = consumer.models is None
         listed = self._catalogue.listed(name, wanted=wanted) if asks else None
-        names = None if listed is None else listed.names
+        names = None if listed is None else (*listed.names, *listed.aliases)
         return Offer(name, consumer.models, names, consumer.any_model)
 
 

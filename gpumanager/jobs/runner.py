@@ -93,6 +93,7 @@ class JobRunner:
                 settings=consumer,
                 model=choice.model,
                 context=choice.context,
+                called=choice.called,
                 # Whom the broker has stopped, it has to start first.
                 makes_room=choice.makes_room
                 or self._means.registry.get(name).stopped_by is not None,

@@ -168,7 +168,10 @@ class ControlCalls:
         call = consumer.list_models or OPENAI_LIST
         answer = self._json(name, consumer, call, PROBE_TIMEOUT_S)
         names = _list(expressions.search(call.items, answer))
-        return None if names is None else ModelListing(names, _details(answer, names))
+        if names is None:
+            return None
+        sizes, aliases = _sizes_and_aliases(call, answer)
+        return ModelListing(names, _details(answer, names), sizes, aliases)
 
     # -- asynchronous jobs -----------------------------------------------------------------
 
@@ -397,6 +400,21 @@ def _details(answer: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]
         for name in (entry.get("id"), entry.get("name"))
         if isinstance(name, str) and name in wanted
     }
+
+
+def _sizes_and_aliases(call: ModelList, answer: Any) -> tuple[dict[str, int], dict[str, str]]:
+    """What a list says of its models' sizes, in MiB, and of their other names."""
+    sizes: dict[str, int] = {}
+    aliases: dict[str, str] = {}
+    found = expressions.search(call.details, answer)
+    for each in found if isinstance(found, list) else ():
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+            continue
+        name, mib = model_key(each["name"]), _mib(each.get("size"), call.unit)
+        if mib:
+            sizes[name] = mib
+        aliases |= dict.fromkeys(map(model_key, _names(each.get("aliases"))), name)
+    return sizes, aliases
 
 
 def _is_json(found: Any) -> bool:

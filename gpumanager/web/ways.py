@@ -176,9 +176,14 @@ class ModelRequest:
         if not consumer.counts_by_model:
             return choice
         model = choice.served_as or self._works_with(consumer)
-        if model is None or not router.is_known(choice.consumer, model):
+        if model is None:
             return choice
-        return replace(choice, model=model_key(model), context=self._context(consumer))
+        if consumer.tells_models_apart:
+            choice = replace(choice, called=model_key(model))
+        counted_as = router.counted_as(choice.consumer, model)
+        if counted_as is None:
+            return choice
+        return replace(choice, model=counted_as, context=self._context(consumer))
 
     def _works_with(self, consumer: ConsumerConfig) -> str | None:
         """The model that its consumer has to have loaded for it. Where that cannot be told, the

@@ -311,6 +311,8 @@ def test_the_list_of_models_finds_their_names(server: responses.RequestsMock, pr
     found = calls(preset).models("it")
     assert found is not None
     assert list(found.names) == example["names"]
+    assert found.sizes == example.get("sizes", {})
+    assert found.aliases == example.get("aliases", {})
 
 
 class Listed:

@@ -135,3 +135,94 @@ def test_what_it_said_of_one_that_was_unloaded_is_taken_off_its_own_sum() -> Non
         says(FRESH, 1, "a", "b", a=LoadedModel(5000), b=LoadedModel(1200)), resident_mib=6200
     )
     assert transitions.set_loaded(state, False, 2, "a").resident_mib == 1200
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def unknown_job(state: ConsumerState, called: str, held_mib: int, at: float) -> ConsumerState:
+    """A job whose model is not known by the name that it has there."""
+    state = transitions.job_started(state, at, None, tells=True)
+    state = shares.measured(state, held_mib, 0, at)
+    return transitions.job_finished(
+        state, at, worked=True, unloaded=None, process_gone=False, called=called
+    )
+
+
+def test_what_a_name_means_is_learned_from_what_was_loaded_for_it() -> None:
+    state = says(unknown_job(says(FRESH, 1), "gpt-4o", 5000, 2), 3, "qwen3:8b")
+    assert state.aliases == {"gpt-4o": "qwen3:8b"}
+    state = says(unknown_job(state, "gpt-4o", 5000, 4), 5, "qwen3:8b")  # it was there already
+    assert state.aliases == {"gpt-4o": "qwen3:8b"}
+    state = says(unknown_job(state, "gpt-4o", 2000, 6), 7, "small")  # it means another one now
+    assert state.aliases == {"gpt-4o": "small"}
+
+
+def test_what_a_name_means_is_not_guessed() -> None:
+    state = says(unknown_job(says(FRESH, 1, "a"), "x", 5000, 2), 3, "a")  # or it has unloaded it
+    assert state.aliases == {}
+    two = unknown_job(unknown_job(state, "x", 6000, 4), "y", 7000, 5)
+    assert says(two, 6, "a", "b").aliases == {}
+    assert says(unknown_job(state, "x", 9000, 4), 6, "a", "b", "c").aliases == {}
+    failed = transitions.job_finished(
+        transitions.job_started(state, 4, None, tells=True),
+        5,
+        worked=False,
+        unloaded=None,
+        process_gone=False,
+        called="x",
+    )
+    assert says(failed, 6, "a", "b").aliases == {}
+
+
+def test_a_name_that_is_listed_means_itself() -> None:
+    state = says(unknown_job(says(FRESH, 1), "x", 5000, 2), 3, "a")
+    assert says(state, 4, "a", "x").aliases == {}
+
+
+def test_the_other_names_are_bounded() -> None:
+    state = says(FRESH, 1)
+    for number in range(2 * shares.MOST_MODELS):
+        state = says(unknown_job(state, f"n{number}", 5000, number), number, f"m{number}")
+    assert len(state.aliases) == shares.MOST_MODELS
+    assert f"n{2 * shares.MOST_MODELS - 1}" in state.aliases
+
+
+def test_a_model_that_was_counted_by_another_name_is_not_counted_twice() -> None:
+    state = transitions.job_started(says(FRESH, 1), 2, "library/a", tells=True)
+    state = shares.measured(state, 5000, 0, 2)
+    state = transitions.job_finished(
+        state,
+        3,
+        worked=True,
+        unloaded=None,
+        process_gone=False,
+        model="library/a",
+        called="library/a",
+    )
+    state = says(state, 4, "a:latest")
+    assert held(state) == {"a": 5000}
+    assert state.models.keys() == {"a"}
+    assert state.aliases == {"library/a": "a"}
+
+
+def test_what_comes_with_a_job_whose_model_is_not_known_is_not_anothers() -> None:
+    state = says(after_job(FRESH, "a", 5000, 1), 1, "a")
+    state = unknown_job(state, "x", 9000, 2)
+    assert held(state) == {"a": 5000}
+    state = shares.measured(state, 9000, 0, 3)  # at rest, and it has not said what is there
+    assert held(state) == {"a": 5000}
+    state = shares.measured(says(state, 4, "a", "b"), 9000, 0, 5)
+    assert held(state) == {"a": 5000, "b": 4000}
+
+
+def test_the_only_model_has_what_came_with_a_job_that_loaded_no_other() -> None:
+    state = says(after_job(FRESH, "a", 5000, 1), 1, "a")
+    state = unknown_job(state, "x", 5400, 2)
+    assert held(state) == {"a": 5000}
+    assert held(shares.measured(says(state, 3, "a"), 5400, 0, 4)) == {"a": 5400}
+
+
+def test_models_that_were_there_before_the_broker_share_what_is_held() -> None:
+    state = says(FRESH, 1, "a", "b")
+    assert held(shares.measured(state, 8000, 0, 2)) == {"a": 4000, "b": 4000}
