@@ -12,7 +12,7 @@ from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy
 from gpumanager.simulation.eventlines import read
 from gpumanager.simulation.policies import Promise, played
 from gpumanager.simulation.recorded import Recorded, reconstruct
-from gpumanager.simulation.trace import Footprint, Trace
+from gpumanager.simulation.trace import Trace
 from gpumanager.simulation.workloads import WORKLOADS, workload
 from gpumanager.telemetry.eventfile import EventFile
 from tests.support.virtual import VirtualBroker
@@ -22,16 +22,11 @@ JOBS = 60
 POLICIES: dict[str, Policy] = {"fifo": FirstComeFirstServed(), "affinity": Affinity()}
 
 
-def of_consumers(trace: Trace) -> Trace:
-    """The same trace, where every resident is a consumer, and a client needs some ms to send its
-    next request: the event file tells times to the ms."""
-    short = {name: name.replace("/", "-") for name in trace.footprints}
-    sizes: dict[str, Footprint] = {short[name]: each for name, each in trace.footprints.items()}
-    tasks = tuple(
-        replace(task, needs=short[task.needs], think_s=max(0.005, task.think_s))
-        for task in trace.tasks
-    )
-    return replace(trace, footprints=sizes, tasks=tasks)
+def unhurried(trace: Trace) -> Trace:
+    """The same trace, where a client needs some ms to send its next request: the event file tells
+    times to the ms."""
+    tasks = tuple(replace(task, think_s=max(0.005, task.think_s)) for task in trace.tasks)
+    return replace(trace, tasks=tasks)
 
 
 def recorded(trace: Trace, policy: Policy, tmp_path: Path) -> Recorded:
@@ -50,7 +45,7 @@ def test_the_broker_and_the_simulator_decide_the_same(
     name: str, policy: str, tmp_path: Path
 ) -> None:
     for seed in (1, 2):
-        trace = of_consumers(workload(name, seed, JOBS))
+        trace = unhurried(workload(name, seed, JOBS))
         found = recorded(trace, POLICIES[policy], tmp_path)
         assert len(found.trace.tasks) == JOBS
         known = replace(found.trace, footprints=trace.footprints)  # as the broker did from before

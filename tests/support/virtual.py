@@ -21,6 +21,8 @@ from gpumanager.model import (
     MemoryReading,
     ProbeReport,
     StoppedBy,
+    parts_of,
+    resident_name,
 )
 from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.policy import Policy
@@ -35,23 +37,24 @@ SAMPLE_S = 0.5
 
 def config_of(trace: Trace) -> str:
     """The config that a broker for this trace has."""
-    consumers: dict[str, Any] = {
-        name: {
-            "url": "http://127.0.0.1:1",
-            "load": "/load",
-            "unload": "/unload",
-            "vram_resident_mib": size.mib,
-            "priority": size.priority,
-        }
-        for name, size in trace.footprints.items()
-    }
+    consumers: dict[str, Any] = {}
+    for resident, size in trace.footprints.items():
+        name, model = parts_of(resident)
+        has: dict[str, Any] = {"url": "http://127.0.0.1:1", "load": "/load", "unload": "/unload"}
+        if model is None:
+            consumers[name] = {**has, "vram_resident_mib": size.mib, "priority": size.priority}
+            continue
+        has |= {"probe": {"path": "/ps", "items": "models[].name"}, "models": []}
+        has["unload"] = {"path": "/unload", "for_each": "items", "json": {"model": "{item}"}}
+        consumer = consumers.setdefault(name, has)
+        consumer["models"].append({"name": model, "vram_mib": size.mib})
     gpu = {"reserved_mib": trace.reserved_mib}
     return yaml.safe_dump({"eviction": trace.order, "gpu": gpu, "consumers": consumers})
 
 
 class VirtualBroker:
-    """Serves the trace's tasks, by `policy`. Of consumers, not of their models. It knows what loads
-    and unloads take from the start, as one that has run for a while does."""
+    """Serves the trace's tasks, by `policy`. It knows from the start what loads and unloads take,
+    as one that has run for a while does."""
 
     def __init__(self, trace: Trace, policy: Policy) -> None:
         self.trace = trace
@@ -59,7 +62,7 @@ class VirtualBroker:
         self.events = EventLog(self.clock, keep=100_000)
         self.config = parse_config(config_of(trace))
         self.registry = Registry(self.config, self.clock, lambda consumer: False)
-        self.learned = Learned(trace.footprints)
+        self.learned = Learned(self.config.consumers)
         self.learned.publish(self.registry.learn)
         self.holds: dict[str, int] = {}
         self._began = self.clock.monotonic()
@@ -113,17 +116,18 @@ class VirtualBroker:
     def _serve(self, ticket: Any, task: Task) -> float:
         """Returns how long it ran."""
         ticket.wait()
-        registry, name = self.registry, task.needs
+        registry, (name, model) = self.registry, parts_of(task.needs)
         began = self.clock.monotonic()
-        assert registry.job_started(name).loaded
-        assert name in self.holds
+        assert registry.job_started(name, model).has_loaded(model)
+        assert task.needs in self.holds
         self._pass(task.run_s)
-        registry.job_finished(name)
+        registry.job_finished(name, model=model)
         seconds = self.clock.monotonic() - began
         job, came = ticket.job, began - ticket.prepared_s - ticket.waited_s
         self.events.emit(
             JobEnded(
                 consumer=job.consumer,
+                model=job.model,
                 kind=job.kind,
                 ticket=ticket.number,
                 arrived=rfc3339(wall_time(self.clock, came)),
@@ -137,7 +141,7 @@ class VirtualBroker:
                 wait_ms=round(ticket.waited_s * 1000, 1),
                 prepare_ms=round(ticket.prepared_s * 1000, 1),
                 run_ms=round(seconds * 1000, 1),
-                needed_mib=registry.now.needed(name).mib,
+                needed_mib=registry.now.needed(task.needs).mib,
                 total_mib=self.trace.total_mib,
             )
         )
@@ -151,9 +155,11 @@ class VirtualBroker:
     def _come(self) -> None:
         while self._due and self._due[0][0] <= self.clock.monotonic():
             _, _, task = heapq.heappop(self._due)
+            consumer, model = parts_of(task.needs)
             job = Job(
-                task.needs,
+                consumer,
                 task.kind,
+                model=model,
                 client=task.requester,
                 request_id=str(task.number),
                 urgency=task.urgency,
@@ -178,28 +184,32 @@ class VirtualBroker:
     # -- what the room maker asks of the world ---------------------------------------------------
 
     def measure(self) -> MemoryReading:
-        names, total = list(self.trace.footprints), self.trace.total_mib
-        used = sum(self.holds.values())
-        processes = tuple(GpuProcess(names.index(n) + 1, mib) for n, mib in self.holds.items())
-        holdings = Holdings({name: self.holds.get(name, 0) for name in names})
+        total, used = self.trace.total_mib, sum(self.holds.values())
+        held = dict.fromkeys(self.config.consumers, 0)
+        for resident, mib in self.holds.items():
+            held[parts_of(resident)[0]] += mib
+        processes = tuple(GpuProcess(pid, mib) for pid, mib in enumerate(held.values(), 1) if mib)
+        holdings = Holdings(held)
         reading = MemoryReading(total, used, total - used, processes=processes, holdings=holdings)
         self._sampled = self.clock.monotonic()
         self.registry.set_gpu(GpuState(reading, self._sampled))
         return reading
 
-    def load(self, name: str, *_: object) -> None:
-        self._pass(self.trace.footprints[name].load_s)
-        self.holds[name] = self.trace.footprints[name].mib
+    def load(self, name: str, _: object, model: str | None = None) -> None:
+        resident = resident_name(name, model)
+        self._pass(self.trace.footprints[resident].load_s)
+        self.holds[resident] = self.trace.footprints[resident].mib
 
     warm = load
 
-    def trim(self, name: str, *_: object) -> None:
-        raise NotImplementedError
-
-    def unload(self, name: str, *_: object) -> bool:
-        self._pass(self.trace.footprints[name].unload_s)
-        self.holds.pop(name, None)
+    def unload(self, name: str, _: object, model: str | None = None) -> bool:
+        resident = resident_name(name, model)
+        self._pass(self.trace.footprints[resident].unload_s)
+        self.holds.pop(resident, None)
         return True
+
+    def trim(self, name: str, *_: object) -> None:
+        raise AssertionError
 
     def busy(self, name: str, *_: object) -> bool | None:
         return None
