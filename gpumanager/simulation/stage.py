@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from gpumanager.consumers.footprint import REMEMBERED
-from gpumanager.model import Job, MemoryReading
+from gpumanager.model import Job, MemoryReading, parts_of
 from gpumanager.scheduling.estimate import RUN
 from gpumanager.scheduling.memory import Card, Standing
 from gpumanager.scheduling.policy import Prospect
@@ -46,15 +46,16 @@ class Stage:
         """What the job would find. What it usually takes is learned from jobs as they end, as the
         broker does; loads and unloads are known from the start."""
         trace, name = self.trace, job.resident
-        size, runs = trace.footprints[name], self._runs.get(name)
+        size, runs = trace.footprints[name], self._runs.get(name) or self._runs.get(job.consumer)
         used = sum(trace.footprints[each].mib for each in self._loaded)
         fits = size.mib <= trace.total_mib - trace.reserved_mib - used
         run_s = fmean(runs) if runs else RUN.mean
         return Prospect(name in self._loaded, fits, size.load_s, size.unload_s, run_s)
 
     def ran(self, name: str, seconds: float) -> None:
-        """A job of it has run for so long."""
-        self._runs.setdefault(name, deque(maxlen=REMEMBERED)).append(seconds)
+        """A job of it has run for so long. A model that has not is taken to be as its consumer."""
+        for each in dict.fromkeys((name, parts_of(name)[0])):
+            self._runs.setdefault(each, deque(maxlen=REMEMBERED)).append(seconds)
 
     def load(self, name: str) -> None:
         """It has been loaded."""

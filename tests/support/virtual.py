@@ -107,7 +107,8 @@ class VirtualBroker:
             seconds = self._serve(ticket, task)
             del self._open[number]
             ticket.close()
-            self.learned.ran(task.needs, seconds)  # once the next job has the GPU, as `Hold` does
+            for name in dict.fromkeys((ticket.job.consumer, task.needs)):
+                self.learned.ran(name, seconds)  # once the next job has the GPU, as `Hold` does
             now = self.clock.monotonic()
             for behind in self._behind.pop(task.number, ()):
                 self._comes_at(max(self._began + behind.at, now + behind.think_s), behind)
