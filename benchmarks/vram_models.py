@@ -2,8 +2,9 @@
 each, of which nothing is declared.
 
 The servers are fakes of Ollama, LocalAI and llama.cpp's router, each with the children that hold
-its models' memory. Jobs name their models; which model a job wants is drawn with Zipf's law from a
-seed. In `models` the servers' presets are as they come, so the broker knows each model's memory by
+its models' memory. Jobs name their models; which model a job wants is drawn from a seed by Zipf's
+law: the smaller a model, the more often, as with embeddings and titles beside an agent's coder. In
+`models` the servers' presets are as they come, so the broker knows each model's memory by
 itself; in `models-one-figure` the presets' `items` are taken away, so that there is one figure for
 a server, and all of its models go at once.
 """
@@ -109,10 +110,10 @@ class Meetings:
 
 def trace(jobs: int, seed: int) -> list[str]:
     """The model of each job."""
-    chance = random.Random(seed)
-    models = [model for sizes in SERVERS.values() for model in sizes]
-    chance.shuffle(models)
-    return chance.choices(models, [1 / rank for rank in range(1, len(models) + 1)], k=jobs)
+    sizes = {model: mib for models in SERVERS.values() for model, mib in models.items()}
+    models = sorted(sizes, key=lambda model: sizes[model])
+    weights = [1 / rank for rank in range(1, len(models) + 1)]
+    return random.Random(seed).choices(models, weights, k=jobs)
 
 
 def config(card: SimulatedCard, fakes: dict[str, Running], one_figure: bool) -> dict[str, Any]:
