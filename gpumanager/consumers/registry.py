@@ -266,7 +266,7 @@ class Registry:
         """All of its memory, or its model's, was seen to be back: what it holds from now on was
         loaded since."""
         if model is not None:
-            self._change_model(name, model, unloaded_at=None)
+            self._change(name, lambda state: transitions.came_back(state, model))
         else:
             self._change(name, lambda state: replace(state, unloaded_at=None))
 

@@ -138,6 +138,18 @@ def set_loaded(
     )
 
 
+def came_back(state: ConsumerState, model: str) -> ConsumerState:
+    """All that a model held was seen to be back: a probe that was answered before that may have
+    listed it all the same, as a server does whose unload takes its time."""
+    known = state.model(model)
+    if known.active:
+        return shares.with_models(state, {model: replace(known, unloaded_at=None)})
+    known = replace(known, loaded=False, sure=False, held_mib=0, unloaded_at=None)
+    state = shares.with_models(state, {model: known})
+    loaded = state.loaded and (bool(state.loaded_models) or state.active > 0)
+    return replace(state, loaded=loaded, residency_version=state.residency_version + 1)
+
+
 def drop_assumption(state: ConsumerState) -> ConsumerState:
     """It cannot be loaded, as was assumed; unless it was confirmed meanwhile, or works on a job."""
     if state.assumed is None or state.active:

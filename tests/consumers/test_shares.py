@@ -226,3 +226,26 @@ def test_the_only_model_has_what_came_with_a_job_that_loaded_no_other() -> None:
 def test_models_that_were_there_before_the_broker_share_what_is_held() -> None:
     state = says(FRESH, 1, "a", "b")
     assert held(shares.measured(state, 8000, 0, 2)) == {"a": 4000, "b": 4000}
+
+
+def test_a_list_from_before_all_was_back_says_nothing() -> None:
+    """A router lists a model as loaded until its process has ended."""
+    state = after_job(after_job(FRESH, "a", 5000, 1), "b", 6200, 2)
+    state = transitions.set_loaded(state, False, 3, "a")
+    seen = state.residency_version
+    state = says(state, 4, "a", "b")
+    assert set(held(state)) == {"a", "b"}
+    state = transitions.came_back(state, "a")
+    assert held(state) == {"b": 1200}
+    assert state.loaded
+    late = ProbeReport(loaded=True, items=("a", "b"))  # asked before, answered after
+    state = transitions.probe_succeeded(state, late, 5, seen_version=seen, assumed_loaded=False)
+    assert held(state) == {"b": 1200}
+    state = transitions.came_back(transitions.set_loaded(state, False, 6, "b"), "b")
+    assert (held(state), state.loaded) == ({}, False)
+
+
+def test_one_that_works_again_when_its_memory_was_back_stays_loaded() -> None:
+    state = transitions.set_loaded(after_job(FRESH, "a", 5000, 1), False, 2, "a")
+    state = transitions.came_back(transitions.job_started(state, 3, "a", tells=True), "a")
+    assert state.loaded_models == ("a",)
