@@ -141,10 +141,14 @@ class Census:
     def _model_standing(self, resident: Resident, state: ModelState, now: Balance) -> Standing:
         demand = self.demand(resident.name, now)
         lucky = resident if state.sure else replace(resident, loaded=False, held_mib=0)
+        owner, model = parts_of(resident.name)
+        guessed = self.snapshot.consumers[owner].declared_for(model) is None
+        guessed = guessed and self.snapshot.figures(resident.name).needs.nothing
         return Standing(
             resident,
             demand,
-            self._declared_mib(resident.name),
+            # What another model of its consumer needs is no reason to refuse this one.
+            0 if guessed else self._declared_mib(resident.name),
             resident.floor_mib,
             lucky,
             resident.held_mib,
