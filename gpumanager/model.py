@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Literal
@@ -260,6 +260,11 @@ class Growth:
         if self.verdict != "leaks" or self.over != "jobs":
             return 0
         return min(self.grown_mib, round(self.mib_per_job * self.jobs))
+
+    @property
+    def anew(self) -> Growth:
+        """As of the next load: what it is known to do, without what it holds."""
+        return replace(self, grown_mib=0, jobs=0, trims_to_mib=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ were seen to hold, and by what it took when it ran out of memory. Plain data; no
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -141,6 +142,7 @@ class Footprint:
         }
         self._current: dict[Seen, tuple[int, float]] = {}
         self._since_load = 0
+        self._leaks = False
         # Of which sources the last job has a peak; None if what is seen now is not of that job.
         self._last: set[Seen] | None = None
         self._raised: Raised | None = None
@@ -184,6 +186,7 @@ class Footprint:
 
     def unloaded(self) -> None:
         self.discard()
+        self._leaks = False
         self._since_load = 0
 
     def spilled(self) -> None:
@@ -192,6 +195,26 @@ class Footprint:
         for _ in range(min(self._since_load, len(self._peaks["measured"]))):
             self._peaks["measured"].pop()
         self._since_load = 0
+
+    def without(self, leaked: Sequence[tuple[float, int]]) -> None:
+        """Its consumer turned out to leak: of what its jobs were seen to hold, what had leaked
+        before each of them was not what that needed. `leaked` says since when how much had. Taken
+        off once since its load: of what is seen after that, it is taken off before."""
+        if self._leaks:
+            return
+        self._leaks = True
+        known = [at for at, _ in leaked]
+
+        def less(peak: tuple[int, float]) -> tuple[int, float]:
+            mib, at = peak
+            seen = bisect_left(known, at)
+            return (max(0, mib - leaked[seen - 1][1]), at) if seen else peak
+
+        peaks = self._peaks["measured"]
+        for position, peak in enumerate(peaks):
+            peaks[position] = less(peak)
+        if "measured" in self._current:
+            self._current["measured"] = less(self._current["measured"])
 
     def raise_to(self, mib: int, at: float) -> None:
         """It ran out of memory, and needs so much at least."""

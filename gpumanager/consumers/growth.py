@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpumanager.model import Growth
 
@@ -62,6 +62,15 @@ def tolerance(mib: float) -> float:
     return max(TOLERANCE_MIB, TOLERANCE_SHARE * mib)
 
 
+class _Level(NamedTuple):
+    """What it held at rest after so many jobs since its load, in MiB, and when that was seen, in
+    seconds since the epoch."""
+
+    jobs: int
+    mib: int
+    at: float
+
+
 class GrowthWatch:
     """Of one consumer. Times are seconds since the epoch; `jobs` counts the jobs that it ever
     had."""
@@ -80,8 +89,8 @@ class GrowthWatch:
         """Forget the levels: it was loaded anew, after so many jobs, or gave something back."""
         self._jobs_before = jobs
         self._fresh = fresh
-        self._recent: deque[tuple[int, int]] = deque(maxlen=ENOUGH)
-        self._all: list[tuple[int, int]] = []
+        self._recent: deque[_Level] = deque(maxlen=ENOUGH)
+        self._all: list[_Level] = []
         # Each of these is of `_every` jobs, but the last one, which is of `_in_last` so far.
         self._every = self._in_last = 1
 
@@ -101,7 +110,7 @@ class GrowthWatch:
         if self._trims_to is not None:
             self._trims_to = min(mib, self._trims_to)
         grown_mib = max(0, mib - (self._fresh or 0))
-        if self._note(mib, jobs - self._jobs_before):
+        if self._note(_Level(jobs - self._jobs_before, mib, at)):
             self._judge(mib, at)
         elif (grown_mib, self._trims_to) != (self.growth.grown_mib, self.growth.trims_to_mib):
             self.growth = replace(self.growth, grown_mib=grown_mib, trims_to_mib=self._trims_to)
@@ -122,7 +131,7 @@ class GrowthWatch:
             self._loaded, self._floor = False, None
         self._floor = mib if self._floor is None else min(mib, self._floor)
         self._trims_to = None
-        self.growth = replace(self.growth, grown_mib=0, trims_to_mib=None)
+        self.growth = self.growth.anew
         if mib == 0 and self.growth.over == "loads":  # ended with its process
             self._loads.clear()
             self.growth = replace(self.growth, verdict="unknown", mib_per_load=0, over="", at=at)
@@ -131,40 +140,46 @@ class GrowthWatch:
     def _fell(self, mib: int, jobs: int) -> bool:
         """Whether it has given back so much that a new count begins. What a job held is often on
         its way back when it is over."""
-        if self._fresh is None or not self._recent or self._recent[-1][0] == jobs:
+        if self._fresh is None or not self._recent or self._recent[-1].jobs == jobs:
             return False
-        last = self._recent[-1][1]
+        last = self._recent[-1].mib
         return last - mib > max(tolerance(last), (last - self._fresh) / 2)
 
-    def _note(self, mib: int, jobs: int) -> bool:
+    def _note(self, level: _Level) -> bool:
         """True if that is news: most looks at one that has nothing to do are none."""
-        if jobs <= 1:
+        if level.jobs <= 1:
             first = self._fresh is None
-            self._fresh = mib if self._fresh is None else min(mib, self._fresh)
+            self._fresh = level.mib if self._fresh is None else min(level.mib, self._fresh)
             if first:
-                self._loads.append((self._floor, mib))
+                self._loads.append((self._floor, level.mib))
             elif self._loads:
                 self._loads[-1] = (self._loads[-1][0], self._fresh)
         elif self._fresh is None:
-            self._fresh = mib
-        if self._recent and self._recent[-1][0] == jobs:
-            if mib >= self._recent[-1][1]:
+            self._fresh = level.mib
+        if self._recent and self._recent[-1].jobs == level.jobs:
+            if level.mib >= self._recent[-1].mib:
                 return False
-            self._recent[-1] = (jobs, mib)
-            self._all[-1] = (jobs, min(mib, self._all[-1][1]))
+            self._recent[-1] = level
+            self._all[-1] = _lower(self._all[-1], level)
             return True
-        self._recent.append((jobs, mib))
+        self._recent.append(level)
         if self._in_last < self._every:
             self._in_last += 1
-            self._all[-1] = (jobs, min(mib, self._all[-1][1]))
+            self._all[-1] = _lower(self._all[-1], level)
             return True
         if len(self._all) == MOST:
             pairs = zip(self._all[::2], self._all[1::2], strict=True)
-            self._all = [(second[0], min(first[1], second[1])) for first, second in pairs]
+            self._all = [_lower(first, second) for first, second in pairs]
             self._every *= 2
-        self._all.append((jobs, mib))
+        self._all.append(level)
         self._in_last = 1
         return True
+
+    def leaked(self) -> list[tuple[float, int]]:
+        """What it had leaked since it was loaded, and at rest since when, the latest last."""
+        fresh, recent = self._fresh or 0, list(self._recent)
+        before = [each for each in self._all if not recent or each.at < recent[0].at]
+        return [(each.at, max(0, each.mib - fresh)) for each in (*before, *recent)]
 
     # -- what follows ----------------------------------------------------------------------
 
@@ -183,10 +198,10 @@ class GrowthWatch:
             # What it did before it was unloaded is the best guess.
             after = Growth() if before.over == "loads" else before
         else:
-            last = [level for _, level in list(self._recent)[-SOME:]]
+            last = [level.mib for level in list(self._recent)[-SOME:]]
             rise = (max(last) if before.verdict == "grows" else min(last)) - fresh
             if rise > tolerance(fresh):
-                after = Growth("grows", mib_per_job=round(rise / self._recent[-1][0], 1))
+                after = Growth("grows", mib_per_job=round(rise / self._recent[-1].jobs, 1))
             else:
                 after = Growth("steady")
         same = (after.verdict, after.over) == (before.verdict, before.over)
@@ -194,7 +209,7 @@ class GrowthWatch:
             after,
             fresh_mib=fresh,
             grown_mib=grown,
-            jobs=0 if not self._recent else self._recent[-1][0],
+            jobs=0 if not self._recent else self._recent[-1].jobs,
             trims_to_mib=self._trims_to,
             at=before.at if same and before.at is not None else at,
         )
@@ -265,6 +280,11 @@ class Growths:
             watch = self._watches.setdefault(name, GrowthWatch())
             return watch.trimmed(before_mib, after_mib)
 
+    def leaked(self, name: str) -> list[tuple[float, int]]:
+        """See `GrowthWatch.leaked`."""
+        with self._lock:
+            return self._watches.setdefault(name, GrowthWatch()).leaked()
+
     def forget(self, name: str) -> None:
         """Forget all of one consumer."""
         with self._lock:
@@ -283,12 +303,17 @@ class Growths:
             self._watches[name] = watch
 
 
-def _leak(levels: Sequence[tuple[int, int]]) -> float | None:
+def _lower(before: _Level, after: _Level) -> _Level:
+    """Both in one: as of the later, and as low as the lower."""
+    return after._replace(mib=min(before.mib, after.mib))
+
+
+def _leak(levels: Sequence[_Level]) -> float | None:
     """MiB per job, if these levels are those of a leak; else None."""
     if len(levels) < ENOUGH:
         return None
     parts = [
-        median(mib for _, mib in levels[i * len(levels) // 8 : (i + 1) * len(levels) // 8])
+        median(mib for _, mib, _ in levels[i * len(levels) // 8 : (i + 1) * len(levels) // 8])
         for i in range(8)
     ]
     if parts[-1] - parts[0] < tolerance(parts[0]):
@@ -300,21 +325,21 @@ def _leak(levels: Sequence[tuple[int, int]]) -> float | None:
     return _slope(levels) if rises >= 6 and goes_on and _straight(levels) >= STRAIGHT else None
 
 
-def _slope(levels: Sequence[tuple[int, int]]) -> float:
+def _slope(levels: Sequence[_Level]) -> float:
     """MiB per job, by least squares."""
-    x, y = fmean(jobs for jobs, _ in levels), fmean(mib for _, mib in levels)
-    spread = sum((jobs - x) ** 2 for jobs, _ in levels)
+    x, y = fmean(jobs for jobs, _, _ in levels), fmean(mib for _, mib, _ in levels)
+    spread = sum((jobs - x) ** 2 for jobs, _, _ in levels)
     if not spread:
         return 0.0
-    return sum((jobs - x) * (mib - y) for jobs, mib in levels) / spread
+    return sum((jobs - x) * (mib - y) for jobs, mib, _ in levels) / spread
 
 
-def _straight(levels: Sequence[tuple[int, int]]) -> float:
+def _straight(levels: Sequence[_Level]) -> float:
     """How much of the variance a straight line explains, from 0 to 1."""
-    x, y = fmean(jobs for jobs, _ in levels), fmean(mib for _, mib in levels)
+    x, y = fmean(jobs for jobs, _, _ in levels), fmean(mib for _, mib, _ in levels)
     slope = _slope(levels)
-    total = sum((mib - y) ** 2 for _, mib in levels)
-    left = sum((mib - y - slope * (jobs - x)) ** 2 for jobs, mib in levels)
+    total = sum((mib - y) ** 2 for _, mib, _ in levels)
+    left = sum((mib - y - slope * (jobs - x)) ** 2 for jobs, mib, _ in levels)
     return 0.0 if not total else 1 - left / total
 
 

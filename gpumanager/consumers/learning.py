@@ -220,6 +220,17 @@ class Learned:
             self._record(name).footprint.spilled()
             self._changed(name)
 
+    def leaks(self, name: str) -> None:
+        """It turned out to leak with its jobs: what had leaked by then is taken from what they, and
+        those with each of its models, were seen to hold."""
+        leaked = self.growths.leaked(name)
+        with self._lock:
+            for each, record in self._records.items():
+                if parts_of(each)[0] == name:
+                    record.footprint.without(leaked)
+                    self._changed(each)
+            self._changes += 1
+
     def failed(self, name: str) -> None:
         """A job of it has failed: what it held meanwhile says nothing."""
         with self._lock:

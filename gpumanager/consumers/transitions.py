@@ -44,6 +44,7 @@ def job_started(
         last_used=now,
         loaded=True,
         unplaced=state.unplaced or (tells and model is None),
+        growth=state.growth if state.loaded else state.growth.anew,
         assumed=state.assumed if state.loaded else now,
         unloaded_at=None,
         resident_mib=state.resident_mib if state.loaded else None,
@@ -128,6 +129,7 @@ def set_loaded(
     return replace(
         state,
         loaded=loaded,
+        growth=state.growth.anew,
         assumed=None,
         unloaded_at=None if loaded else now,
         resident_mib=None if loaded else 0,

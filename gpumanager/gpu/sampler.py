@@ -122,6 +122,8 @@ class Sampler:
             was, now = growths.unloaded(name, mib, jobs, at)
         self._registry.note_growth(name, now)
         if now.verdict == "leaks" and (was.verdict, was.over) != (now.verdict, now.over):
+            if now.over == "jobs":
+                self._learned.leaks(name)
             self._emit(
                 events.Leaking(
                     consumer=name,

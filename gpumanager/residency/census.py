@@ -136,6 +136,7 @@ class Census:
             lucky_surely_mib,
             still_mib if self._is_coming(state) else 0,
             still_mib if self._is_late(state) else 0,
+            0 if state.active or self._shares[name] else state.growth.leaked_mib,
         )
 
     def _model_standing(self, resident: Resident, state: ModelState, now: Balance) -> Standing:

@@ -83,7 +83,7 @@ class Prepare:
 class MakeRoom:
     """The first of the victims is unloaded for this job, or, by the method `trim`, gives back what
     it can while it stays loaded; then it is decided anew. None of them works on a job of the
-    broker."""
+    broker. It is the job's own consumer only if that has leaked what is missing."""
 
     ticket: int
     victims: tuple[Resident, ...]
@@ -195,6 +195,8 @@ def _make_room(picture: Picture, ticket: int) -> Decision:
         return Wait("memory")
     if now.trims:
         return MakeRoom(ticket, now.trims, "trim")
+    if now.leaking is not None:
+        return MakeRoom(ticket, (now.leaking,))
     if now.plan.victims:
         return MakeRoom(ticket, now.plan.victims)
     if now.may_come_late or so_far.more_to_come:

@@ -38,6 +38,7 @@ class Standing:
     that is so, and nothing is wrong that is only assumed; `lucky_surely_mib`: what it holds for
     its own next job then. `coming_mib` is what it was unloaded of lately, and still holds;
     `late_mib` what of that is overdue, if that is why it is in quarantine for the first time.
+    `leaked_mib` is what it holds that its own next job cannot use, and an unload would give back.
     """
 
     resident: Resident
@@ -48,6 +49,7 @@ class Standing:
     lucky_surely_mib: int
     coming_mib: int = 0
     late_mib: int = 0
+    leaked_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class Look:
     lately and is still held; `late_mib` what is overdue of it, of those that are in quarantine for
     the first time because of that. `trims` are those that give back something first, while they
     stay loaded: enough, so that nobody has to go, or all that can, before the job is refused, or
-    tried although it does not fit."""
+    tried although it does not fit. `leaking` is the target itself, if there is no room for what its
+    job needs beside what it has leaked, but would be after its own unload."""
 
     target: str
     plan: Plan
@@ -117,6 +120,7 @@ class Look:
     coming_mib: int = 0
     late_mib: int = 0
     trims: tuple[Resident, ...] = ()
+    leaking: Resident | None = None
 
     @property
     def short_mib(self) -> int:
@@ -166,6 +170,7 @@ def look(
         sum(each.coming_mib for each in card.standings.values()),
         sum(each.late_mib for each in card.standings.values()),
         () if plan.fits else _trims(card, demand, now, plan, spared | trimmed),
+        _leaking(card, target, plan, spared),
     )
 
 
@@ -255,6 +260,15 @@ def _spared(card: Card, spared: Set[str]) -> list[Resident]:
         for name, each in card.standings.items()
         if spared.isdisjoint((name, each.resident.consumer))
     ]
+
+
+def _leaking(card: Card, target: str, plan: Plan, spared: Set[str]) -> Resident | None:
+    """The target itself, if it is to be unloaded before its own job."""
+    standing = card.standing(target)
+    own, leaked_mib = standing.resident, standing.leaked_mib
+    helps = plan.attempt or (plan.in_vain and plan.short_mib <= leaked_mib)
+    may_go = own.evictable and spared.isdisjoint((own.name, own.consumer))
+    return own if leaked_mib and helps and may_go else None
 
 
 def _residents(card: Card, spared: Set[str], *, hopeful: bool = False) -> list[Resident]:

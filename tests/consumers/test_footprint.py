@@ -180,3 +180,18 @@ def test_all_of_it_outlives_a_restart() -> None:
     assert again.raised(7) == footprint.raised(7)
     assert again.needed(Declared(0), 7) == footprint.needed(Declared(0), 7)
     assert Footprint.from_data(data, KEPT_S + 10).peak is None
+
+
+def test_what_had_leaked_before_each_job_is_not_what_that_needed() -> None:
+    footprint = Footprint()
+    for job in range(5):
+        footprint.saw(4000 + 100 * job, "measured", 10.0 * job + 5)
+        footprint.job_done(10.0 * job + 6)
+    footprint.saw(4500, "measured", 55.0)
+    # Seen at rest after each of them.
+    footprint.without([(10.0 * job + 8, 100 * job + 100) for job in range(5)])
+    assert [mib for mib, _ in footprint._peaks["measured"]] == [4000] * 5
+    assert footprint._current["measured"][0] == 4000
+    assert footprint.needed(Declared(), 60.0).mib == 4000
+    footprint.without([(0.0, 1000)])  # told a second time
+    assert footprint.needed(Declared(), 60.0).mib == 4000

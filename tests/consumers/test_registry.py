@@ -13,6 +13,7 @@ from gpumanager.model import (
     RELEASE_S,
     ConsumerState,
     GpuState,
+    Growth,
     Holdings,
     MemoryReading,
     ProbeReport,
@@ -480,3 +481,20 @@ def test_what_it_still_reports_long_after_an_unload_is_loaded() -> None:
     clock.advance(RELEASE_S)
     probe(registry, mib=2800)
     assert registry.get("mvoice").loaded
+
+
+# -- growth --------------------------------------------------------------------------------------
+
+
+def test_what_has_leaked_is_over_with_an_unload_and_the_leak_is_known_all_the_same() -> None:
+    registry = registry_of({"tts": True}, FakeClock())
+    leaks = Growth("leaks", "jobs", 3000, grown_mib=900, mib_per_job=10.0, jobs=90)
+    registry.note_growth("tts", leaks)
+    registry.job_started("tts")
+    assert registry.get("tts").growth == leaks
+    registry.job_finished("tts")
+    registry.set_loaded("tts", False)
+    assert registry.get("tts").growth == Growth("leaks", "jobs", 3000, mib_per_job=10.0)
+    registry.note_growth("tts", leaks)  # a look from before
+    registry.job_started("tts")
+    assert registry.get("tts").growth.leaked_mib == 0

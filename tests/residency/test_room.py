@@ -761,6 +761,21 @@ def test_what_leaks_with_its_jobs_is_unloaded_by_its_call() -> None:
     assert bench.calls == ["unload tts"]
 
 
+def test_what_has_leaked_too_much_for_its_own_next_job_is_loaded_anew_for_it() -> None:
+    settings = {"vram_resident_mib": 3000, "load": "/load", "pinned": False}
+    bench = attributed({**THREE, "tts": settings}, total=9000)
+    bench.resident("tts", used=5)
+    for _ in range(3):
+        bench.learned.held("tts", 4000)  # at work
+        bench.learned.ran("tts", 1)
+    bench.holds["tts"] = 8500
+    growth = Growth("leaks", "jobs", 3000, grown_mib=5500, mib_per_job=100.0, jobs=55)
+    bench.registry.note_growth("tts", growth)
+    bench.make_room("tts")
+    assert bench.calls == ["unload tts", "load tts"]
+    assert outcome(bench) == [("http", "released")]
+
+
 def test_what_leaks_by_every_method_is_quarantined_and_the_next_goes() -> None:
     bench = attributed(THREE, total=11_500)
     bench.leaking = {"tts"}

@@ -353,3 +353,33 @@ def test_for_a_job_that_ran_out_of_memory_all_others_may_be_trimmed() -> None:
     )
     assert [each.name for each in idle_trims(picture)] == ["stt", "tts"]
     assert idle_trims(replace(picture, card=None)) == []
+
+
+# -- leaks ---------------------------------------------------------------------------------------
+
+
+def leaking(mib: int, **resident: Any) -> Card:
+    """A card without room for the next job of llm, which has leaked so much."""
+    known = card(llm=(6000, 5000), tts=(500, 500))
+    known = replace(known, reading=MemoryReading(9000, 9000, 0))
+    own = replace(known.standings["llm"].resident, **resident)
+    return but(known, "llm", resident=own, lucky=own, leaked_mib=mib)
+
+
+def test_one_that_has_leaked_what_its_own_job_lacks_is_unloaded_for_it() -> None:
+    """500 of the 1000 that are missing are the other one's."""
+    assert chosen(step(leaking(500))) == ("unload", ["llm"])
+    assert isinstance(step(leaking(499)), Refuse)
+
+
+def test_it_is_not_if_unloading_others_is_enough() -> None:
+    known = leaking(3000)
+    tts = replace(known.standings["tts"].resident, held_mib=1000)
+    assert chosen(step(but(known, "tts", resident=tts, lucky=tts))) == ("unload", ["tts"])
+
+
+def test_it_is_not_while_another_job_of_it_runs_or_it_may_not_go_or_was_tried() -> None:
+    pair = Picture(running=running("llm", "llm"), card=leaking(3000), preparing=11)
+    assert isinstance(decide(pair, SEVERAL), Refuse | Wait)
+    assert isinstance(step(leaking(3000, evictable=False)), Refuse)
+    assert isinstance(step(leaking(3000), SoFar(tried=frozenset({"llm"}))), Refuse)
