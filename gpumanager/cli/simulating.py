@@ -102,7 +102,7 @@ def simulate(
 
 
 @main.command()
-@click.argument("events", nargs=-1, required=True)
+@click.argument("events", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @click.option(
     "--config",
     "config_path",

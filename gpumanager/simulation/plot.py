@@ -27,13 +27,15 @@ _COLOURS = (
 )
 _SWAP = "#c8c8c8"
 _JOINED_S = 0.02
+_MOST_SPANS = 2000
+_MOST_POINTS = 500
 _DASHES = ("none", "6 3", "2 2", "8 3 2 3", "1 3")
 
 
 def svg(comparison: Comparison) -> str:
     """The picture, as text."""
     courses = comparison.all_courses
-    names = sorted({task.needs for task in comparison.trace.tasks})
+    names = sorted({job.task.needs for course in courses for job in course.jobs})
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)}
     lanes = len(courses) * (_ROW + _GAP)
     height = _TOP + lanes + 60 + _CURVES + 70
@@ -62,7 +64,10 @@ def _lane(root: Element, course: Course, y: float, last: float, colours: Mapping
     _text(root, _LEFT - 8, y + _ROW - 8, course.policy, anchor="end")
     width = WIDTH - _LEFT - _RIGHT
     _add(root, "rect", x=_LEFT, y=y, width=width, height=_ROW, fill="#f4f4f4")
-    for begin, end, colour in _spans(course, colours):
+    spans = list(_spans(course, colours))
+    if len(spans) > _MOST_SPANS:
+        spans = list(_columns(spans, last / width))
+    for begin, end, colour in spans:
         x = _x(begin, last)
         width_of_span = max(0.3, _x(end, last) - x)
         _add(root, "rect", x=x, y=y, width=width_of_span, height=_ROW, fill=colour)
@@ -90,6 +95,23 @@ def _spans(course: Course, colours: Mapping[str, str]) -> Iterator[tuple[float, 
     yield begin, end, colour
 
 
+def _columns(
+    spans: Sequence[tuple[float, float, str]], wide_s: float
+) -> Iterator[tuple[float, float, str]]:
+    """Of so many spans that they are narrower than a line: what was done for longest in each part
+    of `wide_s` seconds, if that was at least half of it."""
+    shares: dict[int, dict[str, float]] = {}
+    for begin, end, colour in spans:
+        for column in range(int(begin / wide_s), int(end / wide_s) + 1):
+            inside = min(end, (column + 1) * wide_s) - max(begin, column * wide_s)
+            share = shares.setdefault(column, {})
+            share[colour] = share.get(colour, 0.0) + max(0.0, inside)
+    for column, share in sorted(shares.items()):
+        if sum(share.values()) >= wide_s / 2:
+            longest = max(share, key=lambda colour: share[colour])
+            yield column * wide_s, (column + 1) * wide_s, longest
+
+
 def _axis(root: Element, y: float, last: float) -> None:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = _x(share * last, last)
@@ -107,7 +129,9 @@ def _curves(root: Element, courses: Sequence[Course], y: float) -> None:
         _text(root, _LEFT - 8, at + 4, f"{share:.0%}", anchor="end")
     for place, course in enumerate(courses):
         waits = sorted(job.waited_s for job in course.jobs)
-        points = [(0.0, 0.0)] + [(wait, (n + 1) / len(waits)) for n, wait in enumerate(waits)]
+        every = max(1, len(waits) // _MOST_POINTS)
+        points = [(0.0, 0.0)]
+        points += [(wait, (n + 1) / len(waits)) for n, wait in enumerate(waits) if n % every == 0]
         points.append((longest, 1.0))
         colour = _COLOURS[place % len(_COLOURS)]
         drawn = [

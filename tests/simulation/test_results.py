@@ -5,9 +5,9 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from gpumanager.simulation.plot import svg
-from gpumanager.simulation.policies import POLICIES, Promise, compared
+from gpumanager.simulation.policies import POLICIES, Comparison, Promise, compared
 from gpumanager.simulation.results import figures, overtakes, percentile, waits
-from gpumanager.simulation.trace import Course, Move, Played, Task
+from gpumanager.simulation.trace import Course, Move, Played, Task, Trace
 from gpumanager.simulation.workloads import WORKLOADS, at_once, workload
 
 
@@ -69,3 +69,9 @@ def test_workloads_are_the_same_for_the_same_seed() -> None:
         together = at_once(few)
         assert max(task.at for task in together.tasks) <= 1.0
         assert all(task.after is None for task in together.tasks)
+
+
+def test_a_picture_of_many_jobs_is_no_larger() -> None:
+    jobs = tuple(done(n, n * 1.0, n * 1.0, n + (0.9 if n % 2 else 0.2)) for n in range(20_000))
+    drawn = svg(Comparison(Trace("long", 1000, {}, ()), (Course("fifo", jobs),)))
+    assert len(drawn) < 200_000
