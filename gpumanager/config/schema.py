@@ -347,6 +347,10 @@ class SchedulerConfig(Model):
     """With `policy: affinity`, no job is overtaken for longer by jobs whose turn it is not."""
     max_overtaken_by: Annotated[StrictInt, Field(ge=0, le=1000)] = 20
     """With `policy: affinity`, no job is overtaken by more jobs whose turn it is not."""
+    hold: Duration = 0.0
+    """With `policy: affinity`, a long job of an urgency from 4 to 7 is held back for so long at
+    most after a job of a conversation, if the next one of it is about to come, as was learned. 0:
+    never."""
 
 
 class AuthConfig(Model):

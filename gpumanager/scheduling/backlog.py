@@ -17,6 +17,7 @@ whoever is in charge of it. No threads, no I/O and no clock: time comes in as a 
         else:
             break                               # until the next arrival or end
     ...
+    # Wait("hold") gives a time: decide again then, if nothing happened before.
     backlog.end(ticket, now)                    # its job is over: decide again
     backlog.remove(ticket)                      # or it left while it waited: decide again
 
@@ -27,13 +28,15 @@ placed (`Refuse`) is ended like one that ran.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import islice
 from typing import Protocol
 
 from gpumanager.model import Job
 from gpumanager.scheduling.decision import Picture, SoFar
+from gpumanager.scheduling.holds import Conversations, hold_until
 from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Affinity, Claim, Policy, Prospect, Running, Waiting
 from gpumanager.scheduling.turns import Turns
@@ -60,6 +63,9 @@ class Backlog:
         self._policy = policy
         self._sight = sight
         self._turns = Turns() if isinstance(policy, Affinity) else None
+        self._conversations = None
+        if isinstance(policy, Affinity) and policy.hold:
+            self._conversations = Conversations(policy.hold)
         # OrderedDict, not dict: finding the first of a dict whose head was deleted many times
         # walks over the holes.
         self.waiting: OrderedDict[int, Waiting] = OrderedDict()
@@ -77,12 +83,16 @@ class Backlog:
         self.waiting[place.ticket] = place
         if self._turns is not None:
             self._turns.add(place)
+        if self._conversations is not None:
+            self._conversations.arrived(place.job, place.since)
 
     def remove(self, ticket: int) -> Waiting | None:
         """A job that waits has left. None if none with that ticket waits."""
         place = self.waiting.pop(ticket, None)
         if place is not None and self._turns is not None:
             self._turns.remove(place)
+        if place is not None and self._conversations is not None:
+            self._conversations.left(place.job)
         return place
 
     def grant(self, ticket: int, now: float) -> Waiting:
@@ -103,6 +113,8 @@ class Backlog:
         self.last_run_s = now - ended.since
         if self._turns is not None:
             self._turns.end(ticket, now)
+        if self._conversations is not None:
+            self._conversations.ended(ended.job, now)
         return ended
 
     # -- what is to be decided -------------------------------------------------------------
@@ -117,7 +129,11 @@ class Backlog:
         """For `decide`: whose turn it is, and who may overtake. Costs the same however many wait.
         Somebody has to wait."""
         if self._turns is not None:
-            return self._overtaking(self._turns, now)
+            picture = self._overtaking(self._turns, now)
+            if self._conversations is None:
+                return picture
+            held = self._held(self._turns, self._conversations, picture.waiting, now)
+            return replace(picture, held=held)
         waiting = tuple(islice(self.waiting.values(), self._policy.looks_at))
         ready = {place.ticket for place in waiting if self._is_ready(place)}
         return Picture(waiting, tuple(self.running.values()), ready=ready, now=now)
@@ -188,6 +204,26 @@ class Backlog:
         return Picture(
             places, running, ready=ready, now=now, claims=claims, depth=len(self.waiting)
         )
+
+    def _held(
+        self, turns: Turns, talks: Conversations, places: Sequence[Waiting], now: float
+    ) -> dict[int, float]:
+        """Until when each of these had better be held back for the next step of a conversation:
+        not while anybody waits who is no background work, or whom the promise is due."""
+        policy, sight, oldest = self._policy, self._sight, self.oldest
+        expected = talks.expected(now)
+        if not expected or sight is None or oldest is None or turns.anything_urgent:
+            return {}
+        assert isinstance(policy, Affinity)  # noqa: S101  # else there are no conversations
+        latest, held = oldest.since + policy.max_overtake, {}
+        for place in places:
+            job = place.job
+            if job.makes_room and job.runs:
+                prospect = sight.prospect(job)
+                load_s = 0.0 if prospect.loaded else prospect.load_s
+                seconds = load_s + prospect.run_s
+                held[place.ticket] = hold_until(expected, job, seconds, now, latest)
+        return held
 
     def _count_overtakes(self, first: int, ticket: int) -> None:
         """Of all that wait, the first was overtaken most often: by all that came after it and were

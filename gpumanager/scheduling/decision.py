@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal
 
 from gpumanager.scheduling.memory import Card, Look, can_trim, look, may_go
@@ -45,7 +46,8 @@ class Picture:
     looked at it. `preparing` is the ticket among the running ones whose consumer has yet to get
     its room, None if there is none, and `so_far` what has been done for it. If the first of
     those that wait would cost a swap, and others could overtake it, `waiting` are it and those
-    others; for their `claims` and `depth` see `Affinity.overtaker`.
+    others; for their `claims` and `depth` see `Affinity.overtaker`. `held` says, by ticket, until
+    when jobs had better be held back for the next step of a conversation.
     """
 
     waiting: Sequence[Waiting] = ()
@@ -58,6 +60,7 @@ class Picture:
     now: float = 0.0
     claims: Mapping[int, Claim] = field(default_factory=dict)
     depth: int = 0
+    held: Mapping[int, float] = field(default_factory=dict)
 
 
 # -- what is decided -------------------------------------------------------------------------------
@@ -94,10 +97,14 @@ class MakeRoom:
 class Wait:
     """Nothing is done now, since nobody waits for the GPU (`nobody`), or those that run have to end
     first (`running`), or memory is on its way back (`memory`), or may come back late (`late`), or
-    those of `consumers` that were left alone have to be waited for after all (`work`)."""
+    those of `consumers` that were left alone have to be waited for after all (`work`), or the job
+    of `ticket` is held back until `until` (monotonic seconds), if nothing changes before (`hold`).
+    """
 
-    why: Literal["nobody", "running", "memory", "late", "work"]
+    why: Literal["nobody", "running", "memory", "late", "work", "hold"]
     consumers: frozenset[str] = frozenset()
+    ticket: int = 0
+    until: float = inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,9 @@ def decide(picture: Picture, policy: Policy) -> Decision:
             )
         if chosen is None or (picture.limits and _at_limit(picture.limits, running, chosen)):
             break
+        until = picture.held.get(chosen.ticket, picture.now)
+        if until > picture.now:
+            return Start(started) if started else Wait("hold", ticket=chosen.ticket, until=until)
         if chosen.job.makes_room and chosen.ticket not in picture.ready:
             if started:
                 break  # those first: they change what there is room for

@@ -74,4 +74,8 @@ def build_policy(settings: SchedulerConfig) -> Policy:
     """The policy that `settings.policy` names."""
     if settings.policy == "fifo":
         return FirstComeFirstServed()
-    return Affinity(max_overtake=settings.max_overtake, max_overtaken_by=settings.max_overtaken_by)
+    return Affinity(
+        max_overtake=settings.max_overtake,
+        max_overtaken_by=settings.max_overtaken_by,
+        hold=settings.hold,
+    )

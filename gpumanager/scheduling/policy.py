@@ -101,10 +101,14 @@ class Affinity(FirstComeFirstServed):
     Within that, a swap is put off for as long as that costs those who wait no more than the swaps
     would, there and back: the seconds for which they were overtaken, times how many wait for
     something else, against the seconds that both swaps take, times how many wait.
+
+    A long background job may be held back for `hold` seconds at most, if the next step of a
+    conversation is about to come (`holds`); 0: never.
     """
 
     max_overtake: float = 30.0
     max_overtaken_by: int = 20
+    hold: float = 0.0
 
     def overtaker(
         self,

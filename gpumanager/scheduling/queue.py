@@ -22,6 +22,7 @@ from gpumanager.scheduling.decision import (
     Prepare,
     SoFar,
     Start,
+    Wait,
     decide,
 )
 from gpumanager.scheduling.estimate import Forecast, Granting, Outlook, forecast
@@ -220,6 +221,8 @@ class Queue:
                 self._tickets[decision.ticket]._unprepared = True
                 self._give_locked(decision.ticket, now)
             else:
+                if isinstance(decision, Wait) and decision.why == "hold":
+                    self._tickets[decision.ticket]._hold_locked(decision.until)
                 return
 
     def _give_locked(

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from gpumanager.errors import BrokerError, QueueTimeout
@@ -32,6 +33,7 @@ class QueueTicket:
         "_beginning",
         "_begun",
         "_error",
+        "_held_until",
         "_place",
         "_queue",
         "_turn",
@@ -56,6 +58,7 @@ class QueueTicket:
         self._beginning = False
         self._begun = False
         self._unprepared = False
+        self._held_until = inf
 
     @property
     def waited_s(self) -> float:
@@ -73,8 +76,11 @@ class QueueTicket:
                 if overstayed(self._place, now):
                     late = True
                     queue._close_locked(number)
+                elif now >= self._held_until:
+                    self._held_until = inf
+                    queue._grant_locked(now)
                 else:
-                    self._turn.wait(self._place.deadline - now)
+                    self._turn.wait(min(self._place.deadline, self._held_until) - now)
             if self._error is not None and not self._begun:
                 raise self._error
             if number not in queue._running and not late:
@@ -87,6 +93,13 @@ class QueueTicket:
             )
         if self._unprepared:
             self._prepare()
+
+    def _hold_locked(self, until: float) -> None:
+        """It would be this one's turn, but for a hold: its own thread has it decided anew when that
+        is over."""
+        if until != self._held_until:
+            self._held_until = until
+            self._turn.notify()
 
     def _prepare(self) -> None:
         queue, self._unprepared = self._queue, False

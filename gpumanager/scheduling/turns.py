@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 from operator import attrgetter
 from typing import NamedTuple
 
-from gpumanager.model import Job
+from gpumanager.model import NORMAL, Job
 from gpumanager.scheduling.policy import Waiting
 
 AGEING_S = 60.0
@@ -202,7 +202,7 @@ class Turns:
         self._charged: dict[int, Charged] = {}
         self.by_resident: dict[str, int] = {}
         self._passes: dict[int, list[float]] = {}  # of those whose turn it was, when it was not
-        self._sessions: dict[str, OrderedDict[int, None]] = {}
+        self._sessions: dict[tuple[str, str], OrderedDict[int, None]] = {}
         self.longest_overtake = 0
         self.longest_overtake_s = 0.0
 
@@ -214,7 +214,8 @@ class Turns:
         self._level(job).add(place)
         self.by_resident[job.resident] = self.by_resident.get(job.resident, 0) + 1
         if job.session is not None:
-            self._sessions.setdefault(job.session, OrderedDict())[place.ticket] = None
+            session = job.requester, job.session  # nobody names those of others
+            self._sessions.setdefault(session, OrderedDict())[place.ticket] = None
 
     def remove(self, place: Waiting) -> None:
         """A job that waited has left."""
@@ -265,6 +266,11 @@ class Turns:
             raise LookupError("nobody waits")
         return first.first() if aged is None else aged.oldest
 
+    @property
+    def anything_urgent(self) -> bool:
+        """Whether anybody waits who is no background work."""
+        return any(level.places for level in self._levels[: NORMAL + 1])
+
     def firsts(self, turn: Waiting) -> Iterator[Waiting]:
         """For each resident that jobs wait for, but the one of whose turn it is: the first of them
         that is not less urgent, and not behind another one of its session."""
@@ -277,7 +283,7 @@ class Turns:
                     seen.add(job.resident)
                     if (
                         job.session is None
-                        or next(iter(self._sessions[job.session])) == place.ticket
+                        or next(iter(self._sessions[job.requester, job.session])) == place.ticket
                     ):
                         yield place
 
@@ -315,10 +321,11 @@ class Turns:
         if not self.by_resident[job.resident]:
             del self.by_resident[job.resident]
         if job.session is not None:
-            session = self._sessions[job.session]
+            name = job.requester, job.session
+            session = self._sessions[name]
             del session[place.ticket]
             if not session:
-                del self._sessions[job.session]
+                del self._sessions[name]
 
     def _rest(self, level: Level) -> None:
         if not level.running and not level.places:

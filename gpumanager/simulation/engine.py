@@ -26,6 +26,7 @@ from gpumanager.scheduling.decision import (
     Refuse,
     SoFar,
     Start,
+    Wait,
     decide,
 )
 from gpumanager.scheduling.policy import Affinity, Policy, Waiting
@@ -189,6 +190,8 @@ class _Play:
                 self._give(decision.ticket)
                 self._make_room(decision.ticket)
             else:
+                if isinstance(decision, Wait) and decision.why == "hold":
+                    self._at(decision.until, self._grant)
                 return
 
     def _give(self, number: int) -> None:

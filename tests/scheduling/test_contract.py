@@ -846,3 +846,93 @@ def test_a_grant_wakes_only_the_thread_it_is_for(make: Make) -> None:
         ticket._turn.notify = partial(count, ticket)
     holder.close()
     assert woken == [stopped_by[0].number]
+
+
+# -- held back for the next step of a conversation -----------------------------------------------
+
+
+class Roomy(NoRoomNeeded):
+    """All is loaded, and each job takes half a minute."""
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect(run_s=30)
+
+
+def talking(clock: FakeClock, hold: float = 4.0) -> Queue:
+    """After a job of anna's the next one comes after half a second; that is known already."""
+    policy = Affinity(hold=hold, max_overtake=30)
+    queue = locked(max_queue=99, max_wait=600, clock=clock, room=Roomy(), policy=policy)
+    for _ in range(5):
+        clock.advance(0.5)
+        queue.enqueue(step()).close()
+    return queue
+
+
+def step() -> Job:
+    return job(requester="anna")
+
+
+def nightly() -> Job:
+    return job(requester="nightly", urgency=6)
+
+
+def test_the_next_step_goes_before_a_job_that_was_held_back() -> None:
+    clock = FakeClock()
+    queue = talking(clock)
+    held = queue.enqueue(nightly())
+    assert queue.stats().in_flight == 0
+    clock.advance(0.5)
+    queue.enqueue(step()).close()  # it had the GPU at once
+    assert [entry.ticket for entry in queue.queue()] == [held.number]
+    held.cancel(ClientGone("gone"))
+    assert queue.stats().queue_depth == 0
+
+
+def test_a_job_that_was_held_back_for_nothing_starts_when_that_is_over() -> None:
+    queue = talking(clock := FakeClock())
+    held = queue.enqueue(nightly())
+    granted = Outcome(held.wait)
+    assert queue.stats().in_flight == 0
+    clock.advance(1)
+    granted.result()  # its own thread has looked again
+    assert queue.stats().in_flight == 1
+    held.close()
+
+
+def test_a_hold_is_over_when_a_person_has_come_and_gone() -> None:
+    """Who comes meanwhile is granted at once; then the one that was held has its turn."""
+    queue = talking(clock := FakeClock())
+    held, other = queue.enqueue(nightly()), queue.enqueue(job(requester="bob"))
+    assert [entry.ticket for entry in queue.queue() if entry.state == "running"] == [other.number]
+    clock.advance(5)
+    other.close()
+    held.wait()
+    held.close()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [job(requester="bob"), job(requester="b", urgency=6, runs=False)],
+    ids=["a person's", "a load"],
+)
+def test_only_background_work_is_held_back(job: Job) -> None:
+    queue = talking(FakeClock())
+    queue.enqueue(job)
+    assert queue.stats().in_flight == 1
+
+
+def test_without_a_hold_nobody_is_held_back() -> None:
+    queue = talking(FakeClock(), hold=0)
+    queue.enqueue(nightly())
+    assert queue.stats().in_flight == 1
+
+
+def test_nobody_is_held_back_who_has_waited_for_as_long_as_was_promised() -> None:
+    queue = talking(clock := FakeClock())
+    running = queue.enqueue(step())
+    held = queue.enqueue(nightly())
+    clock.advance(31)
+    running.close()
+    assert queue.stats().in_flight == 1
+    held.wait()
+    held.close()

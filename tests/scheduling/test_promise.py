@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from gpumanager.scheduling.policy import Affinity
 from tests.support import policies
 
 TRACES = 600
@@ -21,3 +24,35 @@ def test_what_is_promised_holds(part: int, plain: bool) -> None:
         policies.check(run)
         overtaken += run.longest_overtake > 0
     assert overtaken > TRACES / PARTS / 5  # else nothing was held against the promise
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_what_is_promised_holds_while_conversations_are_waited_for(part: int) -> None:
+    """And the card is idle for nothing else: `play` checks that each time."""
+    holds = 0
+    for seed in range(part, TRACES, PARTS):
+        policy = policies.policy_for(seed)
+        if isinstance(policy, Affinity):
+            policy = replace(policy, hold=(2.0, 10.0)[seed % 2])
+        run = policies.play(*policies.talk(seed), policy)
+        policies.check(run)
+        holds += run.holds
+    assert holds > TRACES / PARTS / 2
+
+
+def test_a_person_waits_less_where_conversations_are_waited_for() -> None:
+    """Of the very same traces, and the background work is done all the same."""
+    waits = {}
+    for hold in (0.0, 4.0):
+        policy = Affinity(hold=hold)
+        waited = []
+        for seed in range(100):
+            run = policies.play(*policies.talk(seed), policy)
+            assert len(run.grants) + len(run.gone) == len(run.jobs)
+            waited += [
+                grant.at - run.jobs[grant.ticket].since
+                for grant in run.grants
+                if run.jobs[grant.ticket].job.requester == "anna"
+            ]
+        waits[hold] = sum(waited) / len(waited)
+    assert waits[4.0] < 0.7 * waits[0.0]

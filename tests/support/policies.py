@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from gpumanager.model import Job
 from gpumanager.scheduling.backlog import Backlog
-from gpumanager.scheduling.decision import Prepare, Start, decide
+from gpumanager.scheduling.decision import Prepare, Start, Wait, decide
 from gpumanager.scheduling.policy import (
     Affinity,
     FirstComeFirstServed,
@@ -88,6 +88,8 @@ class Run:
     gone: dict[int, float] = field(default_factory=dict)
     grants: list[Grant] = field(default_factory=list)
     took_s: dict[int, float] = field(default_factory=dict)
+    ends: list[tuple[float, Job]] = field(default_factory=list)
+    holds: int = 0
     swaps: int = 0
     longest_overtake: int = 0
     longest_overtake_s: float = 0.0
@@ -134,6 +136,35 @@ def trace(seed: int, jobs: int = 25, *, plain: bool = False) -> tuple[list[Arriv
     return arrivals, card
 
 
+def talk(seed: int, jobs: int = 40) -> tuple[list[Arrival], Card]:
+    """A person asks for a few things, one soon after the other, and then thinks; or soon gives up.
+    Meanwhile long jobs come, mostly background work."""
+    chance = random.Random(seed)
+    names = ["stt", "llm", "tts", "image"]
+    usual = dict(zip(names, (0.3, 1.0, 0.5, 15.0), strict=True))
+    card = Card(chance.randint(1, 4), dict.fromkeys(names, 0.2), 0.1, usual)
+    at, goes_on = 0.0, chance.choice((1.0, 0.9, 0.3))
+    arrivals: list[Arrival] = []
+    session = chance.choice((None, "s"))
+    while len(arrivals) < jobs:
+        at += chance.uniform(20, 40)
+        began = at
+        for name in names[:3]:
+            job = Job(name, name, requester="anna", session=session, urgency=chance.choice((1, 3)))
+            run_s = usual[name] * chance.uniform(0.5, 1.5)
+            arrivals.append(Arrival(at, job, run_s))
+            at += run_s + 1.0 + chance.uniform(0.0, 1.0)
+            if chance.random() > goes_on:
+                break
+        if chance.random() < 0.7:
+            urgency = chance.choice((3, 6, 6, 6, 7))
+            job = Job("image", "image", requester="nightly", urgency=urgency)
+            leaves = chance.uniform(0, 5) if chance.random() < 0.2 else None
+            came = began + chance.uniform(0, 4)
+            arrivals.append(Arrival(came, job, 15 * chance.uniform(0.5, 1.5), leaves))
+    return arrivals, card
+
+
 def policy_for(seed: int) -> Policy:
     """One of those that there are."""
     chance = random.Random(-seed)
@@ -142,6 +173,7 @@ def policy_for(seed: int) -> Policy:
     return Affinity(
         max_overtake=chance.choice((0.0, 3.0, 30.0, 300.0)),
         max_overtaken_by=chance.choice((0, 1, 3, 20)),
+        hold=chance.choice((0.0, 0.0, 2.0, 10.0)),
     )
 
 
@@ -163,6 +195,9 @@ def play(arrivals: list[Arrival], card: Card, policy: Policy) -> Run:
             backlog.add(run.jobs[ticket])
         elif what == "ends":
             backlog.end(ticket, now)
+            run.ends.append((now, run.jobs[ticket].job))
+        elif what == "asks":
+            pass
         elif backlog.remove(ticket) is not None:
             run.gone[ticket] = now
         for granted in _grants(run, backlog, policy, now):
@@ -174,11 +209,31 @@ def play(arrivals: list[Arrival], card: Card, policy: Policy) -> Run:
             run.took_s[granted] = seconds
             heapq.heappush(due, (now + seconds, granted, "ends", granted))
         assert len(backlog.running) <= 1, "two at once"
-        assert backlog.running or not backlog.waiting, "idle, and somebody waits"
+        if backlog.waiting and not backlog.running:
+            held = decide(backlog.picture(now), policy)
+            assert isinstance(held, Wait), "idle, and somebody waits"
+            _check_hold(run, backlog, held, now)
+            heapq.heappush(due, (held.until, 0, "asks", 0))
+            run.holds += 1
     assert not backlog.waiting
     run.longest_overtake = backlog.longest_overtake
     run.longest_overtake_s = backlog.longest_overtake_s
     return run
+
+
+def _check_hold(run: Run, backlog: Backlog, held: Wait, now: float) -> None:
+    """The card may be idle although somebody waits only for a short time after a step of a
+    conversation, and only while nobody waits but background work for which that is not too late."""
+    policy = run.policy
+    assert isinstance(policy, Affinity)
+    assert held.why == "hold"
+    assert now < held.until
+    steps = [at for at, job in run.ends if job.urgency <= 3 and job.runs]
+    assert steps, "held for nobody"
+    assert held.until <= max(steps) + policy.hold
+    for place in backlog.waiting.values():
+        assert place.job.urgency > 3, "held while a person waits"
+        assert held.until <= place.since + policy.max_overtake
 
 
 def _grants(run: Run, backlog: Backlog, policy: Policy, now: float) -> Iterator[int]:
@@ -260,5 +315,6 @@ def _check_waits(run: Run, policy: Affinity) -> None:
             and run.waited(ticket, place.since, -1)
             for ticket, each in run.jobs.items()
         )
-        step = AGEING_S * (1 + place.job.urgency) + 8 * policy.max_overtake + 17 * most
+        put_off = (9 if policy.hold else 8) * policy.max_overtake
+        step = AGEING_S * (1 + place.job.urgency) + put_off + 17 * most
         assert grant.at - place.since <= (older + 1) * step
