@@ -273,9 +273,15 @@ class Broker:
     def _prober(self, name: str) -> Prober:
         interval = self.config.health_interval
         returned = self.card.stopping.returned
-        look = self._catalogue.listed
         return Prober(
-            name, self._calls, self.registry, returned, self._emit, interval=interval, look=look
+            name,
+            self._calls,
+            self.registry,
+            self.learned,
+            returned,
+            self._emit,
+            interval=interval,
+            look=self._catalogue.listed,
         )
 
     def _always(self) -> list[PeriodicWorker]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from gpumanager.config import ConsumerConfig
+from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
+from gpumanager.model import ConsumerState, ProbeReport, StoppedBy, model_key, resident_name
 from gpumanager.telemetry.events import CameBack, Emit, Healthy, OnCpu, Unhealthy
 
 
@@ -30,6 +31,7 @@ class Prober:
         name: str,
         probes: Probes,
         registry: Registry,
+        learned: Learned,
         returned: Callable[[str, StoppedBy], Literal["resumed", "replaced"] | None],
         emit: Emit,
         *,
@@ -40,6 +42,7 @@ class Prober:
         self._look = look
         self._probes = probes
         self._registry = registry
+        self._learned = learned
         self._returned = returned
         self._emit = emit
         self._interval = interval
@@ -66,6 +69,7 @@ class Prober:
             if report.on_cpu and report.on_cpu != before.on_cpu:
                 models = ", ".join(report.on_cpu)
                 self._emit(OnCpu(consumer=self._name, models=models))
+            self._learn_what_did_not_fit()
             self._look_at_its_models(snapshot.consumers[self._name])
         return self._interval
 
@@ -73,6 +77,18 @@ class Prober:
         lists = consumer.list_models
         if lists is not None and lists.details is not None and consumer.counts_by_model:
             self._look(self._name)
+
+    def _learn_what_did_not_fit(self) -> None:
+        """What a model holds that is partly on the CPU is not what it needs: that is more, and as
+        much as its server says."""
+        snapshot = self._registry.now
+        state = snapshot.states[self._name]
+        for model in map(model_key, state.on_cpu):
+            resident = resident_name(self._name, model)
+            self._learned.spilled(resident)
+            needs_mib = state.model(model).needs_mib or 0
+            if needs_mib > snapshot.needed(resident).mib:
+                self._learned.ran_out(resident, needs_mib)
 
     def _look_at_a_checkpoint(self, before: ConsumerState) -> None:
         stopped_by = before.stopped_by

@@ -172,18 +172,26 @@ def listed(
     details: Mapping[str, LoadedModel],
     now: float,
 ) -> ConsumerState:
-    """The consumer has said which are loaded."""
+    """The consumer has said which are loaded. Where it has said of each how much it holds, they
+    share what they hold together in these proportions: when a server unloads a model by itself to
+    load another one, what it grew by does not tell what the other one took."""
     state = _with_aliases(state, {model_key(item) for item in items[:MOST_MODELS]})
     there = {model_key(item): details.get(item, LoadedModel()) for item in items[:MOST_MODELS]}
     changed: dict[str, ModelState] = {}
+    held = {name: state.model(name).held_mib for name in there}
+    said_mib = sum(said.mib or 0 for said in there.values())
+    by_word = said_mib if all(said.mib is not None for said in there.values()) else 0
     for name, said in there.items():
         model = state.model(name)
-        first = not model.loaded
+        if all(held.values()) and by_word:
+            held_mib = sum(held.values()) * (said.mib or 0) // by_word
+        else:
+            held_mib = model.held_mib if model.loaded else said.mib or 0
         after = replace(
             model,
             loaded=True,
             sure=True,
-            held_mib=(said.mib or 0) if first else model.held_mib,
+            held_mib=held_mib,
             reported_mib=said.mib,
             needs_mib=said.needs_mib,
             context=model.context if said.context is None else said.context,

@@ -88,7 +88,10 @@ class Sampler:
                 self._learned.spilled(name)
             else:
                 self._learn_held(name, state, reading)
-            self._learn_of_models(name, state, mib)
+            known = before.get(name)
+            if known is not None and known.residency_version == state.residency_version:
+                # Else a reading from before an unload could be taken for the next job's.
+                self._learn_of_models(name, state, mib)
             if mib is None:
                 continue
             if state.assumed is not None and mib > CONTEXT_MIB:
@@ -161,12 +164,8 @@ class Sampler:
             held = _held_by_models(state, mib)
         for model, share in held.items():
             resident, working = resident_name(name, model), state.model(model).active > 0
-            if any(model_key(each) == model for each in state.on_cpu):
-                self._learned.spilled(resident)
-                needs_mib = state.model(model).needs_mib or 0
-                if needs_mib > snapshot.needed(resident).mib:
-                    self._learned.ran_out(resident, needs_mib)
-            elif share and (working or not state.active):
+            on_cpu = model in map(model_key, state.on_cpu)
+            if share and not on_cpu and (working or not state.active):
                 source: Seen = "reported" if mib is None else "measured"
                 needed = max(0, share - state.growth.leaked_mib)
                 self._learned.held(resident, needed, source, working=working)

@@ -168,6 +168,9 @@ class Shortages:
         nothing = needed.source == "measured" and known == 0
         elsewhere = nothing and room >= consumer.vram_resident_mib
         plenty = known > 0 and room >= PLENTY * known
+        # Of a model that nothing is known of, the card has no figures that could speak against it.
+        unknown = snapshot.figures(job.resident).needs.nothing
+        guessed = unknown and consumer.declared_for(job.model) is None
         alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.
         held_mib = own.mib + sum(each.mib for each in holds.values())
@@ -180,5 +183,5 @@ class Shortages:
             most_mib=max(0, most) if now.total_mib else needed.mib,
             alone=alone,
             # Alone it costs nobody anything to believe it.
-            likely=alone or reading is None or not (elsewhere or plenty),
+            likely=alone or reading is None or guessed or not (elsewhere or plenty),
         )

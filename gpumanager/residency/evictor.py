@@ -161,6 +161,9 @@ class Evictor:
                     )
                 )
                 continue
+            if not asked and model is not None:
+                # It does not have that model: what it held is back, or on its way.
+                return Release("gone", asked=False)
             if method.name not in tried:
                 tried.append(method.name)
             alone = model if method.http else None
@@ -168,9 +171,6 @@ class Evictor:
                 expected = held_mib - floor_mib
             else:
                 expected = holds - floor_mib
-            if not asked and alone is not None and holds is not None:
-                # It was not loaded: only what is no other model's may be on its way.
-                expected = holds - floor_mib - self._of_others(name, alone)
             # Of the host's memory another program may have taken at once what it gave back.
             certain = holds is not None and before is not None and not noise_mib(name, before)
             unloaded = Unloaded(
@@ -212,11 +212,6 @@ class Evictor:
         if release is not None and release.certain:
             self._quarantine(name, release, tried)
         return release
-
-    def _of_others(self, name: str, model: str) -> int:
-        """MiB that a consumer's other models are taken to hold."""
-        models = self._registry.get(name).models
-        return sum(each.held_mib for other, each in models.items() if other != model)
 
     def _quarantine(self, name: str, release: Release, tried: Sequence[str]) -> None:
         held = release.residue_mib

@@ -23,7 +23,7 @@ from gpumanager.errors import (
     NoConsumer,
 )
 from gpumanager.gpu.inventory import holder, model_shares
-from gpumanager.model import Job, MemoryReading, parts_of
+from gpumanager.model import Job, MemoryReading, model_key, parts_of
 from gpumanager.residency.census import Census
 from gpumanager.residency.evictor import Controls, Evictor, Stops
 from gpumanager.residency.loading import Loader
@@ -112,6 +112,7 @@ class RoomMaker:
             self._registry.drop_assumption(name)
         if not self._holds_enough(now, job):
             self._unload_others(ticket)
+            self._take_off_the_cpu(ticket)
         self._loader.bring_back(ticket)
         self._loader.load(job)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
@@ -296,6 +297,19 @@ class RoomMaker:
                 if isinstance(step, Wait) and step.why == "memory":
                     done.waits(self._clock.monotonic())
                 ticket.pause(LONGEST_POLL_S)
+
+    def _take_off_the_cpu(self, ticket: Granted) -> None:
+        """A model that did not fit when it was loaded, and runs partly on the CPU, stays there
+        until it is loaded again: have it unloaded, if there is room for all of it now."""
+        job, snapshot = ticket.job, self._registry.now.of(ticket.job)
+        state, model = snapshot.states[job.consumer], job.model or ""
+        needs_mib = state.model(model).needs_mib
+        if needs_mib is None or model not in map(model_key, state.on_cpu):
+            return
+        census = self._measured_census(job)
+        own = census.resident(job.resident)
+        if needs_mib <= own.held_mib + census.balance().free_mib - census.card().reserved_mib:
+            self._evict(own, ticket)
 
     def _unload_first(self, victims: Sequence[Resident], ticket: Granted, done: Progress) -> None:
         job, victim = ticket.job, victims[0]

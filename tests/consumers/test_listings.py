@@ -122,7 +122,14 @@ def test_the_prober_asks_so_that_no_job_has_to() -> None:
     registry, asked, clock = registry_of(), Asked(), FakeClock()
     catalogue = ModelCatalogue(asked, clock, registry.listed)
     prober = Prober(
-        "it", asked, registry, lambda *_: None, ignore, interval=5.0, look=catalogue.listed
+        "it",
+        asked,
+        registry,
+        Learned(["it"]),
+        lambda *_: None,
+        ignore,
+        interval=5.0,
+        look=catalogue.listed,
     )
     for _ in range(3):
         prober.probe()
@@ -138,7 +145,9 @@ def test_the_prober_asks_so_that_no_job_has_to() -> None:
 )
 def test_who_tells_no_sizes_is_not_asked(keys: dict[str, Any]) -> None:
     registry, asked = registry_of(**keys), Asked()
-    Prober("it", asked, registry, lambda *_: None, ignore, interval=5.0, look=asked).probe()
+    Prober(
+        "it", asked, registry, Learned(["it"]), lambda *_: None, ignore, interval=5.0, look=asked
+    ).probe()
     assert asked.times == 0
 
 

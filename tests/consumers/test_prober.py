@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+import yaml
 
+from gpumanager.config import parse_config
+from gpumanager.consumers.footprint import Figure
+from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.prober import Prober
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.gpu.accounting import held
-from gpumanager.model import ConsumerState, ProbeReport, StoppedBy
+from gpumanager.model import ConsumerState, LoadedModel, ProbeReport, StoppedBy
 from gpumanager.telemetry.events import CameBack, Event
 from tests.support.clock import FakeClock
 from tests.support.events import ignore
@@ -57,7 +62,13 @@ def told() -> list[Event]:
 @pytest.fixture
 def prober(probes: ScriptedProbes, registry: Registry, told: list[Event]) -> Prober:
     return Prober(
-        "mvoice", probes, registry, lambda name, stopped_by: None, told.append, interval=5.0
+        "mvoice",
+        probes,
+        registry,
+        Learned(["mvoice"]),
+        lambda name, stopped_by: None,
+        told.append,
+        interval=5.0,
     )
 
 
@@ -173,7 +184,13 @@ def test_a_checkpoint_ends_with_a_restore_not_with_an_answer(
     registry = registry_of({"mvoice": False}, FakeClock())
     registry.mark_stopped("mvoice", SUSPENDED)
     prober = Prober(
-        "mvoice", probes, registry, lambda name, stopped_by: how, told.append, interval=5.0
+        "mvoice",
+        probes,
+        registry,
+        Learned(["mvoice"]),
+        lambda name, stopped_by: how,
+        told.append,
+        interval=5.0,
     )
     prober.probe()
     state = registry.get("mvoice")
@@ -203,5 +220,29 @@ def test_one_that_was_stopped_anew_meanwhile_stays_so(probes: ScriptedProbes) ->
         registry.mark_stopped(name, SUSPENDED)
         return "resumed"
 
-    Prober("mvoice", probes, registry, returned, ignore, interval=5.0).probe()
+    Prober("mvoice", probes, registry, Learned(["mvoice"]), returned, ignore, interval=5.0).probe()
     assert registry.get("mvoice").stopped_by == SUSPENDED
+
+
+def test_a_model_that_went_to_the_cpu_needs_more_than_it_holds() -> None:
+    text = yaml.safe_dump(
+        {
+            "consumers": {
+                "mvoice": {
+                    "url": "http://127.0.0.1:1",
+                    "probe": {"path": "/ps", "items": "models"},
+                    "unload": {"path": "/unload", "for_each": "items"},
+                }
+            }
+        }
+    )
+    registry, learned = Registry(parse_config(text), FakeClock()), Learned(["mvoice"])
+    learned.publish(registry.learn)
+    for _ in range(2):  # two of its jobs held what was left on the card
+        learned.held("mvoice/big", 3500)
+        learned.ran("mvoice/big", 1.0)
+    probes = ScriptedProbes()
+    said = {"big": LoadedModel(3500, 9000, 4096)}
+    probes.answer = ProbeReport(loaded=True, on_cpu=("big",), items=("big",), details=said)
+    Prober("mvoice", probes, registry, learned, lambda *_: None, ignore, interval=5.0).probe()
+    assert registry.now.needed("mvoice/big") == Figure(9000, "out-of-memory", ANY)

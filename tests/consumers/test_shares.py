@@ -137,6 +137,14 @@ def test_what_it_said_of_one_that_was_unloaded_is_taken_off_its_own_sum() -> Non
     assert transitions.set_loaded(state, False, 2, "a").resident_mib == 1200
 
 
+def test_what_the_consumer_says_of_each_divides_what_they_hold_together() -> None:
+    state = after_job(after_job(FRESH, "a", 1200, 1), "b", 4700, 2)  # `a` had gone for it
+    state = after_job(state, "a", 5900, 3)
+    assert held(state) == {"a": 2400, "b": 3500}
+    state = says(state, 4, "a", "b", a=LoadedModel(1000), b=LoadedModel(4500))
+    assert held(state) == {"a": 1072, "b": 4827}
+
+
 # -- names ---------------------------------------------------------------------------------------
 
 

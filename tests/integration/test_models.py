@@ -271,3 +271,21 @@ def test_a_model_that_is_not_loaded_after_all_is_no_leak(card: SimulatedCard) ->
         assert broker.post("/v1/tts", json={}).status_code == 200
         assert "quarantine" not in consumer_of(broker, "llama-router")
         assert held(broker, "llama-router") == {}
+
+
+def test_a_model_that_went_to_the_cpu_is_loaded_again_once_there_is_room(
+    card: SimulatedCard,
+) -> None:
+    with box(card, {"ollama": OLLAMA}, voice_mib=5000) as (broker, fakes):
+        card.allocate("game", 6000)
+        assert chat(broker, LARGE) == 200  # wholly it does not fit, whoever goes
+        eventually(lambda: consumer_of(broker, "ollama").get("on_cpu") == [LARGE])
+        assert needed(broker, "ollama")[LARGE] == 8000
+        assert chat(broker, LARGE) == 200
+        assert counts(fakes["ollama"])["loads"] == 1  # there is no room for it yet
+        card.free("game")
+        eventually(lambda: status(broker)["gpu"]["free_mib"] == 8000)
+        assert chat(broker, LARGE) == 200
+        eventually(lambda: held(broker, "ollama") == {LARGE: 8000})
+        assert "on_cpu" not in consumer_of(broker, "ollama")
+        assert counts(fakes["ollama"])["loads"] == 2

@@ -183,3 +183,21 @@ def test_only_the_failure_of_a_followed_job_is_looked_at(answer: Any) -> None:
 
 def test_the_clients_own_words_do_not_count() -> None:
     assert Bench().says(request=b'{"name": "CUDA out of memory"}') is None
+
+
+def test_a_model_that_nothing_is_known_of_is_believed() -> None:
+    """That the other models of its consumer need little says nothing of it."""
+    bench = Bench(
+        declared=0,
+        probe={"path": "/ps", "items": "models"},
+        unload={"path": "/unload", "for_each": "items"},
+    )
+    bench.holds["voice"] = 700
+    bench.other()
+    for _ in range(5):
+        bench.learned.held("voice", 700)
+        bench.learned.ran("voice", 1.0)
+    voice = bench.config.consumers["voice"]
+    said = json.dumps(FAILED).encode()
+    assert bench.shortages.in_result(Job("voice", "tts", model="big"), voice, said, b"") is not None
+    assert bench.shortages.in_result(Job("voice", "tts"), voice, said, b"") is None
