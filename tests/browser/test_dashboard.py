@@ -318,6 +318,26 @@ def test_an_overdue_job_is_said_and_what_comes_after_it_is_a_lower_bound(opened:
             it.broker.delete(f"/v1/queue/{ticket}")
 
 
+@pytest.mark.parametrize(
+    ("growth", "said"),
+    [
+        ({"over": "jobs", "mib_per_job": 5.2, "grown_mib": 900}, "with each job"),
+        ({"over": "loads", "mib_per_load": 40, "grown_mib": 0}, "with each load"),
+    ],
+)
+def test_a_leak_needs_attention(opened: Open, growth: dict[str, Any], said: str) -> None:
+    def leaks(status: dict[str, Any]) -> None:
+        for consumer in status["consumers"]:
+            if consumer["name"] == "voice":
+                consumer["growth"] = {**consumer["growth"], "verdict": "leaks", **growth}
+
+    with scene() as it:
+        page = opened("about:blank")
+        changed_status(page, it.broker.url, leaks)
+        page.wait("#troubles li", "voice: leaks")
+        page.wait("#troubles li", said)
+
+
 def test_the_picture_of_the_queue_is_to_scale_and_shows_what_is_loaded_first(opened: Open) -> None:
     times = [(0, 0, 0, 6000), (6000, 1000, 3000, 4000), (14000, 0, 0, 2000)]
 

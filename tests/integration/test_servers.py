@@ -17,6 +17,7 @@ import pytest
 import requests
 import yaml
 
+from gpumanager.config.presets import filled_in
 from gpumanager.consumers.footprint import ENOUGH
 from gpumanager.gpu.simulated import SimulatedCard
 from gpumanager.host import checkpoint
@@ -896,6 +897,17 @@ def test_what_one_can_give_back_while_loaded_comes_before_an_unload(card: Simula
         metrics = broker.get("/metrics").text
         assert 'gpumanager_trims_total{consumer="leaky",outcome="released"} 1.0' in metrics
         assert 'gpumanager_trimmed_bytes_total{consumer="leaky"} 1.572864e+09' in metrics
+
+
+def test_comfyuis_free_is_no_trim(card: SimulatedCard) -> None:
+    """With `free_memory` alone it unloads its models as well, so the preset does without."""
+    assert filled_in({"preset": "comfyui"}).get("trim") is None
+    with fake_server("comfyui", card.path, "comfyui", 5000) as comfyui:
+        prompt = {"prompt": {"1": {"class_type": "KSampler"}}}
+        comfyui.ask("POST", "/prompt", prompt)
+        eventually(lambda: card.memory().used_mib == 5000)
+        comfyui.ask("POST", "/free", {"free_memory": True})
+        eventually(lambda: card.memory().used_mib == 0)
 
 
 def test_before_a_job_runs_a_second_time_all_give_back_what_they_can(card: SimulatedCard) -> None:

@@ -82,7 +82,8 @@ class ComfyUI(Fake):
                     self.interrupted.set()
                 return 200, None
             if path == "/free":
-                self.free_wanted = True
+                # `free_memory` alone unloads the models, too: a missing `unload_models` follows it.
+                self.free_wanted |= bool(body.get("unload_models") or body.get("free_memory"))
                 self.changed.notify_all()
                 return 200, None
         return 404, {"error": "not found"}

@@ -12,6 +12,7 @@ const REMEDIES = {
   down: "Start it; until its health call answers its jobs are refused.",
   failing: "Look at its own log. Jobs are refused in between; one at a time is tried.",
   "keeps its memory": "Restart it, or press Unload to try once more. A stronger eviction method belongs in its config: evict.",
+  leaks: "Press Unload to get the memory back; if unloads do not give it back, restart it.",
   "partly on the CPU": "Raise its vram_resident_mib in the config, then press Unload.",
 };
 

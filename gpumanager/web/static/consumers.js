@@ -22,6 +22,11 @@ export function stateOf(c, now) {
   if (c.on_cpu) {
     return {word: "partly on the CPU", tone: "warn", when: "", why: c.on_cpu.join(", ")};
   }
+  if (c.growth?.verdict === "leaks") {
+    const g = c.growth, more = g.over === "loads" ? `${mib(g.mib_per_load)} with each load`
+      : `${mib(g.mib_per_job)} with each job, ${mib(g.grown_mib)} so far`;
+    return {word: "leaks", tone: "warn", when: from(g.since), why: more};
+  }
   if (!c.probed) return {word: "not asked yet", tone: "dim", when: "", why: ""};
   return {word: "healthy", tone: "good", when: "", why: ""};
 }
