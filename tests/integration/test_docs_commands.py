@@ -34,7 +34,7 @@ ELSEWHERE = {
     r"GPUMANAGER_API_KEYS=.* gpumanager serve": "tests/integration/test_serving.py",
     r"gpumanager serve --config config/consumers\.yaml": "tests/integration/test_serving.py",
     r"gpumanager reload": "tests/integration/test_reload.py",
-    r"gpumanager replay events.jsonl .*": "tests/simulation/test_commands.py",
+    r"gpumanager (events --json \| gpumanager )?replay .*": "tests/simulation/test_commands.py",
     r"gpumanager plan llm": "tests/integration/test_operations.py",
     r"(\S*/)?python -m benchmarks\..*": "takes minutes",
 }
