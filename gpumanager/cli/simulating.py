@@ -38,6 +38,11 @@ def _about_policies(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON, with every figure."),
         click.option(
+            "--hold",
+            type=click.FloatRange(min=0),
+            help="The policies' `hold`, in seconds; by default the config's.",
+        ),
+        click.option(
             "--max-overtaken-by",
             type=click.IntRange(min=0),
             help="The policies' `max_overtaken_by`; by default the config's.",
@@ -75,6 +80,7 @@ def simulate(
     policies: tuple[str, ...],
     max_overtake: float | None,
     max_overtaken_by: int | None,
+    hold: float | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:
@@ -88,7 +94,7 @@ def simulate(
 
     if plot is not None and len(workloads) != 1:
         raise click.UsageError("--plot draws one workload: name it")
-    promise = _promise(max_overtake, max_overtaken_by)
+    promise = _promise(max_overtake, max_overtaken_by, hold)
     found = [
         compared(workload(name, seed, jobs), _once(policies) or POLICIES, promise)
         for name in _once(workloads) or WORKLOADS
@@ -129,6 +135,7 @@ def replay(
     policies: tuple[str, ...],
     max_overtake: float | None,
     max_overtaken_by: int | None,
+    hold: float | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:
@@ -146,7 +153,7 @@ def replay(
 
     try:
         config = None if config_path is None else load_config(config_path)
-        promise = _promise(max_overtake, max_overtaken_by, config)
+        promise = _promise(max_overtake, max_overtaken_by, hold, config)
         name = events[0] if len(events) == 1 else f"{events[0]} and {len(events) - 1} more"
         recorded = reconstruct(
             read(_once(events)), name, config, card_mib, clients_wait=clients_wait
@@ -168,16 +175,19 @@ def replay(
 
 
 def _promise(
-    max_overtake: float | None, max_overtaken_by: int | None, config: Config | None = None
+    max_overtake: float | None,
+    max_overtaken_by: int | None,
+    hold: float | None,
+    config: Config | None = None,
 ) -> Promise:
+    from gpumanager.config import SchedulerConfig
     from gpumanager.simulation.policies import Promise
 
-    usual = Promise()
-    if config is not None:
-        usual = Promise(config.scheduler.max_overtake, config.scheduler.max_overtaken_by)
+    usual = SchedulerConfig() if config is None else config.scheduler
     return Promise(
         usual.max_overtake if max_overtake is None else max_overtake,
         usual.max_overtaken_by if max_overtaken_by is None else max_overtaken_by,
+        usual.hold if hold is None else hold,
     )
 
 

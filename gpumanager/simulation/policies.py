@@ -21,10 +21,12 @@ _USUAL = SchedulerConfig()
 @dataclass(frozen=True, slots=True)
 class Promise:
     """Bounds of the broker's policies: no job is overtaken for longer than `max_overtake` seconds,
-    nor by more than `max_overtaken_by` jobs."""
+    nor by more than `max_overtaken_by` jobs; and the longest that background work is held back for
+    the next step of a conversation (`hold`, in seconds)."""
 
     max_overtake: float = _USUAL.max_overtake
     max_overtaken_by: int = _USUAL.max_overtaken_by
+    hold: float = _USUAL.hold
 
 
 def _fifo(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same for all
@@ -33,7 +35,11 @@ def _fifo(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same
 
 def _affinity(stage: Stage, promise: Promise) -> Player:  # noqa: ARG001  # the same for all
     return Player(
-        Affinity(max_overtake=promise.max_overtake, max_overtaken_by=promise.max_overtaken_by)
+        Affinity(
+            max_overtake=promise.max_overtake,
+            max_overtaken_by=promise.max_overtaken_by,
+            hold=promise.hold,
+        )
     )
 
 

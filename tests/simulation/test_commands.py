@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 from gpumanager.cli import main, simulating
 from gpumanager.simulation.policies import POLICIES
 from gpumanager.simulation.workloads import WORKLOADS
-from tests.simulation.test_recorded import SWAP
+from tests.simulation.test_recorded import SWAP, job
 
 
 def run(*words: str) -> Result:
@@ -41,6 +42,42 @@ def test_a_small_workload_has_its_optimum() -> None:
     assert fifo["swaps"] == 7
     assert fifo["makespan_s"] > 2 * found["optimum"]["makespan_s"]
     assert fifo["waits"]["p50"] <= fifo["waits"]["p95"] <= fifo["waits"]["p99"]
+
+
+def affinity(*words: str) -> dict[str, Any]:
+    done = run(*words, "--policy", "affinity", "--json")
+    found = json.loads(done.stdout)
+    figures: dict[str, Any] = (found if isinstance(found, dict) else found[0])["policies"][-1]
+    return figures
+
+
+def test_the_promise_can_be_another(tmp_path: Path) -> None:
+    usual = affinity("simulate", "alternating")
+    strict = affinity("simulate", "alternating", "--max-overtaken-by", "2")
+    short = affinity("simulate", "alternating", "--max-overtake", "5")
+    assert usual["out_of_turn_by"] > strict["out_of_turn_by"] == 2
+    assert usual["out_of_turn_s"] > 5 >= short["out_of_turn_s"]
+    talk = (
+        affinity("simulate", "voice-assistant"),
+        affinity("simulate", "voice-assistant", "--hold", "5"),
+    )
+    assert talk[0]["by_kind"]["tts"]["p95"] > talk[1]["by_kind"]["tts"]["p95"]
+
+
+def test_replay_takes_the_promise_of_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "consumers.yaml"
+    config.write_text(
+        "scheduler: {policy: affinity, max_overtaken_by: 0}\n"
+        "consumers: {a: {url: 'http://127.0.0.1:1', unload: /u}, "
+        "b: {url: 'http://127.0.0.1:1', unload: /u}}"
+    )
+    jobs = [
+        job(n, n * 0.1, 0.0, 0.0, 1.0, consumer="ab"[n % 2], requester=f"r{n}") for n in range(1, 9)
+    ]
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in jobs))
+    assert affinity("replay", str(path))["out_of_turn_by"] > 0
+    assert affinity("replay", str(path), "--config", str(config))["out_of_turn_by"] == 0
 
 
 def test_without_a_name_all_workloads_are_played() -> None:
