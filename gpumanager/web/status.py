@@ -195,7 +195,10 @@ class StatusView:
             "oldest_queued": None if oldest is None else rfc3339(oldest),
             "evictions": stats.evictions,
             "out_of_memory": {"seen": failures.seen, "healed": failures.healed},
-            "longest_overtake": {"jobs": stats.longest_overtake},
+            "longest_overtake": {
+                "jobs": stats.longest_overtake,
+                "ms": round(stats.longest_overtake_s * 1000),
+            },
             "shares": [
                 {
                     "requester": share.requester,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import yaml
 
 from gpumanager.keys import ApiKey
 from gpumanager.model import Job
@@ -225,3 +226,35 @@ def test_the_status_tells_who_had_how_much_of_the_gpu(
     }
     assert {share["requester"]: share["jobs"] for share in told["alice"]} == {"alice": 2, "-": 1}
     assert all(share["gpu_ms"] >= 0 for share in told["alice"])
+
+
+def test_the_status_tells_the_longest_overtake(release: threading.Event) -> None:
+    """`b` and `a` do not fit together: the second job of `a` goes before the one of `b`."""
+
+    def hold(connection: Connection, request: Received) -> None:
+        if request.line.startswith(b"POST /job"):
+            release.wait(PATIENCE_S)
+        connection.send(answer())
+
+    with ScriptedConsumer(hold) as consumer:
+        one = {"url": consumer.url, "unload": "/unload", "vram_resident_mib": 600}
+        config = {
+            "gpu": {"total_mib": 1000, "reserved_mib": 0},
+            "scheduler": {"policy": "affinity"},
+            "routing": {"tts": "a", "stt": "b"},
+            "consumers": {
+                "a": {**one, "paths": {"tts": "/job"}},
+                "b": {**one, "paths": {"stt": "/job"}},
+            },
+        }
+        with live_broker(yaml.safe_dump(config)) as broker:
+            jobs = []
+            for count, kind in enumerate(("tts", "stt", "tts"), start=1):
+                jobs.append(Outcome(partial(broker.post, f"/v1/{kind}")))
+                broker.await_line(count)
+            told = broker.get("/v1/status").json()["scheduler"]["longest_overtake"]
+            assert told == {"jobs": 0, "ms": 0}
+            release.set()
+            assert [job.result().status_code for job in jobs] == [200] * 3
+            told = broker.get("/v1/status").json()["scheduler"]["longest_overtake"]
+            assert told == {"jobs": 1, "ms": 0}
