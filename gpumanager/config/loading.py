@@ -146,13 +146,17 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
             yield (*here, "preset"), message, ""
         if consumer.get("ca_file") is not None and str(consumer.get("url")).startswith("http:"):
             yield (*here, "ca_file"), "is of use only where 'url' is https", ""
-        friends = consumer.get("can_coexist_with")
-        for index, friend in enumerate(friends if isinstance(friends, list) else []):
-            place: Path = (*here, "can_coexist_with", index)
-            if friend == name:
-                yield place, "a consumer need not be said to coexist with itself", ""
-            else:
-                yield from _reference(place, friend, consumers)
+        for key, itself in (
+            ("can_coexist_with", "a consumer need not be said to coexist with itself"),
+            ("can_run_with", "how many of its own jobs run at once is 'max_parallel'"),
+        ):
+            friends = consumer.get(key)
+            for index, friend in enumerate(friends if isinstance(friends, list) else []):
+                place: Path = (*here, key, index)
+                if friend == name:
+                    yield place, itself, ""
+                else:
+                    yield from _reference(place, friend, consumers)
         filled = presets.filled_in(consumer)
         unload, probe = _mapping(filled.get("unload")), _mapping(filled.get("probe"))
         if unload.get("for_each") is not None and probe.get("items") is None:

@@ -179,6 +179,11 @@ class ConsumerConfig(Model):
     (background); none: that of their kind."""
     can_coexist_with: tuple[OfConsumer, ...] = ()
     """Consumers that are not evicted to make room for this one."""
+    max_parallel: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    """How many of its jobs run at the same time, while it has the GPU."""
+    can_run_with: tuple[OfConsumer, ...] = ()
+    """Consumers whose jobs may run at the same time as its own, if they name it, too, and both are
+    loaded."""
     load: _Load = None
     """The call that is made before a job, if the consumer was unloaded."""
     warm: _Load = None

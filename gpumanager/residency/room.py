@@ -39,6 +39,7 @@ from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Tic
 from gpumanager.scheduling.memory import Card, Look, can_be_made, is_room, look
 from gpumanager.scheduling.policy import Prospect
 from gpumanager.scheduling.queue import Granted
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.victims import Resident
 from gpumanager.telemetry.events import Emit, TriedAnyway
 
@@ -129,6 +130,13 @@ class RoomMaker:
             and self._holds_enough(snapshot, job)
             and (snapshot.gpu.reading is not None or not self._impossible(snapshot, consumer))
         )
+
+    def sharing(self, job: Job) -> Sharing:
+        """With whom a job shares the GPU, as its consumer's settings say."""
+        settings = self._registry.now.settings(job)
+        if settings.max_parallel == 1 and not settings.can_run_with:
+            return ALONE
+        return Sharing(settings.max_parallel, frozenset(settings.can_run_with))
 
     def prospect(self, job: Job) -> Prospect:
         """What a job would find, by what is known already."""

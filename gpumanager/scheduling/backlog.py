@@ -12,8 +12,9 @@ whoever is in charge of it. No threads, no I/O and no clock: time comes in as a 
             for ticket in decision.tickets:
                 backlog.grant(ticket, now)      # it runs at once; its end comes later
         elif isinstance(decision, Prepare):
-            backlog.grant(decision.ticket, now) # it has the GPU; the card is looked at for it:
-            # decide(backlog.preparing(ticket, now, card, so_far), policy) says who has to go first
+            backlog.grant(decision.ticket, now, prepared=False)  # it has the GPU
+            # the card is looked at for it: decide(backlog.preparing(ticket, now, card, so_far),
+            # policy) says who has to go first; then backlog.prepared(ticket), and decide again
         else:
             break                               # until the next arrival or end
     ...
@@ -39,6 +40,7 @@ from gpumanager.scheduling.decision import Picture, SoFar
 from gpumanager.scheduling.holds import Conversations, hold_until
 from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Affinity, Claim, Policy, Prospect, Running, Waiting
+from gpumanager.scheduling.sharing import may_join
 from gpumanager.scheduling.turns import Turns
 
 UPCOMING = 100
@@ -70,6 +72,7 @@ class Backlog:
         # walks over the holes.
         self.waiting: OrderedDict[int, Waiting] = OrderedDict()
         self.running: dict[int, Running] = {}
+        self._unprepared: set[int] = set()
         self.total_jobs = 0
         self._longest_overtake = 0
         self.last_wait_s = 0.0
@@ -95,21 +98,29 @@ class Backlog:
             self._conversations.left(place.job)
         return place
 
-    def grant(self, ticket: int, now: float) -> Waiting:
-        """A job that waits has the GPU from now on. Raises KeyError if it does not wait."""
+    def grant(self, ticket: int, now: float, *, prepared: bool = True) -> Waiting:
+        """A job that waits has the GPU from now on; if it is not prepared, what it needs has yet to
+        be made ready. Raises KeyError if it does not wait."""
         place = self.waiting.pop(ticket)
         if self._turns is not None:
             self._turns.grant(place, now)
         elif (first := self.oldest) is not None and first.ticket < ticket:
             self._count_overtakes(first.ticket, ticket)
-        self.running[ticket] = Running(ticket, place.job, since=now)
+        self.running[ticket] = Running(ticket, place.job, now, place.sharing)
+        if not prepared:
+            self._unprepared.add(ticket)
         self.total_jobs += 1
         self.last_wait_s = now - place.since
         return place
 
+    def prepared(self, ticket: int) -> None:
+        """What a job needs that has the GPU is ready now: others may join it."""
+        self._unprepared.discard(ticket)
+
     def end(self, ticket: int, now: float) -> Running:
         """A job that had the GPU gives it back. Raises KeyError if it does not have it."""
         ended = self.running.pop(ticket)
+        self._unprepared.discard(ticket)
         self.last_run_s = now - ended.since
         if self._turns is not None:
             self._turns.end(ticket, now)
@@ -121,9 +132,10 @@ class Backlog:
 
     @property
     def may_grant(self) -> bool:
-        """Whether there may be something to decide: somebody waits, and the policy may let one
-        more run."""
-        return bool(self.waiting) and len(self.running) < self._policy.limit
+        """Whether there may be something to decide: somebody waits, and one more may run."""
+        if not self.waiting or len(self.running) < self._policy.limit:
+            return bool(self.waiting)
+        return not self._unprepared and all(each.sharing.is_open for each in self.running.values())
 
     def picture(self, now: float) -> Picture:
         """For `decide`: whose turn it is, and who may overtake. Costs the same however many wait.
@@ -181,7 +193,15 @@ class Backlog:
 
     def _is_ready(self, place: Waiting) -> bool:
         sight, job = self._sight, place.job
-        return sight is None or (job.makes_room and job.runs and sight.ready(job))
+        if sight is None:
+            return True
+        if not (job.makes_room and job.runs):
+            return False
+        # What a job runs on is there: nothing is unloaded beside it.
+        resident = job.resident
+        return any(each.job.resident == resident for each in self.running.values()) or (
+            sight.ready(job)
+        )
 
     def _overtaking(self, turns: Turns, now: float) -> Picture:
         turn, running = turns.turn(now), tuple(self.running.values())
@@ -195,7 +215,7 @@ class Backlog:
         places = [turn]
         for place in turns.firsts(turn):
             prospect = sight.prospect(place.job)
-            if prospect.loaded:
+            if prospect.loaded and (not running or may_join(place, running)):
                 passed, since = turns.passed(place, turn)
                 same = turns.by_resident[place.job.resident]
                 claims[place.ticket] = Claim(prospect, same, passed, since)

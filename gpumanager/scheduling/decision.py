@@ -14,6 +14,7 @@ from typing import Literal
 
 from gpumanager.scheduling.memory import Card, Look, can_trim, look, may_go
 from gpumanager.scheduling.policy import Affinity, Claim, Policy, Running, Waiting
+from gpumanager.scheduling.sharing import may_join
 from gpumanager.scheduling.victims import Resident
 
 # -- what is known ---------------------------------------------------------------------------------
@@ -127,8 +128,9 @@ def decide(picture: Picture, policy: Policy) -> Decision:
     if not waiting:
         return Wait("nobody")
     started: tuple[int, ...] = ()
+    pool = bool(running) and policy.limit == 1
     while waiting:
-        chosen = policy.next_up(waiting, running, picture.now)
+        chosen = policy.next_up(waiting, () if pool else running, picture.now)
         if chosen is not None and picture.claims and isinstance(policy, Affinity):
             others = [place for place in waiting if place is not chosen]
             chosen = (
@@ -137,6 +139,8 @@ def decide(picture: Picture, policy: Policy) -> Decision:
             )
         if chosen is None or (picture.limits and _at_limit(picture.limits, running, chosen)):
             break
+        if pool and not (chosen.ticket in picture.ready and may_join(chosen, running)):
+            break  # so it closes, until they have ended
         until = picture.held.get(chosen.ticket, picture.now)
         if until > picture.now:
             return Start(started) if started else Wait("hold", ticket=chosen.ticket, until=until)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gpumanager.model import Job
+from gpumanager.scheduling.sharing import ALONE, Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Waiting:
     job: Job
     since: float
     deadline: float
+    sharing: Sharing = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Running:
     ticket: int
     job: Job
     since: float
+    sharing: Sharing = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ class Policy(Protocol):
 
     @property
     def limit(self) -> int:
-        """The most jobs that run at once on the card."""
+        """The most jobs that run at once on the card; with 1, more where their consumers share it
+        (`sharing`)."""
 
     @property
     def looks_at(self) -> int:

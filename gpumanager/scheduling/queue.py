@@ -29,6 +29,7 @@ from gpumanager.scheduling.estimate import Forecast, Granting, Outlook, forecast
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Affinity, Policy, Prospect, Running, Waiting
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Resident
 
@@ -67,6 +68,9 @@ class Room(Protocol):
     def prospect(self, job: Job) -> Prospect:
         """What a job would find, by what is known already; as `ready`."""
 
+    def sharing(self, job: Job) -> Sharing:
+        """With whom a job shares the GPU, by its consumer's settings; as `ready`."""
+
     def make_room(self, ticket: Granted) -> None:
         """Have the ticket's consumer fit and be loaded, or raise a BrokerError."""
 
@@ -80,7 +84,8 @@ class Queue:
     `max_queue` bounds how many may wait (those running not counted) and `max_wait`, in seconds,
     how long. `outlook` draws the picture of the card that estimates are made of; it is asked, and
     they are made, outside the lock. Without a `room` nothing is decided by memory; with one, the
-    `policy` has to run one job at a time, or ValueError is raised.
+    `policy` has to run one job at a time, but for those that share the GPU by their consumers'
+    settings, or ValueError is raised.
     """
 
     def __init__(
@@ -103,7 +108,8 @@ class Queue:
         self._clock = clock
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._backlog = backlog = Backlog(policy, None if room is None else _Seen(room))
+        self._seen = None if room is None else _Seen(room)
+        self._backlog = backlog = Backlog(policy, self._seen)
         self._waiting = backlog.waiting
         self._running = backlog.running
         self._tickets: dict[int, QueueTicket] = {}
@@ -117,7 +123,8 @@ class Queue:
             if not self._draining:
                 now = self._clock.monotonic()
                 self._last_number = number = self._last_number + 1
-                place = Waiting(number, job, since=now, deadline=now + max_wait)
+                sharing = ALONE if self._seen is None else self._seen.sharing(job)
+                place = Waiting(number, job, now, now + max_wait, sharing)
                 ticket = QueueTicket(self, place)
                 self._backlog.add(place)
                 self._tickets[number] = ticket
@@ -219,23 +226,36 @@ class Queue:
                     self._give_locked(number, now, to_begin)
             elif isinstance(decision, Prepare):
                 self._tickets[decision.ticket]._unprepared = True
-                self._give_locked(decision.ticket, now)
+                self._give_locked(decision.ticket, now, prepared=False)
             else:
                 if isinstance(decision, Wait) and decision.why == "hold":
                     self._tickets[decision.ticket]._hold_locked(decision.until)
                 return
 
     def _give_locked(
-        self, number: int, now: float, to_begin: list[QueueTicket] | None = None
+        self,
+        number: int,
+        now: float,
+        to_begin: list[QueueTicket] | None = None,
+        *,
+        prepared: bool = True,
     ) -> None:
         """The GPU is this one's."""
-        place, ticket = self._backlog.grant(number, now), self._tickets[number]
+        ticket = self._tickets[number]
+        place = self._backlog.grant(number, now, prepared=prepared)
         ticket._waited_s = now - place.since
         if to_begin is not None and ticket._begin is not None:
             ticket._beginning = True
             to_begin.append(ticket)
         else:
             ticket._turn.notify()
+
+    def _prepared(self, number: int) -> None:
+        """What a job needs that has the GPU is ready: others may join it."""
+        with self._lock:
+            self._backlog.prepared(number)
+            if self._waiting:
+                self._grant_locked(self._clock.monotonic())
 
     def _preparing_locked(self, number: int, card: Card, so_far: SoFar) -> Picture:
         """For a ticket that has the GPU, and whose consumer has yet to get its room."""
@@ -303,6 +323,13 @@ class _Seen:
         except Exception:
             log.exception("looking at who is ready failed")
             return False
+
+    def sharing(self, job: Job) -> Sharing:
+        try:
+            return self._room.sharing(job)
+        except Exception:
+            log.exception("looking at whom a job shares the GPU with failed")
+            return ALONE
 
     def prospect(self, job: Job) -> Prospect:
         try:

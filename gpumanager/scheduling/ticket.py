@@ -110,6 +110,7 @@ class QueueTicket:
             queue._room.make_room(self)
         finally:
             self.prepared_s = queue._clock.monotonic() - began
+        queue._prepared(self.number)
 
     def next_step(self, card: Card, so_far: SoFar) -> Decision:
         queue = self._queue

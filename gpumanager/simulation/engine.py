@@ -30,6 +30,7 @@ from gpumanager.scheduling.decision import (
     decide,
 )
 from gpumanager.scheduling.policy import Affinity, Policy, Waiting
+from gpumanager.scheduling.sharing import Sharing
 from gpumanager.simulation.results import overtakes
 from gpumanager.simulation.stage import Stage
 from gpumanager.simulation.trace import Course, Move, Operation, Played, Task, Trace
@@ -133,7 +134,8 @@ class _Play:
             session=task.session,
         )
         self._open[number] = _Open(task, job, self._now)
-        self._backlog.add(Waiting(number, job, since=self._now, deadline=inf))
+        sharing = Sharing(self._trace.footprints[task.needs].parallel)
+        self._backlog.add(Waiting(number, job, self._now, inf, sharing))
         if task.leaves_s is not None:
             self._at(self._now + task.leaves_s, self._leaves, number)
         self._grant()
@@ -187,15 +189,15 @@ class _Play:
                     self._give(number)
                     self._runs(number)
             elif isinstance(decision, Prepare):
-                self._give(decision.ticket)
+                self._give(decision.ticket, prepared=False)
                 self._make_room(decision.ticket)
             else:
                 if isinstance(decision, Wait) and decision.why == "hold":
                     self._at(decision.until, self._grant)
                 return
 
-    def _give(self, number: int) -> None:
-        self._backlog.grant(number, self._now)
+    def _give(self, number: int, *, prepared: bool = True) -> None:
+        self._backlog.grant(number, self._now, prepared=prepared)
         self._open[number].granted = self._now
         self._decisions.append(("grant", str(self._open[number].task.number)))
 
@@ -257,6 +259,7 @@ class _Play:
 
     def _prepared(self, number: int) -> None:
         self._preparing = None
+        self._backlog.prepared(number)
         self._runs(number)
         self._grant()
 

@@ -89,11 +89,23 @@ class GrowingDispatcher(ThreadedTaskDispatcher):
             raise
 
 
+def _most_at_once(config: Config) -> int:
+    """So many jobs may run at the same time."""
+    parallel = {name: each.max_parallel for name, each in config.consumers.items()}
+    return max(
+        (
+            parallel[name] + sum(parallel[other] for other in each.can_run_with)
+            for name, each in config.consumers.items()
+        ),
+        default=1,
+    )
+
+
 def set_defaults(config: Config) -> None:
     """Make waitress serve the broker properly by default: a thread for every place in the queue
     and some to spare, clients that leave noticed, poll instead of select."""
     outside = AUDIO_THREADS + MOUNT_THREADS
-    threads = config.scheduler.max_queue + 1 + outside + CONTROL_THREADS
+    threads = config.scheduler.max_queue + _most_at_once(config) + outside + CONTROL_THREADS
     connections = threads + SPARE_CONNECTIONS
     # Private marker types tell waitress a default from an explicit flag: keep them.
     Adjustments.host = type(Adjustments.host)(config.listen.rpartition(":")[0])

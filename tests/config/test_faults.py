@@ -73,6 +73,21 @@ consumers:
     assert words["consumers.nameless.url"] == "is required"
 
 
+def test_with_whom_a_consumer_runs_is_checked() -> None:
+    found = faults(
+        """
+consumers:
+  mvoice: {url: "http://127.0.0.1:1", can_run_with: [ollama, mvoice, olama]}
+  ollama: {url: "http://127.0.0.1:2"}
+"""
+    )
+    assert [path for _, path, _ in found] == [
+        "consumers.mvoice.can_run_with[1]",
+        "consumers.mvoice.can_run_with[2]",
+    ]
+    assert "max_parallel" in found[0][2]
+
+
 def test_lists_and_their_items_are_told_of_in_the_configs_own_words() -> None:
     found = faults(
         """\

@@ -15,6 +15,7 @@ from gpumanager.residency.housekeeper import Housekeeper
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import PlannedVictim, Preview, Release, Ticket
 from gpumanager.scheduling.policy import Prospect
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.telemetry.events import Event, HousekeepingFailed
 from tests.support.clock import FakeClock
 
@@ -41,6 +42,9 @@ class House:
 
     def prospect(self, job: Job) -> Prospect:
         return Prospect()
+
+    def sharing(self, job: Job) -> Sharing:
+        return ALONE
 
     def make_room(self, ticket: Ticket) -> None:
         self._act("room for", ticket.job.consumer)

@@ -16,8 +16,9 @@ from gpumanager.model import Job, Stats, Turn
 from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.factory import build_scheduler, locked, passthrough
 from gpumanager.scheduling.interface import Scheduler, Ticket
-from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Prospect
+from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy, Prospect
 from gpumanager.scheduling.queue import Granted, Queue
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
@@ -34,6 +35,9 @@ class NoRoomNeeded:
 
     def prospect(self, job: Job) -> Prospect:
         return Prospect()
+
+    def sharing(self, job: Job) -> Sharing:
+        return ALONE
 
     def make_room(self, ticket: Granted) -> None:
         pass
@@ -817,6 +821,131 @@ def test_a_fault_in_the_look_at_who_is_ready_costs_nobody_the_turn(
     assert made == ["a", "b"]  # by the card itself, then
     assert scheduler.stats().in_flight == 0
     assert "looking at who is ready failed" in caplog.text
+
+
+# -- several at once ---------------------------------------------------------------------------
+
+
+class Shared(NoRoomNeeded):
+    """Consumers that share the GPU; those in `holds` are on the card."""
+
+    def __init__(self, holds: str, **sharing: Sharing) -> None:
+        self.holds = set(holds)
+        self.shares = sharing
+        self.made: list[str] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def ready(self, job: Job) -> bool:
+        return job.resident in self.holds
+
+    def prospect(self, job: Job) -> Prospect:
+        return Prospect(job.resident in self.holds, fits=False, load_s=5, unload_s=1, run_s=1)
+
+    def sharing(self, job: Job) -> Sharing:
+        return self.shares.get(job.consumer, ALONE)
+
+    def make_room(self, ticket: Granted) -> None:
+        assert self.may_go_on.wait(10)
+        self.made.append(ticket.job.resident)
+
+
+def running(scheduler: Scheduler) -> list[int]:
+    return [entry.ticket for entry in scheduler.queue() if entry.state == "running"]
+
+
+POLICIES = [
+    pytest.param(FirstComeFirstServed(), id="fifo"),
+    pytest.param(Affinity(), id="affinity"),
+]
+
+
+def shared(policy: Policy, room: Shared) -> Scheduler:
+    return locked(max_queue=50, max_wait=60, clock=SystemClock(), room=room, policy=policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_consumer_runs_as_many_at_once_as_it_says(policy: Policy) -> None:
+    scheduler = shared(policy, Shared("a", a=Sharing(3)))
+    tickets = [scheduler.enqueue(job("a")) for _ in range(5)]
+    assert running(scheduler) == [1, 2, 3]
+    tickets[1].close()
+    assert running(scheduler) == [1, 3, 4]
+    for ticket in tickets:
+        ticket.close()
+    assert running(scheduler) == []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_once_another_one_is_due_nobody_joins(policy: Policy) -> None:
+    """Not with affinity either, where as many as may have overtaken it."""
+    if isinstance(policy, Affinity):
+        policy = Affinity(max_overtaken_by=0)
+    room = Shared("a", a=Sharing(8))
+    scheduler = shared(policy, room)
+    tickets = [scheduler.enqueue(job(name)) for name in "aabaa"]
+    assert running(scheduler) == [1, 2]
+    tickets[0].close()
+    assert running(scheduler) == [2]
+    tickets[1].close()
+    assert running(scheduler) == [3]
+    tickets[2].wait()
+    assert room.made == ["b"]
+    tickets[2].close()
+    assert running(scheduler) == [4, 5]
+
+
+def test_with_affinity_later_ones_join_as_far_as_they_may_overtake() -> None:
+    scheduler = shared(Affinity(max_overtaken_by=1), Shared("a", a=Sharing(8)))
+    for name in "abaa":
+        scheduler.enqueue(job(name))
+    assert running(scheduler) == [1, 3]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_consumers_run_at_once_only_if_both_say_so_and_are_ready(policy: Policy) -> None:
+    one, both = Sharing(1, frozenset("b")), Sharing(1, frozenset("a"))
+    for room, at_once in (
+        (Shared("ab", a=one), [1]),
+        (Shared("ab", b=both), [1]),
+        (Shared("a", a=one, b=both), [1]),
+        (Shared("ab", a=one, b=both), [1, 2]),
+    ):
+        scheduler = shared(policy, room)
+        for name in "abab":
+            scheduler.enqueue(job(name))
+        assert running(scheduler) == at_once
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_loads_or_unloads_has_the_gpu_to_itself(policy: Policy) -> None:
+    scheduler = shared(policy, Shared("a", a=Sharing(8)))
+    first = scheduler.enqueue(job("a"))
+    unload = scheduler.enqueue(job("a", makes_room=False))
+    load = scheduler.enqueue(job("a", runs=False))
+    scheduler.enqueue(job("a"))
+    assert running(scheduler) == [1]
+    first.close()
+    assert running(scheduler) == [2]
+    unload.close()
+    assert running(scheduler) == [3]
+    load.close()
+    assert running(scheduler) == [4]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_others_join_as_soon_as_there_is_room_for_the_first(policy: Policy) -> None:
+    room = Shared("", a=Sharing(8))
+    room.may_go_on.clear()
+    scheduler = shared(policy, room)
+    tickets = [scheduler.enqueue(job("a")) for _ in range(3)]
+    waits = [Outcome(ticket.wait) for ticket in tickets]
+    assert running(scheduler) == [1]
+    room.may_go_on.set()
+    for wait in waits:
+        wait.result()
+    assert running(scheduler) == [1, 2, 3]
+    assert room.made == ["a"]  # one load for all of them
 
 
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:

@@ -37,6 +37,7 @@ from gpumanager.scheduling.policy import (
     Waiting,
 )
 from gpumanager.scheduling.queue import Granted, Room
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.cards import NOW, situation
 from tests.support.clock import FakeClock
@@ -235,6 +236,9 @@ class Enough:
 
     def prospect(self, job: Job) -> Prospect:
         raise AssertionError
+
+    def sharing(self, job: Job) -> Sharing:
+        return ALONE
 
     def make_room(self, ticket: Granted) -> None:
         raise AssertionError

@@ -22,6 +22,7 @@ from gpumanager.scheduling.policy import (
     Prospect,
     Waiting,
 )
+from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.turns import AGEING_S
 
 
@@ -44,6 +45,7 @@ class Card:
     unload_s: float
     run_s: dict[str, float]
     holds: list[str] = field(default_factory=list)
+    shares: dict[str, Sharing] = field(default_factory=dict)
 
     def ready(self, job: Job) -> bool:
         return job.resident in self.holds
@@ -113,11 +115,21 @@ def trace(seed: int, jobs: int = 25, *, plain: bool = False) -> tuple[list[Arriv
     urgencies = [3] if plain else chance.choice(([3], [3], [2, 6], [0, 3, 7]))
     sessions = [None] if plain else chance.choice(([None], [None, "s", "t"]))
     usual = {name: chance.choice((0.1, 1.0, 5.0, 20.0)) for name in names}
+    shares = {}
+    if seed % 3 == 0:
+        shares = {
+            name: Sharing(
+                chance.choice((1, 2, 5)),
+                frozenset(each for each in names if each != name and chance.random() < 0.5),
+            )
+            for name in names
+        }
     card = Card(
         chance.randint(1, max(1, len(names) - 1)),
         {name: chance.choice((0.5, 5.0, 20.0)) for name in names},
         chance.choice((0.0, 1.0)),
         usual,
+        shares=shares,
     )
     at, arrivals, gap = 0.0, [], chance.choice((0.0, 0.3, 3.0))
     for _ in range(chance.randint(2, jobs)):
@@ -178,13 +190,14 @@ def policy_for(seed: int) -> Policy:
 
 
 def play(arrivals: list[Arrival], card: Card, policy: Policy) -> Run:
-    """In virtual time. Raises AssertionError if two run at once, or the card is idle while somebody
-    waits."""
+    """In virtual time. Raises AssertionError if jobs run at once that may not, something is loaded
+    or unloaded beside a job, or the card is idle while somebody waits."""
     run, backlog = Run(policy), Backlog(policy, card)
     due: list[tuple[float, int, str, int]] = []
     runs = {}
     for ticket, each in enumerate(sorted(arrivals, key=lambda each: each.at), start=1):
-        run.jobs[ticket] = Waiting(ticket, each.job, each.at, each.at + 1e9)
+        sharing = card.shares.get(each.job.consumer, ALONE)
+        run.jobs[ticket] = Waiting(ticket, each.job, each.at, each.at + 1e9, sharing)
         runs[ticket] = each.run_s
         heapq.heappush(due, (each.at, ticket, "comes", ticket))
         if each.leaves_s is not None:
@@ -198,6 +211,8 @@ def play(arrivals: list[Arrival], card: Card, policy: Policy) -> Run:
             run.ends.append((now, run.jobs[ticket].job))
         elif what == "asks":
             pass
+        elif what == "prepared":
+            backlog.prepared(ticket)
         elif backlog.remove(ticket) is not None:
             run.gone[ticket] = now
         for granted in _grants(run, backlog, policy, now):
@@ -206,15 +221,17 @@ def play(arrivals: list[Arrival], card: Card, policy: Policy) -> Run:
                 swap_s = card.use(job.resident)
                 run.swaps += swap_s > 0
                 seconds += swap_s
+                assert len(backlog.running) == 1 or not swap_s, "a swap beside a job"
+                heapq.heappush(due, (now + swap_s, granted, "prepared", granted))
             run.took_s[granted] = seconds
             heapq.heappush(due, (now + seconds, granted, "ends", granted))
-        assert len(backlog.running) <= 1, "two at once"
         if backlog.waiting and not backlog.running:
             held = decide(backlog.picture(now), policy)
             assert isinstance(held, Wait), "idle, and somebody waits"
             _check_hold(run, backlog, held, now)
             heapq.heappush(due, (held.until, 0, "asks", 0))
             run.holds += 1
+        _check_together(backlog, card)
     assert not backlog.waiting
     run.longest_overtake = backlog.longest_overtake
     run.longest_overtake_s = backlog.longest_overtake_s
@@ -236,6 +253,16 @@ def _check_hold(run: Run, backlog: Backlog, held: Wait, now: float) -> None:
         assert held.until <= place.since + policy.max_overtake
 
 
+def _check_together(backlog: Backlog, card: Card) -> None:
+    jobs = [each.job for each in backlog.running.values()]
+    for job in jobs:
+        own = card.shares.get(job.consumer, ALONE)
+        assert sum(each.consumer == job.consumer for each in jobs) <= own.most
+        assert len(jobs) == 1 or job.makes_room
+        for other in jobs:
+            assert other.consumer == job.consumer or other.consumer in own.beside
+
+
 def _grants(run: Run, backlog: Backlog, policy: Policy, now: float) -> Iterator[int]:
     while backlog.may_grant:
         picture = backlog.picture(now)
@@ -247,7 +274,7 @@ def _grants(run: Run, backlog: Backlog, policy: Policy, now: float) -> Iterator[
         else:
             return
         run.grants.append(Grant(now, ticket, picture.waiting[0].ticket, len(backlog.waiting)))
-        backlog.grant(ticket, now)
+        backlog.grant(ticket, now, prepared=isinstance(decision, Start))
         yield ticket
 
 
@@ -306,6 +333,7 @@ def _check_own_order(run: Run) -> None:
 
 def _check_waits(run: Run, policy: Affinity) -> None:
     """Nobody starves: the bound of the third theorem."""
+    # Those of a pool end one after another, while more may join it for as long as overtaking goes.
     most = max(run.took_s.values(), default=0.0)
     for grant in run.grants:
         place = run.jobs[grant.ticket]

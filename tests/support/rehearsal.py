@@ -400,6 +400,9 @@ class _Patient:
         ready: bool = self._rehearsal.room.ready(asked)
         return ready
 
+    def sharing(self, job: Any) -> Any:
+        return self._rehearsal.room.sharing(job)
+
     def prospect(self, job: Any) -> Any:
         return self._rehearsal.room.prospect(job)
 
