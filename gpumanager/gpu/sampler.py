@@ -108,6 +108,7 @@ class Sampler:
 
     def _watch_growth(self, name: str, state: ConsumerState, mib: int | None) -> Growth:
         """Between its jobs: whether what it holds grows with them. Returns what is so now."""
+        measured = mib is not None  # its own figure is another one: the two cannot be compared
         if mib is None and not state.report_outdated:
             # That it holds nothing after an unload is only taken for granted.
             surely = state.loaded or state.stopped_by is not None
@@ -120,7 +121,8 @@ class Sampler:
             state.total_requests,
         )
         if state.loaded:
-            was, now = growths.at_rest(name, mib, jobs, at, frozenset(state.items))
+            what = measured, frozenset(state.items)
+            was, now = growths.at_rest(name, mib, jobs, at, what)
         else:
             was, now = growths.unloaded(name, mib, jobs, at)
         self._registry.note_growth(name, now)

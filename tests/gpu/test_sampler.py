@@ -304,3 +304,16 @@ def test_a_leak_over_unloads_is_told() -> None:
         it.registry.set_loaded("tts", True)
     (told,) = [event for event in it.told if isinstance(event, events.Leaking)]
     assert (told.over, told.each_mib) == ("loads", 50)
+
+
+def test_its_own_figures_are_not_compared_with_the_cards() -> None:
+    """They leave out what the driver adds."""
+    it = Leaky(attributed=False)
+    for _ in range(6):
+        it.job(4000, 2500)
+    it.attributed = True
+    for _ in range(6):
+        it.job(4000, 3000)
+    growth = it.registry.get("tts").growth
+    assert (growth.verdict, growth.fresh_mib, growth.grown_mib) == ("steady", 3000, 0)
+    assert growth.trims_to_mib == 3000
