@@ -7,7 +7,8 @@ Starts two servers that keep tensors on the card as models (`benchmarks/torch_se
 interpreter has torch, and llama.cpp's `llama-server` with the model that is given, if it is on PATH
 or named; and the broker in front of them. The tensors are sized so that not all of them fit (into
 `--budget`, or what is free). Then it sends jobs, one after the other, and compares after each one
-what `/v1/status` tells of each consumer with what NVML lists for the consumer's processes.
+what `/v1/status` tells of each consumer with what NVML lists for the consumer's processes, and what
+it tells of each model with the tensors that the server has for it.
 
 Prints the deviations, the evictions and what became of them, as JSON and as a table; exits with 1
 if a job failed. Where there is no GPU, or neither torch nor llama-server, it says so and exits with
@@ -82,14 +83,13 @@ def believed(status: dict[str, Any]) -> dict[str, Figures]:
     for consumer in status["consumers"]:
         found[consumer["name"]] = _figures(consumer)
         for model in consumer.get("models", ()):
-            if isinstance(model, dict) and "learned" in model:
-                found[f"{consumer['name']}/{model['name']}"] = _figures(model)
+            found[f"{consumer['name']}/{model['name']}"] = _figures(model)
     return found
 
 
 def _figures(told: dict[str, Any]) -> Figures:
     needed = told.get("learned", {}).get("needed", {}).get("mib")
-    return Figures(told.get("gpu_resident_mib"), needed)
+    return Figures(told.get("gpu_resident_mib", told.get("held_mib")), needed)
 
 
 def measured(card: Card, servers: list[Server]) -> dict[str, int]:
@@ -115,6 +115,18 @@ def _tree(pid: int | None) -> set[int]:
     if pid is None:
         return set()
     return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+
+
+def by_their_own_word(servers: list[Server]) -> dict[str, int]:
+    """MiB of the tensors of each model that is loaded, where a server tells."""
+    found = {}
+    for server in servers:
+        if server.config.get("preset") is None:
+            models = requests.get(server.config["url"] + "/models", timeout=20).json()["models"]
+            for each in models:
+                if each["loaded"]:
+                    found[f"{server.name}/{each['name']}"] = each["mib"]
+    return found
 
 
 def has_torch(python: str) -> bool:
@@ -160,6 +172,7 @@ def torch_server(name: str, python: str, device: str, sizes: dict[str, int]) -> 
                 "json": {"model": "{item}"},
                 "when_busy": "drains",
             },
+            "trim": "/empty_cache",
         }
         yield Server(name, port, config, tuple(sizes))
     finally:
@@ -250,9 +263,8 @@ class Watch:
 
     def __init__(self, broker: Broker, card: Card, servers: list[Server]) -> None:
         self.broker, self.card, self.servers = broker, card, servers
-        self.held, self.needed = Deviations(), Deviations()
+        self.held, self.models, self.needed = Deviations(), Deviations(), Deviations()
         self.answers: Counter[str] = Counter()
-        self.most: dict[str, int] = {}
         self.stale = 0
 
     def run(self, jobs: int, seed: int) -> None:
@@ -275,12 +287,12 @@ class Watch:
         really = measured(self.card, self.servers)
         told = believed(status)
         for name, mib in really.items():
-            self.most[name] = max(mib, self.most.get(name, 0))
-            figures = told[name]
-            if figures.held is not None:
-                self.held.add(name, figures.held, mib)
+            self.held.add(name, told[name].held or 0, mib)
+        for name, mib in by_their_own_word(self.servers).items():
+            figures = told.get(name, Figures(None, None))
+            self.models.add(name, figures.held or 0, mib)
             if figures.needed:
-                self.needed.add(name, figures.needed, self.most[name])
+                self.needed.add(name, figures.needed, mib)
 
     def _fresh_status(self) -> dict[str, Any]:
         """One with a reading of the card that is younger than now."""
@@ -296,15 +308,22 @@ class Watch:
                 return status
             time.sleep(0.05)
 
+    def _outcomes(self, message: str) -> dict[str, int]:
+        """What became of the evictions, or of the trims."""
+        said = re.findall(rf'"msg": "{message}".*?"outcome": "(\w+)"', self.broker.log())
+        return dict(Counter(said))
+
     def figures(self) -> dict[str, Any]:
         scheduler = self.broker.stats()
         return {
             "jobs": self.answers.total(),
             "answers": dict(self.answers),
             "held": self.held.summary(),
+            "models": self.models.summary(),
             "needed": self.needed.summary(),
             "evictions": scheduler["evictions"],
-            "outcomes": dict(Counter(re.findall(r'"outcome": "(\w+)"', self.broker.log()))),
+            "outcomes": self._outcomes("evicted"),
+            "trims": self._outcomes("trimmed"),
             "out_of_memory": scheduler["out_of_memory"],
             "compared_with_an_old_reading": self.stale,
         }
@@ -335,9 +354,10 @@ def main() -> int:
             print(f"nothing was compared: {missing}")
             return 0
     print(json.dumps(figures))
-    print(f"\n{table('Held: believed less measured', figures['held'])}")
-    print(f"\n{table('Needed: believed less the most that was measured', figures['needed'])}")
-    print(f"\n{figures['evictions']} evictions: {figures['outcomes']}")
+    print(f"\n{table('Held: believed, less what NVML says', figures['held'])}")
+    print(f"\n{table('Models: believed to hold, less their tensors', figures['models'])}")
+    print(f"\n{table('Models: believed to need, less their tensors', figures['needed'])}")
+    print(f"\n{figures['evictions']} evictions: {figures['outcomes']}; trims: {figures['trims']}")
     return int(set(figures["answers"]) != {"200"})
 
 

@@ -118,7 +118,10 @@ class Server:
         if path == "/health":
             return 200, {"status": "ok"}
         if path == "/models":
-            models = [{"name": name, "loaded": name in self.loaded} for name in self.sizes]
+            models = [
+                {"name": name, "loaded": name in self.loaded, "mib": mib}
+                for name, mib in self.sizes.items()
+            ]
             return 200, {"models": models}
         with self.lock:
             if path == "/empty_cache":

@@ -25,8 +25,9 @@ whose models take memory of a simulated card; the broker is `waitress-serve wsgi
 - models-one-figure: the same trace, with one figure for each server.
 
 Prints its figures as JSON, and exits with 1 if any job failed or was refused, for want of memory or
-else, that would have fitted (in the last two modes that is expected; one that asks for more than
-the card has may be told so). Loops are bounded in count and time.
+else, that would have fitted (in the wrong modes and with one figure that is expected; one that asks
+for more than the card has may be told so), or if `models` has the broker unload more than half as
+many models as `models-one-figure`. Loops are bounded in count and time.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ BODIES: dict[str, Any] = {
 CLIENTS = 8
 DESKTOP_MIB = 600
 LONGEST_S = 1200.0
+ENOUGH_JOBS = 1000
+"""After so many, first meetings do not count for much."""
+
+MOST_SHARE = 0.5
+"""Of the models that are unloaded where there is one figure for each server, are unloaded where
+there is one for each model."""
+
 DECLARED_SHARE = 0.6
 """Of what it really needs, in the modes that are wrong."""
 
@@ -119,7 +127,7 @@ def run(
 ) -> dict[str, Any]:
     """One mode; its figures."""
     if name.startswith("models"):
-        return {"mode": name} | vram_models.run(name != "models", jobs, seed)
+        return {"mode": name} | vram_models.run(name != "models", jobs, seed, policy, load_s)
     mode = MODES[name]
     jobs = max(1, round(jobs * mode.jobs_share))
     with ExitStack() as stack:
@@ -344,12 +352,19 @@ def main() -> int:
     )
     options = parser.parse_args()
     broken = False
+    of_models: dict[str, dict[str, Any]] = {}
     for name in options.modes:
         figures = run(name, options.jobs, options.seed, options.policy, options.load_s)
         print(json.dumps(figures), flush=True)
+        if name.startswith("models"):
+            of_models[name] = figures
         if not MODES[name].expected:
             broken |= figures["refused"] > 0 or figures["failed_otherwise"] > 0
             broken |= name == "models" and figures["out_of_memory_seen_by_clients"] > 0
+    if len(of_models) == 2:
+        shares = vram_models.beside(of_models["models"], of_models["models-one-figure"])
+        print(json.dumps({"models beside one figure": shares}), flush=True)
+        broken |= options.jobs >= ENOUGH_JOBS and shares["unloaded_by_the_broker"] > MOST_SHARE
     return int(broken)
 
 

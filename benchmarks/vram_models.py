@@ -116,7 +116,9 @@ def trace(jobs: int, seed: int) -> list[str]:
     return random.Random(seed).choices(models, weights, k=jobs)
 
 
-def config(card: SimulatedCard, fakes: dict[str, Running], one_figure: bool) -> dict[str, Any]:
+def config(
+    card: SimulatedCard, fakes: dict[str, Running], one_figure: bool, policy: str
+) -> dict[str, Any]:
     """The broker's, in front of them."""
     consumers = {
         name: {"preset": name, "url": fake.url} | (ONE_FIGURE[name] if one_figure else {})
@@ -126,31 +128,40 @@ def config(card: SimulatedCard, fakes: dict[str, Running], one_figure: bool) -> 
         "gpu": {"device": f"simulated:{card.path}", "release_timeout": 3},
         "health_interval": 1,
         "routing": ROUTING,
+        "scheduler": {"policy": policy},
         "log": {"format": "json"},
         "consumers": consumers,
     }
 
 
+def beside(by_model: dict[str, Any], one_figure: dict[str, Any]) -> dict[str, float]:
+    """The figures of the first as shares of the second's."""
+    counted = ("unloaded_by_the_broker", "loads", "evictions")
+    return {what: round(by_model[what] / max(1, one_figure[what]), 2) for what in counted}
+
+
 @contextmanager
-def servers(card: SimulatedCard) -> Iterator[dict[str, Running]]:
-    """All of them, until the block is left."""
+def servers(card: SimulatedCard, load_s: float) -> Iterator[dict[str, Running]]:
+    """All of them, until the block is left; a load takes `load_s`."""
     with ExitStack() as stack:
         fakes = {
             name: stack.enter_context(fake_server(name, card.path, name, sizes))
             for name, sizes in SERVERS.items()
         }
         for fake in fakes.values():
-            fake.set(job_s=0.005, unload_lag_s=0.1, overhead_mib=200)
+            fake.set(job_s=0.005, load_s=load_s, unload_lag_s=0.1, overhead_mib=200)
         yield fakes
 
 
-def run(one_figure: bool, jobs: int, seed: int) -> dict[str, Any]:
+def run(
+    one_figure: bool, jobs: int, seed: int, policy: str = "fifo", load_s: float = 0.0
+) -> dict[str, Any]:
     """One mode; its figures."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         card = SimulatedCard.create(folder / "card.json", CARD_MIB)
-        fakes = stack.enter_context(servers(card))
-        broker = stack.enter_context(serving(config(card, fakes, one_figure)))
+        fakes = stack.enter_context(servers(card, load_s))
+        broker = stack.enter_context(serving(config(card, fakes, one_figure, policy)))
         tally, meetings = Tally(), Meetings()
         began = time.monotonic()
         _send_all(broker, trace(jobs, seed), tally, meetings, began)

@@ -62,3 +62,13 @@ def test_only_who_was_met_before_is_to_fit() -> None:
     meetings.came_of("a", second, out_of_memory=True)
     meetings.came_of("a", third, out_of_memory=True)
     assert (meetings.at_first["a"], meetings.later["a"]) == (2, 1)
+
+
+def test_the_two_modes_are_compared() -> None:
+    by_model = {"unloaded_by_the_broker": 532, "loads": 536, "evictions": 532}
+    one_figure = {"unloaded_by_the_broker": 1131, "loads": 1149, "evictions": 736}
+    assert vram_models.beside(by_model, one_figure) == {
+        "unloaded_by_the_broker": 0.47,
+        "loads": 0.47,
+        "evictions": 0.72,
+    }

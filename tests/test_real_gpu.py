@@ -100,7 +100,7 @@ def test_a_server_holds_what_its_descendants_hold(card: SimulatedCard) -> None:
 
 def test_what_status_tells_of_consumers_and_models() -> None:
     needed = {"needed": {"mib": 6000, "source": "measured"}}
-    models = [{"name": "m:8b", "gpu_resident_mib": 5000, "learned": needed}, "only-a-name"]
+    models = [{"name": "m:8b", "held_mib": 5000, "learned": needed}]
     consumer = {"name": "it", "gpu_resident_mib": 5300, "learned": needed, "models": models}
     assert real_gpu.believed({"consumers": [consumer, {"name": "new"}]}) == {
         "it": real_gpu.Figures(5300, 6000),
