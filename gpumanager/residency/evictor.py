@@ -38,6 +38,7 @@ from gpumanager.telemetry.events import (
     LoadedMeanwhile,
     Quarantined,
 )
+from gpumanager.upstream.calls import GivingUp
 
 MOST = 0.5
 """Of what was expected: if so much has come back in the end, it was slow, and no leak."""
@@ -52,10 +53,23 @@ GAP_S = 60.0
 class Controls(Protocol):
     """The calls that change what a consumer has loaded. They raise BrokerError on failure."""
 
-    def load(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
-        """Have the consumer load its model, or the one that is given; returns when it says so."""
+    def load(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        model: str | None = None,
+        giving_up: GivingUp | None = None,
+    ) -> None:
+        """Have the consumer load its model, or the one that is given; returns when it says so, or
+        raises the error that it was given up with."""
 
-    def warm(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+    def warm(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        model: str | None = None,
+        giving_up: GivingUp | None = None,
+    ) -> None:
         """As `load`, for a consumer that loads with its first job."""
 
     def trim(self, name: str, consumer: ConsumerConfig) -> None:

@@ -80,7 +80,7 @@ class RoomMaker:
         rest = Rest(controls, measure, clock)
         self._trimmer = Trimmer(registry, learned, controls, rest, measure, clock, emit)
         self._loader = Loader(
-            registry, learned, controls, stops, clock, emit, partial(self._does, "load")
+            registry, learned, controls, stops, clock, emit, partial(self._does, "load"), upcoming
         )
         self._probes_due = clock.monotonic() + FIRST_PROBES_S
         self._lock = threading.Lock()
@@ -115,7 +115,7 @@ class RoomMaker:
             self._unload_others(ticket)
             self._take_off_the_cpu(ticket)
         self._loader.bring_back(ticket)
-        self._loader.load(job)
+        self._loader.load(ticket)
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
     def ready(self, job: Job) -> bool:
@@ -184,7 +184,7 @@ class RoomMaker:
     def load(self, name: str, ticket: Ticket) -> None:  # noqa: ARG002  # it is the ticket's
         """Have a consumer loaded as its next job would, once `make_room` has been: with its
         `warm` call, where it has no `load`."""
-        self._loader.warm(ticket.job)
+        self._loader.warm(ticket)
         ticket.pause(0)
 
     # -- for anybody -----------------------------------------------------------------------

@@ -365,6 +365,15 @@ class Loaded(Event):
     ms: int
 
 
+@declared("load_given_up", "load given up")
+class LoadGivenUp(Event):
+    """The clients of all jobs left that a consumer, or one model of it, was being loaded for: the
+    load was ended, and what was loaded so far was unloaded."""
+
+    consumer: str
+    model: str | None = None
+
+
 @declared("resumed", "resumed")
 class Resumed(Event):
     """A consumer that the broker had stopped was started again."""

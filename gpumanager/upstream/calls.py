@@ -45,6 +45,33 @@ OPENAI_LIST = ModelList(path="/v1/models", items="data[].id")
 _MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
 
+class GivingUp:
+    """Has one call given up, from any thread: its connection is shut down, and whoever makes it
+    gets the error."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._exchange: Exchange | None = None
+        self.error: BrokerError | None = None
+        """Why it was given up; None if it was not."""
+
+    def give_up(self, error: BrokerError) -> None:
+        """Now, or as soon as it begins. Does not block."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
+            exchange = self._exchange
+        if exchange is not None:
+            exchange.abort(error)
+
+    def calls_with(self, exchange: Exchange) -> None:
+        """The call is about to be made with `exchange`. Raises the error of `give_up`."""
+        with self._lock:
+            self._exchange = exchange
+            if self.error is not None:
+                raise self.error
+
+
 class ControlCalls:
     """Probes, loads and unloads consumers. `consumer` are the settings of the one of that name: as
     of a job's admission, or those in force. Safe from any thread; raises BrokerError."""
@@ -71,19 +98,31 @@ class ControlCalls:
                     raise
         return report
 
-    def load(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+    def load(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        model: str | None = None,
+        giving_up: GivingUp | None = None,
+    ) -> None:
         """Have the consumer load its model, or the one that is given. Raises if it has no `load`
-        call or answers badly."""
+        call or answers badly, or was given up."""
         if consumer.load is None:
             raise ConsumerUnreachable(f"{name} has no load call", consumer=name)
-        self._ok(name, consumer, _with_model(consumer.load, model), LOAD_TIMEOUT_S)
+        self._ok(name, consumer, _with_model(consumer.load, model), LOAD_TIMEOUT_S, giving_up)
 
-    def warm(self, name: str, consumer: ConsumerConfig, model: str | None = None) -> None:
+    def warm(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        model: str | None = None,
+        giving_up: GivingUp | None = None,
+    ) -> None:
         """Have the consumer load its model, or the one that is given, as its first job would, with
         its `warm` call."""
         if consumer.warm is None:
             raise ConsumerUnreachable(f"{name} has no warm call", consumer=name)
-        self._ok(name, consumer, _with_model(consumer.warm, model), LOAD_TIMEOUT_S)
+        self._ok(name, consumer, _with_model(consumer.warm, model), LOAD_TIMEOUT_S, giving_up)
 
     def trim(self, name: str, consumer: ConsumerConfig) -> None:
         """Have the consumer give back what it holds beyond its models, with its `trim` call."""
@@ -267,9 +306,16 @@ class ControlCalls:
         """The answer as JSON, None where it is none."""
         return _parsed(self._ok(name, consumer, call, timeout))
 
-    def _ok(self, name: str, consumer: ConsumerConfig, call: Call, timeout: float) -> bytes:
+    def _ok(
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        call: Call,
+        timeout: float,
+        giving_up: GivingUp | None = None,
+    ) -> bytes:
         """Make the call; the body of an answer that the call accepts."""
-        status, body = self._call(name, consumer, call, call.timeout or timeout)
+        status, body = self._call(name, consumer, call, call.timeout or timeout, giving_up)
         self._accept(name, call, status, body)
         return body
 
@@ -283,7 +329,12 @@ class ControlCalls:
             raise ConsumerUnreachable(message, consumer=name)
 
     def _call(
-        self, name: str, consumer: ConsumerConfig, call: Call, timeout: float
+        self,
+        name: str,
+        consumer: ConsumerConfig,
+        call: Call,
+        timeout: float,
+        giving_up: GivingUp | None = None,
     ) -> tuple[int, bytes]:
         if consumer.model is not None:
             call = call.filled("model", consumer.model)
@@ -312,6 +363,8 @@ class ControlCalls:
         )
         exchange = Exchange(name, outbound, timeouts, self._watcher, self._clock)
         try:
+            if giving_up is not None:
+                giving_up.calls_with(exchange)
             exchange.send()
             parts: list[bytes] = []
             size = 0

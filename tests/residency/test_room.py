@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -40,7 +41,15 @@ from gpumanager.residency.room import RoomMaker
 from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Release
 from gpumanager.scheduling.queue import Granted
-from gpumanager.telemetry.events import Event, Evicted, TriedAnyway, TrimFailed, Trimmed
+from gpumanager.telemetry.events import (
+    Event,
+    Evicted,
+    LoadGivenUp,
+    TriedAnyway,
+    TrimFailed,
+    Trimmed,
+)
+from gpumanager.upstream.calls import GivingUp
 from tests.support.clock import FakeClock
 
 
@@ -2116,3 +2125,62 @@ def test_what_it_is_known_to_keep_is_its_own() -> None:
     bench.registry.set_loaded("llm", False)
     preview = bench.room.preview(Job("llm", "llm"))
     assert (preview.held_mib, preview.fits) == (1200, True)
+
+
+# -- a load that is not wanted any more ---------------------------------------------------------
+
+
+def leaves_while_it_loads(bench: Bench, *waiting: str) -> list[object]:
+    """Have a job of tts made room for whose client leaves while its consumer loads, with jobs of
+    others waiting. Returns what came of the load: an error, or None."""
+    came: list[object] = []
+    bench.queue = [*waiting]
+    ticket = bench.ticket("tts")
+
+    def load(name: str, _: object, model: str | None, giving_up: GivingUp) -> None:
+        ticket.cancel(ClientGone("left"))
+        threads_over("load-watch" if "tts" not in waiting else "")
+        came.append(giving_up.error)
+        if giving_up.error is not None:
+            raise giving_up.error
+
+    bench.load = load  # type: ignore[method-assign,assignment]
+    with pytest.raises(ClientGone):
+        bench.room.make_room(ticket)
+    ticket.close()
+    threads_over("load-watch")
+    return came
+
+
+def threads_over(name: str) -> None:
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(5)
+
+
+LOADS: dict[str, dict[str, Any]] = {
+    "tts": {"vram_resident_mib": 3000, "load": "/load"},
+    "llm": {"vram_resident_mib": 100},
+}
+
+
+def test_a_load_that_nobody_waits_for_is_given_up_and_undone() -> None:
+    bench = Bench(LOADS, total=24_000)
+    (error,) = leaves_while_it_loads(bench, "llm")
+    assert isinstance(error, ClientGone)
+    assert bench.calls == ["unload tts"]
+    assert not bench.registry.get("tts").loaded
+    assert LoadGivenUp(consumer="tts") in bench.told
+
+
+def test_a_load_that_others_wait_for_is_theirs() -> None:
+    bench = Bench(LOADS, total=24_000)
+    assert leaves_while_it_loads(bench, "llm", "tts") == [None]
+    assert bench.calls == []
+    assert bench.registry.get("tts").loaded
+
+
+def test_a_load_that_could_not_be_undone_is_waited_for() -> None:
+    bench = Bench({"tts": {**LOADS["tts"], "unload": None}}, total=24_000)
+    assert leaves_while_it_loads(bench) == [None]
+    assert bench.registry.get("tts").loaded

@@ -196,7 +196,7 @@ class VirtualBroker:
         self.registry.set_gpu(GpuState(reading, self._sampled))
         return reading
 
-    def load(self, name: str, _: object, model: str | None = None) -> None:
+    def load(self, name: str, _: object, model: str | None = None, *__: object) -> None:
         resident = resident_name(name, model)
         self._pass(self.trace.footprints[resident].load_s)
         self.holds[resident] = self.trace.footprints[resident].mib

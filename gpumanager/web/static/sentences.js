@@ -83,6 +83,7 @@ const SENTENCES = {
   tried_anyway: (e) => [`${who(e)} is tried, although ${mib(e.short_mib)} of ${mib(e.needed_mib)} are missing by the figures.`, ""],
   came_back: (e) => [`${e.consumer}, which a checkpoint had stopped, was started again by somebody else.`, ""],
   loaded: (e) => [`${who(e)} was loaded in ${lasting(e.ms)}.`, ""],
+  load_given_up: (e) => [`The load of ${who(e)} was given up, because nobody waits for it any more.`, ""],
   resumed: (e) => [`${e.consumer} was started again in ${lasting(e.ms)}.`, ""],
   healthy: (e) => [`${e.consumer} answers.`, ""],
   unhealthy: (e) => [`${e.consumer} does not answer: ${e.reason}.`, "Start it; until then its jobs are refused."],
