@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gpumanager.model import NORMAL
+
 COLOURS = ("dodger_blue2", "dark_orange", "green4", "medium_purple", "deep_pink4", "yellow4")
 BAR_WIDTH = 60
 
@@ -51,7 +53,7 @@ def queue(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> Rend
             str(entry["ticket"]),
             _place(entry),
             entry["consumer"],
-            entry["kind"],
+            entry["kind"] + _urgency(entry),
             entry["client"],
             _duration(entry["age_ms"]),
             "" if running else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
@@ -61,6 +63,11 @@ def queue(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> Rend
 
 def _table() -> Table:
     return Table(box=None, pad_edge=False)
+
+
+def _urgency(entry: Mapping[str, Any]) -> str:
+    urgency = entry.get("urgency", NORMAL)
+    return "" if urgency == NORMAL else f" u={urgency}"
 
 
 def _place(entry: Mapping[str, Any]) -> Text | str:

@@ -122,6 +122,11 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
     the faults in single keys, which are passed over here."""
     consumers = _mapping(data.get("consumers"))
     yield from _memory_faults(_mapping(data.get("gpu")), consumers)
+    scheduler = _mapping(data.get("scheduler"))
+    if scheduler.get("hold") not in (None, 0) and scheduler.get("policy", "fifo") == "fifo":
+        yield ("scheduler", "hold"), "is of use only with 'policy: affinity'", ""
+    if scheduler.get("policy") == "affinity" and scheduler.get("kind") == "passthrough":
+        yield ("scheduler", "policy"), "is of use only with 'kind: locked'", ""
     if not isinstance(data.get("consumers", {}), dict):
         return  # that is the fault; that no reference then leads anywhere tells nothing more
     for kind, name in _mapping(data.get("routing")).items():

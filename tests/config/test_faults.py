@@ -22,6 +22,20 @@ def faults(text: str | bytes) -> list[tuple[int | None, str, str]]:
     return [(fault.line, fault.path, fault.message) for fault in refused.value.faults]
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "key", "message"),
+    [
+        ("{hold: 3}", "hold", "is of use only with 'policy: affinity'"),
+        ("{hold: 3s, policy: fifo}", "hold", "is of use only with 'policy: affinity'"),
+        ("{policy: affinity, kind: passthrough}", "policy", "is of use only with 'kind: locked'"),
+    ],
+)
+def test_a_key_of_the_queue_that_would_do_nothing(scheduler: str, key: str, message: str) -> None:
+    assert faults(f"scheduler: {scheduler}") == [(1, f"scheduler.{key}", message)]
+    for good in ("{hold: 0}", "{hold: 3, policy: affinity}", "{policy: affinity, kind: locked}"):
+        parse_config(f"scheduler: {good}")
+
+
 def test_all_faults_at_once_each_with_its_line() -> None:
     found = faults(
         """\

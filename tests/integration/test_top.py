@@ -18,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from gpumanager.cli import top
+from gpumanager.cli import top, views
 from gpumanager.telemetry.events import Pinned
 from tests.support.broker import LiveBroker, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
@@ -234,3 +234,24 @@ def test_no_size_is_overflown(height: int, width: int) -> None:
     console = Console(width=width, height=height, force_terminal=True)
     picture = top.picture(found, [event] * 100, "http://127.0.0.1:8770", console, fit=True)
     assert len(console.render_lines(picture)) <= height
+
+
+def test_the_queue_shows_how_urgent_a_job_is_if_that_is_not_the_usual() -> None:
+    entry = {
+        "ticket": 1,
+        "consumer": "c0",
+        "kind": "tts",
+        "client": "anna",
+        "state": "waiting",
+        "position": 1,
+        "age_ms": 1,
+        "estimate_ms": 2,
+    }
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(views.queue([{**entry, "urgency": 6}, {**entry, "urgency": 3}, entry]))
+    assert [line.split()[3:5] for line in shown.get().splitlines()[1:]] == [
+        ["tts", "u=6"],
+        ["tts", "anna"],
+        ["tts", "anna"],
+    ]
