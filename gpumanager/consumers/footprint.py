@@ -72,8 +72,8 @@ class Raised:
 class Needs:
     """What the memory that a consumer needs, or a model of it, follows from: what its jobs were
     seen to hold, by the card's figures and by its own; of how many jobs the former is; what an
-    out-of-memory has raised it to; and the most that was seen by the context length, in tokens,
-    that it was loaded for. Of one moment, and never changed."""
+    out-of-memory has raised it to; and what was seen by the context length, in tokens, that it was
+    loaded for. Of one moment, and never changed."""
 
     measured: Figure | None = None
     reported: Figure | None = None
@@ -240,7 +240,9 @@ class Footprint:
         peak = self._current.get("measured") or self._current.get("reported")
         if peak is None:
             return
-        self._contexts[context] = max(peak[0], self._contexts.get(context, 0))
+        # One job that held more than the others is forgotten little by little.
+        known = self._contexts.get(context, 0)
+        self._contexts[context] = max(peak[0], known + (peak[0] - known) // 10)
         if len(self._contexts) > MOST_CONTEXTS:
             del self._contexts[min(self._contexts)]
 

@@ -195,3 +195,94 @@ def test_what_had_leaked_before_each_job_is_not_what_that_needed() -> None:
     assert footprint.needed(Declared(), 60.0).mib == 4000
     footprint.without([(0.0, 1000)])  # told a second time
     assert footprint.needed(Declared(), 60.0).mib == 4000
+
+
+# -- by the length of the context -----------------------------------------------------------------
+
+
+def with_contexts(*seen: tuple[int, int]) -> Footprint:
+    """Jobs whose model was loaded for so many tokens, and held so much."""
+    footprint = Footprint()
+    for at, (tokens, mib) in enumerate(seen, 1):
+        footprint.saw(mib, "measured", at)
+        footprint.job_done(at, tokens)
+    return footprint
+
+
+def for_context(footprint: Footprint, tokens: int, declared: Declared | None = None) -> int:
+    return footprint.needs(99).of(declared or Declared(0), tokens).mib
+
+
+def test_a_length_that_was_seen_needs_what_was_held_then() -> None:
+    footprint = with_contexts((4096, 5000), (32_768, 9000))
+    assert for_context(footprint, 4096) == 5000
+    assert for_context(footprint, 32_768) == 9000
+    assert footprint.needs(99).of(Declared(0)).mib == 9000  # a job that says nothing
+
+
+def test_between_two_lengths_the_longer_one_counts() -> None:
+    footprint = with_contexts((4096, 5000), (32_768, 9000))
+    assert for_context(footprint, 4097) == 9000
+    assert for_context(footprint, 512) == 5000
+
+
+def test_beyond_the_longest_it_grows_as_between_the_two_longest() -> None:
+    footprint = with_contexts((2048, 4000), (4096, 5000), (8192, 6000))
+    assert for_context(footprint, 16_384) == 8000  # 1000 MiB each 4,096 tokens
+    shrinking = with_contexts((4096, 6000), (8192, 5000))
+    assert for_context(shrinking, 16_384) == 5000
+
+
+def test_where_one_length_was_seen_a_quarter_of_it_grows() -> None:
+    footprint = with_contexts((4096, 8000))
+    assert for_context(footprint, 8192) == 10_000
+    assert for_context(footprint, 32_768) == 22_000
+
+
+def test_where_none_was_seen_what_is_known_is_taken_to_be_of_a_usual_one() -> None:
+    declared = Declared(8000)
+    assert for_context(Footprint(), 2048, declared) == 8000
+    assert for_context(Footprint(), 4096, declared) == 8000
+    assert for_context(Footprint(), 8192, declared) == 10_000
+    assert Footprint().needs(0).of(declared, 8192).source == "declared"
+
+
+def test_a_length_raises_no_elastic_one_and_nothing_above_the_most() -> None:
+    assert for_context(Footprint(), 32_768, Declared(8000, elastic=True)) == 8000
+    assert for_context(Footprint(), 32_768, Declared(8000, 9000)) == 9000
+
+
+def test_an_out_of_memory_counts_for_each_length() -> None:
+    footprint = with_contexts((4096, 5000))
+    footprint.raise_to(7000, 2)
+    assert for_context(footprint, 4096) == 7000
+    assert for_context(footprint, 65_536) > 7000
+
+
+def test_the_shortest_lengths_are_forgotten() -> None:
+    footprint = with_contexts(*((1000 * each, 100 * each) for each in range(1, 21)))
+    known = footprint.needs(99).contexts
+    assert [tokens for tokens, _ in known] == [1000 * each for each in range(13, 21)]
+
+
+def test_one_large_job_of_a_length_is_forgotten_little_by_little() -> None:
+    footprint = with_contexts((4096, 9000), *[(4096, 5000)] * 10)
+    assert 5000 < for_context(footprint, 4096) < 7000
+    footprint = with_contexts((4096, 9000), *[(4096, 5000)] * 100)
+    assert for_context(footprint, 4096) == 5000
+
+
+def test_lengths_outlive_a_restart() -> None:
+    footprint = with_contexts((4096, 5000), (32_768, 9000))
+    again = Footprint.from_data(json.loads(json.dumps(footprint.as_data())), 9)
+    assert again.needs(9).contexts == ((4096, 5000), (32_768, 9000))
+    old = footprint.as_data()
+    del old["contexts"]  # of an older version
+    assert Footprint.from_data(old, 9).needs(9).contexts == ()
+
+
+@pytest.mark.parametrize("contexts", [[[4096, -1]], [["4096", 5000]], [4096], [[4096]]])
+def test_lengths_that_nobody_wrote_are_refused(contexts: object) -> None:
+    data = {**Footprint().as_data(), "contexts": contexts}
+    with pytest.raises((ValueError, TypeError)):
+        Footprint.from_data(data, 9)

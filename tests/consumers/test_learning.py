@@ -11,6 +11,7 @@ import pytest
 
 from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.learning import Learned, Times
+from gpumanager.consumers.shares import MOST_MODELS
 from gpumanager.consumers.statefile import StateFile, state_path
 from gpumanager.model import Declared, StoppedBy
 
@@ -308,3 +309,71 @@ def test_whether_it_leaks_is_known_after_a_restart_and_can_be_forgotten() -> Non
     again.forget("tts")
     _, growth = again.growths.at_rest("tts", 3000, 0, 1.0)
     assert growth.verdict == "unknown"
+
+
+# -- of models -----------------------------------------------------------------------------------
+
+
+def of_models(*names: str) -> Learned:
+    learned = Learned(["llm"])
+    for name in names:
+        learned.held(f"llm/{name}", 3000)
+        learned.ran(f"llm/{name}", 1.0, context=4096)
+    return learned
+
+
+def test_of_a_model_nothing_is_known_before_something_is_learned_of_it() -> None:
+    learned = of_models("a/b:7b")
+    assert learned.figures("llm/new") == Learned(["llm"]).figures("llm")
+    assert learned.figures("llm/a/b:7b").needs.contexts == ((4096, 3000),)
+    assert learned.figures("llm").peak is None
+    learned.failed("llm/new")
+    assert "llm/new" not in learned.as_data()
+
+
+def test_the_models_that_are_learned_of_are_bounded() -> None:
+    learned = Learned(["llm", "tts"])
+    learned.held("tts/voice", 100)
+    learned.held("llm/kept", 3000)
+    for number in range(2 * MOST_MODELS):
+        learned.held(f"llm/m{number}", 3000)
+        learned.ran("llm/kept", 1.0)
+    known = learned.as_data().keys()
+    assert len([name for name in known if name.startswith("llm/")]) == MOST_MODELS
+    assert {"llm", "tts", "tts/voice", "llm/kept", f"llm/m{2 * MOST_MODELS - 1}"} <= known
+    assert learned.figures("llm/m0").peak is None
+
+
+def test_what_is_known_of_one_model_or_of_all_can_be_forgotten() -> None:
+    learned = of_models("a", "b", "c")
+    learned.held("llm", 9000)
+    told: list[Any] = []
+    learned.publish(told.append)
+    learned.forget("llm/a")
+    assert learned.figures("llm/a").peak is None
+    assert told[-1].keys() == {"llm", "llm/b", "llm/c"}
+    learned.forget("llm")
+    assert told[-1].keys() == {"llm"}
+    assert learned.figures("llm").peak is None
+
+
+def test_what_is_known_of_models_outlives_a_restart(tmp_path: Path) -> None:
+    before = of_models("a/b:7b", "c")
+    before.ran_out("llm/c", 8000)
+    StateFile(tmp_path / "state.json", before, dict).save()
+    after = Learned(["llm"])
+    StateFile(tmp_path / "state.json", after, dict).load()
+    for name in ("llm/a/b:7b", "llm/c"):
+        assert after.figures(name) == before.figures(name)
+    without = Learned(["tts"])
+    StateFile(tmp_path / "state.json", without, dict).load()
+    assert without.as_data().keys() == {"tts"}  # its consumer is not configured any more
+
+
+def test_a_file_with_more_models_than_are_kept_is_read(tmp_path: Path) -> None:
+    before = of_models("a")
+    data = before.as_data()
+    many = {f"llm/m{number}": data["llm/a"] for number in range(2 * MOST_MODELS)}
+    after = Learned(["llm"])
+    after.restore(many)
+    assert len(after.as_data()) == MOST_MODELS + 1

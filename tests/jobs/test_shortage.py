@@ -201,3 +201,64 @@ def test_a_model_that_nothing_is_known_of_is_believed() -> None:
     said = json.dumps(FAILED).encode()
     assert bench.shortages.in_result(Job("voice", "tts", model="big"), voice, said, b"") is not None
     assert bench.shortages.in_result(Job("voice", "tts"), voice, said, b"") is None
+
+
+# -- models --------------------------------------------------------------------------------------
+
+APART: dict[str, Any] = {
+    "probe": {"path": "/ps", "items": "models"},
+    "unload": {"path": "/u", "for_each": "items", "json": {"model": "{item}"}},
+}
+
+
+def with_models(**held: int) -> Bench:
+    """`voice` tells its models apart, and has loaded these; a job with the last one runs."""
+    bench = Bench(**APART)
+    for model in held:
+        bench.registry.job_started("voice", model)
+        bench.holds["voice"] = sum(list(held.values())[: list(held).index(model) + 1])
+        bench.registry.measured("voice", bench.holds["voice"], 0)
+        if model != list(held)[-1]:
+            bench.registry.job_finished("voice", model=model)
+    return bench
+
+
+def said_of(bench: Bench, model: str) -> Shortage:
+    consumer = bench.config.consumers["voice"]
+    job = Job("voice", "tts", model=model)
+    shortage = bench.shortages.in_result(job, consumer, json.dumps(FAILED).encode(), b"")
+    assert shortage is not None
+    return shortage
+
+
+def test_what_its_other_models_hold_was_no_room_for_it() -> None:
+    bench = with_models(large=6000, small=500)
+    bench.learned.held("voice/small", 2500)
+    bench.learned.ran("voice/small", 1.0)
+    shortage = said_of(bench, "small")
+    assert shortage.resident == "voice/small"
+    assert (shortage.room_mib, shortage.needed_mib) == (500 + TOTAL - 6500, 2500)
+    assert not shortage.alone  # its consumer's other model is there
+
+
+def test_what_is_learned_of_it_is_its_models() -> None:
+    bench = with_models(large=6000, small=500)
+    bench.learned.held("voice/small", 2500)
+    bench.learned.ran("voice/small", 1.0)
+    shortage = said_of(bench, "small")
+    bench.shortages.not_retried(shortage)
+    assert bench.registry.now.needed("voice/small").source == "out-of-memory"
+    assert bench.registry.now.needed("voice/small").mib == 6000
+    assert bench.learned.figures("voice").raised is None
+    assert bench.learned.figures("voice/large").raised is None
+
+
+def test_what_the_second_run_of_a_model_holds_is_its_share() -> None:
+    bench = with_models(large=6000, small=500)
+    shortage = said_of(bench, "small")
+    bench.holds["voice"] = 6000 + 2600
+    bench.registry.measured("voice", bench.holds["voice"], 0)
+    bench.shortages.healed(shortage)
+    raised = bench.learned.figures("voice/small").raised
+    assert raised is not None
+    assert raised.mib == 2600
