@@ -39,18 +39,18 @@ class BrokerClient:
         """The JSON that a GET of `path` is answered with. Raises BrokerUnavailable."""
         return self._call("GET", path, query, TIMEOUT_S)
 
-    def post(self, path: str) -> Any:
+    def post(self, path: str, **query: int | str) -> Any:
         """The JSON that a POST to `path` is answered with. Raises BrokerUnavailable."""
-        return self._call("POST", path, {}, LONG_TIMEOUT_S)
+        return self._call("POST", path, query, LONG_TIMEOUT_S)
 
     def job(self, kind: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
         """Run a job; the status of its answer and the answer itself."""
         answer = self._answer("POST", f"/v1/{kind}", LONG_TIMEOUT_S, json=body)
         return answer.status_code, answer.content
 
-    def delete(self, path: str) -> Any:
+    def delete(self, path: str, **query: int | str) -> Any:
         """Have something taken away."""
-        return self._call("DELETE", path, {}, TIMEOUT_S)
+        return self._call("DELETE", path, query, TIMEOUT_S)
 
     def _call(self, method: str, path: str, query: Mapping[str, int | str], timeout: float) -> Any:
         answer = self._answer(method, path, timeout, params=dict(query))

@@ -81,7 +81,8 @@ def picture(
     memory = Panel(views.card(found, inner), title="memory", title_align="left")
     running = Panel(views.running(found, inner), title="running", title_align="left")
     queue = _List(len(found["queue"]), _HEAD)
-    consumers = _List(len(found["consumers"]), _HEAD)
+    with_models = sum(1 + len(views.models_shown(each)) for each in found["consumers"])
+    consumers = _List(with_models, _HEAD)
     lately = _List(len(events) if fit else min(LAST_EVENTS, len(events)), 0)
     left = (console.height if fit else 10**6) - 1
     shown: list[Panel | _List] = []
@@ -94,8 +95,8 @@ def picture(
     drawn = (
         (memory, memory),
         (running, running),
-        (queue, Panel(views.queue(found["queue"], queue.rows), title="queue")),
-        (consumers, Panel(views.services(found, consumers.rows), title="consumers")),
+        (queue, Panel(views.queue(found["queue"], queue.rows, width=inner), title="queue")),
+        (consumers, Panel(views.services(found, consumers.rows, width=inner), title="consumers")),
         (lately, Panel(views.lately(events, lately.rows), title="lately")),
     )
     panels = [panel for part, panel in drawn if part in shown]

@@ -12,12 +12,23 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gpumanager.cli.words import shortened
 from gpumanager.model import NORMAL
 
 COLOURS = ("dodger_blue2", "dark_orange", "green4", "medium_purple", "deep_pink4", "yellow4")
 BAR_WIDTH = 60
+WIDE, NARROW = 96, 76
+"""Columns that all of a table needs, and what is most worth knowing."""
+
+MODEL_WIDTH, LONGEST_MODEL = 18, 60
+"""Characters of a model's name that fit then; and of any."""
+
+UNLOADED_SHOWN = 3
+"""Models of one consumer that are shown although they are not loaded."""
 
 T = TypeVar("T")
+_Cells = dict[str, Text | str]
+"""A row, by the names of its columns."""
 
 _LOUD = {"error": "red", "warning": "yellow"}
 _QUIET_FIELDS = frozenset({"number", "time", "event", "level", "client", "request_id", "path"})
@@ -28,9 +39,14 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def status(found: Mapping[str, Any]) -> RenderableType:
-    """The card, the consumers, the queue."""
-    return Group(card(found), services(found), troubles(found), queue(found["queue"]))
+def status(found: Mapping[str, Any], width: int) -> RenderableType:
+    """The card, the consumers, the queue, in so many columns."""
+    return Group(
+        card(found),
+        services(found, width=width),
+        troubles(found),
+        queue(found["queue"], width=width),
+    )
 
 
 def gone(reason: str) -> RenderableType:
@@ -38,26 +54,39 @@ def gone(reason: str) -> RenderableType:
     return Panel(Text(f"{reason}; trying again", style="red"), title="gpumanager")
 
 
-def queue(entries: Sequence[Mapping[str, Any]], rows: int | None = None) -> RenderableType:
-    """Who runs and who waits, below its head in so many rows; what is cut is counted."""
+def queue(
+    entries: Sequence[Mapping[str, Any]], rows: int | None = None, *, width: int = WIDE
+) -> RenderableType:
+    """Who runs and who waits, below its head in so many rows; what is cut is counted. In less than
+    `WIDE` columns there is room for the models or for the clients."""
     if not entries:
         return Text("no job runs, and none waits", style="dim")
     table = _table()
-    for name in ("ticket", "", "consumer", "kind", "client", "for", "turn in"):
+    names = ["ticket", "", "consumer", "model", "kind", "client", "for", "turn in"]
+    if not any("model" in entry for entry in entries):
+        names.remove("model")
+    elif width < WIDE:
+        names.remove("client")
+    for name in names:
         style = "dim" if name in ("ticket", "client") else None
         table.add_column(name, style=style, no_wrap=True)
+    name_width = width - (WIDE - MODEL_WIDTH if width >= WIDE else NARROW - MODEL_WIDTH)
     shown, cut = cut_to(entries, rows)
     for entry in shown:
         running, overdue = entry["state"] == "running", entry.get("overdue", False)
-        table.add_row(
-            str(entry["ticket"]),
-            _place(entry),
-            entry["consumer"],
-            entry["kind"] + _urgency(entry),
-            entry["client"],
-            _duration(entry["age_ms"]),
-            "" if running else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
-        )
+        cells: _Cells = {
+            "ticket": str(entry["ticket"]),
+            "": _place(entry),
+            "consumer": entry["consumer"],
+            "model": _model(entry.get("model", ""), name_width),
+            "kind": entry["kind"] + _urgency(entry),
+            "client": entry["client"],
+            "for": _duration(entry["age_ms"]),
+            "turn in": ""
+            if running
+            else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
+        }
+        table.add_row(*(cells[name] for name in names))
     return Group(table, _more(cut, "in the queue")) if cut else table
 
 
@@ -78,34 +107,95 @@ def _place(entry: Mapping[str, Any]) -> Text | str:
     return Text("runs", style="green")
 
 
-def services(found: Mapping[str, Any], rows: int | None = None) -> RenderableType:
-    """The consumers, below their head in so many rows; what is cut is counted, and those of which
-    there is something to say are the last that are."""
+def services(
+    found: Mapping[str, Any], rows: int | None = None, *, width: int = WIDE
+) -> RenderableType:
+    """The consumers, each with its models below it, below their head in so many rows; what is cut
+    is counted. Models are cut first, and consumers of which there is something to say last. In less
+    than `WIDE` columns there is no room for how many jobs they had, and how long those took."""
     table = _table()
-    for name in ("consumer", "state", "model", "holds", "needs", "jobs", "usual run", "last used"):
+    names = ["consumer", "state", "model", "holds", "needs", "jobs", "usual run", "last used"]
+    if width < WIDE:
+        names = [name for name in names if name not in ("jobs", "usual run")]
+    for name in names:
         right = name in ("holds", "needs", "jobs", "usual run")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    name_width = width - (WIDE - MODEL_WIDTH if width >= WIDE else NARROW - MODEL_WIDTH)
     kinds: dict[str, list[str]] = {}
     for kind, to in found["routing"].items():
         for name in [to] if isinstance(to, str) else to:
             kinds.setdefault(name, []).append(kind)
-    shown, cut = cut_to(found["consumers"], rows)
+    consumers, cut = cut_to(found["consumers"], rows)
     if cut:
-        shown = sorted(found["consumers"], key=_plainness)[: len(shown)]
-    for consumer in shown:
-        name = consumer["name"]
-        run = consumer["learned"].get("run_ms")
-        table.add_row(
-            f"{name} ({', '.join(kinds[name])})" if name in kinds else name,
-            _state(consumer),
-            "loaded" if consumer["loaded"] else Text("not loaded", style="dim"),
-            _mib(consumer["gpu_resident_mib"]),
-            _mib(consumer["vram_budget_mib"]),
-            str(consumer["total_requests"]),
-            "" if run is None else _duration(run["p50"]),
-            _ago(consumer.get("last_used"), found["time"]),
-        )
-    return Group(table, _more(cut, "consumers")) if cut else table
+        consumers = sorted(found["consumers"], key=_plainness)[: len(consumers)]
+    wanted = 0 if cut else sum(len(models_shown(each)) for each in consumers)
+    left = wanted if rows is None else rows - len(consumers)
+    room = wanted if wanted <= left else max(0, left - 1)
+    models_cut = wanted - room if left > 0 else 0
+    for consumer in consumers:
+        cells = _consumer(consumer, kinds.get(consumer["name"], ()), found["time"])
+        table.add_row(*(cells[name] for name in names))
+        its = models_shown(consumer)[:room]
+        room -= len(its)
+        for model in its:
+            cells = _of_model(model, name_width, found["time"])
+            table.add_row(*(cells[name] for name in names))
+    if cut:
+        return Group(table, _more(cut, "consumers"))
+    return Group(table, _more(models_cut, "models")) if models_cut else table
+
+
+def models_shown(consumer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Of a consumer's models those that are loaded, the largest first, then some that were used
+    last."""
+    models = consumer.get("models", ())
+    loaded = [each for each in models if each["loaded"]]
+    rest = [each for each in models if not each["loaded"] and "last_used" in each]
+    rest.sort(key=lambda each: each["last_used"], reverse=True)
+    return [*loaded, *rest[:UNLOADED_SHOWN]]
+
+
+def _consumer(consumer: Mapping[str, Any], kinds: Sequence[str], now: str) -> _Cells:
+    name, loaded = consumer["name"], sum(each["loaded"] for each in consumer.get("models", ()))
+    what = f"{loaded} loaded" if loaded else "loaded"
+    return {
+        "consumer": f"{name} ({', '.join(kinds)})" if kinds else name,
+        "state": _state(consumer),
+        "model": what if consumer["loaded"] else Text("not loaded", style="dim"),
+        "holds": _mib(consumer["gpu_resident_mib"]),
+        "needs": _mib(consumer["vram_budget_mib"]) if consumer["vram_budget_mib"] else "",
+        **_figures(consumer, now),
+    }
+
+
+def _of_model(model: Mapping[str, Any], name_width: int, now: str) -> _Cells:
+    said = [("works", model["active"]), ("pinned", model["pinned"])]
+    name = _model(model["name"], name_width - 2)
+    loaded = f"{model['context']} tokens" if "context" in model else "loaded"
+    return {
+        "consumer": Text.assemble("  ", name, style="" if model["loaded"] else "dim"),
+        "state": Text(
+            ", ".join(word for word, so in said if so), style="green" if model["active"] else "dim"
+        ),
+        "model": loaded if model["loaded"] else Text("not loaded", style="dim"),
+        "holds": _mib(model["held_mib"]),
+        "needs": _mib(model["learned"]["needed"]["mib"]),
+        **_figures(model, now),
+    }
+
+
+def _figures(of: Mapping[str, Any], now: str) -> _Cells:
+    run = of["learned"].get("run_ms")
+    return {
+        "jobs": str(of["total_requests"]),
+        "usual run": "" if run is None else _duration(run["p50"]),
+        "last used": _ago(of.get("last_used"), now),
+    }
+
+
+def _model(name: str, width: int) -> Text:
+    """Its name comes from a client, and is no markup."""
+    return Text(shortened(name, max(3, min(LONGEST_MODEL, width))))
 
 
 def _plainness(consumer: Mapping[str, Any]) -> int:
@@ -166,13 +256,18 @@ def running(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
     entries = [entry for entry in found["queue"] if entry["state"] == "running"]
     if not entries:
         return Text("nothing", style="dim")
-    usual = {
-        each["name"]: each["learned"].get("run_ms", {}).get("p50") for each in found["consumers"]
-    }
+    usual: dict[tuple[str, str | None], float | None] = {}
+    for each in found["consumers"]:
+        usual[each["name"], None] = each["learned"].get("run_ms", {}).get("p50")
+        for model in each.get("models", ()):
+            took = model["learned"].get("run_ms", {}).get("p50")
+            usual[each["name"], model["name"]] = took or usual[each["name"], None]
     parts: list[RenderableType] = []
     for entry in entries:
-        expected = usual.get(entry["consumer"])
-        text = f"{entry['consumer']} {entry['kind']} for {entry['client']}, "
+        name, model = entry["consumer"], entry.get("model")
+        expected = usual.get((name, model), usual.get((name, None)))
+        who = name if model is None else f"{name} ({shortened(model, LONGEST_MODEL)})"
+        text = f"{who} {entry['kind']} for {entry['client']}, "
         text += _duration(entry["age_ms"])
         if expected:
             text += f" of usually {_duration(expected)}"
@@ -258,8 +353,11 @@ def _duration(ms: float) -> str:
 def _ago(then: str | None, now: str) -> str:
     if then is None:
         return "never"
-    seconds = (_time(now) - _time(then)).total_seconds()
-    return f"{_duration(max(0.0, seconds) * 1000)} ago"
+    seconds = max(0.0, (_time(now) - _time(then)).total_seconds())
+    for unit, length, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 600)):
+        if seconds >= least:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{_duration(seconds * 1000)} ago"
 
 
 def _time(text: str) -> datetime:
@@ -268,4 +366,4 @@ def _time(text: str) -> datetime:
 
 def _plain(value: object) -> str:
     text = str(value)
-    return repr(text) if " " in text or not text else text
+    return text if text and text.isprintable() and " " not in text else repr(text)

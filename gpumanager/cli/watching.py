@@ -31,7 +31,8 @@ def status(broker: BrokerClient, as_json: bool, watch: bool) -> None:
         if as_json:
             click.echo(json.dumps(found, indent=None if watch else 2))
         else:
-            views.console().print(views.status(found))
+            console = views.console()
+            console.print(views.status(found, console.width))
 
     if not watch:
         show()
@@ -53,7 +54,8 @@ def queue(broker: BrokerClient, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        views.console().print(views.queue(found["queue"]))
+        console = views.console()
+        console.print(views.queue(found["queue"], width=console.width))
 
 
 @main.command()

@@ -149,14 +149,15 @@ class _Server:
         return served in state.items or f"{served}:latest" in state.items
 
     def _vram(self, served: str) -> Figure | None:
-        """What the config says that the model needs, else what was learned of it."""
+        """What the config says that the model needs, else what was learned of it, else what its
+        listed size lets expect."""
         key = model_key(served)
         declared, resident = self.config.declared_for(key), resident_name(self.name, key)
         if declared is not None:
             return Figure(declared.mib, "declared")
-        if self.snapshot.figures(resident).needs.nothing:
-            return None
-        return self.snapshot.needed(resident)
+        needed = self.snapshot.needed(resident)
+        known = not self.snapshot.figures(resident).needs.nothing
+        return needed if known or needed.source == "listed" else None
 
 
 def _is_pattern(entry: ModelEntry) -> bool:

@@ -17,6 +17,7 @@ import pyte
 import pytest
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from gpumanager.cli import top, views
 from gpumanager.telemetry.events import Pinned
@@ -203,9 +204,8 @@ def test_a_broker_that_goes_is_said_and_q_still_ends_it(broker: LiveBroker) -> N
         assert terminal.ends() == 0
 
 
-@pytest.mark.parametrize("width", [30, 60, 200])
-@pytest.mark.parametrize("height", range(1, 60))
-def test_no_size_is_overflown(height: int, width: int) -> None:
+def status(models: int = 0) -> dict[str, Any]:
+    """Of twelve consumers, the first of which has so many models, all loaded."""
     learned: dict[str, Any] = {}
     consumer = {
         "probed": True,
@@ -218,7 +218,18 @@ def test_no_size_is_overflown(height: int, width: int) -> None:
         "learned": learned,
     }
     entry = {"consumer": "c0", "kind": "tts", "client": "127.0.0.1", "age_ms": 1, "estimate_ms": 2}
-    found = {
+    model = {
+        "loaded": True,
+        "held_mib": 90,
+        "active": 1,
+        "total_requests": 3,
+        "pinned": True,
+        "learned": {"needed": {"mib": 90, "source": "measured"}},
+        "context": 4096,
+    }
+    names = [f"[/b]hub/{'long-' * 9}{number:03}:q4" for number in range(models)]
+    entry |= {"model": names[0]} if names else {}
+    found: dict[str, Any] = {
         "version": "1",
         "time": "2026-05-11T11:33:39.120Z",
         "gpu": {"total_mib": 8000, "used_mib": 3600, "free_mib": 4400, "source": "ledger"},
@@ -230,9 +241,21 @@ def test_no_size_is_overflown(height: int, width: int) -> None:
             for n in range(9)
         ],
     }
-    event = {"time": "2026-05-11T11:33:39.120Z", "event": "job", "level": "info", "a": "b" * 300}
+    its = [{**model, "name": name} for name in names]
+    found["consumers"][0] |= {"models": its, "loaded": bool(its)}
+    return found
+
+
+EVENT = {"time": "2026-05-11T11:33:39.120Z", "event": "job", "level": "info", "a": "b" * 300}
+
+
+@pytest.mark.parametrize("models", [0, 3, 25])
+@pytest.mark.parametrize("width", [30, 60, 200])
+@pytest.mark.parametrize("height", range(1, 60))
+def test_no_size_is_overflown(height: int, width: int, models: int) -> None:
+    found = status(models)
     console = Console(width=width, height=height, force_terminal=True)
-    picture = top.picture(found, [event] * 100, "http://127.0.0.1:8770", console, fit=True)
+    picture = top.picture(found, [EVENT] * 100, "http://127.0.0.1:8770", console, fit=True)
     assert len(console.render_lines(picture)) <= height
 
 
@@ -255,3 +278,42 @@ def test_the_queue_shows_how_urgent_a_job_is_if_that_is_not_the_usual() -> None:
         ["tts", "anna"],
         ["tts", "anna"],
     ]
+
+
+@pytest.mark.parametrize(("width", "most"), [(80, 16), (120, 36)])
+@pytest.mark.parametrize("height", [46, 56, 90])
+def test_models_stand_below_their_consumer_and_what_is_cut_is_counted(
+    height: int, width: int, most: int
+) -> None:
+    console = Console(width=width, height=height, force_terminal=True)
+    picture = top.picture(status(25), [EVENT], "http://127.0.0.1:8770", console, fit=True)
+    with console.capture() as captured:
+        console.print(picture)
+    lines = [Text.from_ansi(line).plain for line in captured.get().splitlines()]
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("│ c0 (tts)")]
+    shown = [line for line in lines if line.startswith("│   [/b]")]
+    assert lines[at + 1 : at + 1 + len(shown)] == shown
+    assert len(shown) + cut(lines, "models") == 25
+    assert "25 loaded" in lines[at]
+    assert sum(line.startswith("│ c") and "healthy" in line for line in lines) == CONSUMERS
+    for line in shown:
+        name = line[4:].split()[0]
+        assert (len(name), "…" in name) == (most, True), "its end is what tells it from others"
+        assert "works, pinned" in line
+        assert "4096 tokens" in line
+        assert line.count(" 90 MiB ") == 2
+    queued = [line for line in lines if re.match(r"│ \d+ ", line) and " tts " in line]
+    assert queued
+    assert all("[/b]" in line for line in queued)
+
+
+def test_a_models_name_cannot_move_the_cursor() -> None:
+    found = status(1)
+    name = found["consumers"][0]["models"][0]["name"] = "a\x1b[2Jb\nc"
+    found["queue"][0]["model"] = name
+    console = Console(width=120, height=60, force_terminal=True)
+    event = {**EVENT, "model": name}
+    with console.capture() as captured:
+        console.print(top.picture(found, [event], "http://127.0.0.1:8770", console, fit=True))
+    assert "\x1b[2J" not in captured.get()
+    assert "a?[2Jb?c" in captured.get()

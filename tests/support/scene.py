@@ -213,14 +213,16 @@ def crowd(consumers: Mapping[str, int] = CROWD, card_mib: int = CROWD_CARD_MIB) 
 
 
 @contextmanager
-def models(sizes: Mapping[str, int], *, card_mib: int = CARD_MIB) -> Iterator[Scene]:
+def models(
+    sizes: Mapping[str, int], *, card_mib: int = CARD_MIB, voice_mib: int = 2800
+) -> Iterator[Scene]:
     """Ollama with models of those sizes in MiB, which count by themselves, beside speech."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         card = SimulatedCard.create(folder / "card.json", card_mib)
         fakes = {
             "ollama": stack.enter_context(fake_server("ollama", card.path, "ollama", dict(sizes))),
-            "voice": stack.enter_context(fake_server("plain", card.path, "voice", 2800)),
+            "voice": stack.enter_context(fake_server("plain", card.path, "voice", voice_mib)),
         }
         fakes["ollama"].set(max_loaded=len(sizes))
         config = {
@@ -235,7 +237,7 @@ def models(sizes: Mapping[str, int], *, card_mib: int = CARD_MIB) -> Iterator[Sc
                     "unload": "/unload",
                     "paths": {"tts": "/job"},
                     "models": ["voice"],
-                    "vram_resident_mib": 2800,
+                    "vram_resident_mib": voice_mib,
                 },
             },
         }
