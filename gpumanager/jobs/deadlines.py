@@ -24,6 +24,10 @@ EVERY_S = 1.0
 MARGIN = 1.25
 """So many times longer than what is left to it has one that waits to be expected to wait on."""
 
+CROWD = 1000
+"""With more jobs than that in the queue nobody is told at once, but with the next look: an estimate
+goes through all that wait, and the look makes one for all of them."""
+
 LONGEST_RETRY_S = 300.0
 
 
@@ -31,16 +35,21 @@ class Deadlines:
     """Of the jobs at one scheduler, which itself lets none wait longer than `max_wait` seconds.
     `worker` looks at those that wait; it is not started. Safe from any thread."""
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, max_wait: float) -> None:
+    def __init__(
+        self, scheduler: Scheduler, clock: Clock, max_wait: float, crowd: int = CROWD
+    ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._max_wait = max_wait
+        self._crowd = crowd
         self._asleep = True
         self._next = -math.inf
         self.worker = PeriodicWorker("deadlines", self.look, retry_s=EVERY_S)
 
     def check(self, job: Job) -> None:
         """Raises QueueTimeout if a job that comes now will not have its turn in time."""
+        if self._scheduler.stats().queue_depth > self._crowd:
+            return
         limit = self._limit(job)
         turn = self._scheduler.estimate(job)
         if turn.surely_s > limit:

@@ -11,7 +11,7 @@ import pytest
 
 from gpumanager.consumers.learning import Learned, Times
 from gpumanager.errors import QueueTimeout
-from gpumanager.jobs.deadlines import EVERY_S, Deadlines
+from gpumanager.jobs.deadlines import CROWD, EVERY_S, Deadlines
 from gpumanager.model import Job
 from gpumanager.scheduling.estimate import Outlook, Profile, guess
 from gpumanager.scheduling.factory import locked, passthrough
@@ -40,7 +40,7 @@ def loaded(name: str, run: Times) -> Profile:
 class Setting:
     """Jobs of `image` take 30 s, those of `voice` 2 s; of `stranger` nobody knows."""
 
-    def __init__(self, image: Times | None = None) -> None:
+    def __init__(self, image: Times | None = None, crowd: int = CROWD) -> None:
         self.clock = FakeClock()
         self.profiles = {
             "image": loaded("image", seen(30, 30) if image is None else image),
@@ -50,7 +50,7 @@ class Setting:
         self.scheduler = locked(
             max_queue=99, max_wait=MAX_WAIT, clock=self.clock, outlook=self.outlook
         )
-        self.deadlines = Deadlines(self.scheduler, self.clock, MAX_WAIT)
+        self.deadlines = Deadlines(self.scheduler, self.clock, MAX_WAIT, crowd)
         self.since: dict[str, float] = {}
 
     def outlook(self) -> Outlook:
@@ -170,6 +170,21 @@ def test_nobody_is_refused_where_jobs_run_together() -> None:
     )
     scheduler.enqueue(Job("image", "tts"))
     Deadlines(scheduler, setting.clock, MAX_WAIT).check(Job("voice", "tts", max_wait=1))
+
+
+def test_in_a_crowd_one_estimate_serves_all() -> None:
+    """Who comes is let in, and told with the next look."""
+    setting = Setting(crowd=3)
+    setting.join("image")
+    for _ in range(3):
+        setting.join("voice", 500)
+    with pytest.raises(QueueTimeout):
+        setting.check(1)
+    setting.join("voice")
+    setting.check(1)
+    late = setting.join("voice", 1)
+    setting.deadlines.look()
+    assert setting.is_told(late).estimate_s == 38
 
 
 # -- who waits -----------------------------------------------------------------------------------
