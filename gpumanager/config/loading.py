@@ -163,6 +163,10 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
                 else:
                     yield from _reference(place, friend, consumers)
         filled = presets.filled_in(consumer)
+        parallel = filled.get("max_parallel", 1)
+        if isinstance(parallel, int) and parallel > 1 and _mapping(filled.get("on_disconnect")):
+            message = "must be 1: the call of 'on_disconnect' would stop all jobs that run at once"
+            yield (*here, "max_parallel"), message, ""
         unload, probe = _mapping(filled.get("unload")), _mapping(filled.get("probe"))
         if unload.get("for_each") is not None and probe.get("items") is None:
             message = "needs a probe with 'items' to tell what to unload"

@@ -113,6 +113,21 @@ class Backlog:
         self.last_wait_s = now - place.since
         return place
 
+    def close_pool(self, ticket: int) -> None:
+        """A job that runs has to be alone: none may join it, until it is `prepared` anew, or
+        ended."""
+        if ticket in self.running:
+            self._unprepared.add(ticket)
+
+    def besides(self, ticket: int) -> list[int]:
+        """Those that have to end before a job is alone that is not to be joined: all that run, but
+        those that came later and are to be alone, too. They wait for this one."""
+        return [
+            each
+            for each in self.running
+            if each != ticket and not (each > ticket and each in self._unprepared)
+        ]
+
     def prepared(self, ticket: int) -> None:
         """What a job needs that has the GPU is ready now: others may join it."""
         self._unprepared.discard(ticket)
@@ -197,11 +212,12 @@ class Backlog:
             return True
         if not (job.makes_room and job.runs):
             return False
-        # What a job runs on is there: nothing is unloaded beside it.
-        resident = job.resident
-        return any(each.job.resident == resident for each in self.running.values()) or (
-            sight.ready(job)
-        )
+        # What a job runs on is there: nothing is unloaded beside it. For another context length
+        # its model may be loaded anew.
+        like = (job.resident, job.context)
+        return any(
+            (each.job.resident, each.job.context) == like for each in self.running.values()
+        ) or sight.ready(job)
 
     def _overtaking(self, turns: Turns, now: float) -> Picture:
         turn, running = turns.turn(now), tuple(self.running.values())

@@ -54,9 +54,10 @@ class Ticket(Protocol):
         once, if it came already. It runs on the cancelling thread, outside any lock."""
 
     def relieve(self) -> bool:
-        """For a running job whose consumer ran out of memory: unload all others that may go.
-        True if that gave something back, so that the job may be tried again. Raises as `wait`
-        does; False where the scheduler does not evict."""
+        """For a running job whose consumer ran out of memory: wait for those that run beside it,
+        have nobody join it from now on, and unload all others that may go. True if that gave
+        something back, so that the job may be tried again. Raises as `wait` does; False where the
+        scheduler does not evict."""
 
     def when_granted(self, begin: Callable[[], bool]) -> None:
         """While it waits: have `begin` called, once and before `wait` returns, by whichever

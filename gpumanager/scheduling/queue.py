@@ -250,6 +250,12 @@ class Queue:
         else:
             ticket._turn.notify()
 
+    def _besides(self, number: int) -> bool:
+        """Close the pool for one that has to run alone; True if others have yet to end."""
+        with self._lock:
+            self._backlog.close_pool(number)
+            return bool(self._backlog.besides(number))
+
     def _prepared(self, number: int) -> None:
         """What a job needs that has the GPU is ready: others may join it."""
         with self._lock:

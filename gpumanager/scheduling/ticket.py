@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_RELIEF_POLL_S = 0.05
+"""Between two looks at whether those have ended that ran beside a job that ran out of memory."""
+
 _LONGEST_BEGIN_S = 5.0
 """Between two looks at whether a job was begun; it takes a fraction of a millisecond."""
 
@@ -134,8 +137,15 @@ class QueueTicket:
                 raise self._error
 
     def relieve(self) -> bool:
-        room = self._queue._room
-        return room is not None and room.relieve(self)
+        queue, room = self._queue, self._queue._room
+        if room is None:
+            return False
+        waited = False
+        while queue._besides(self.number):  # their end is bounded by their own time-outs
+            waited = True
+            self.pause(_RELIEF_POLL_S)
+        # Alone it may have enough, even if nobody else gives anything back.
+        return room.relieve(self) or waited
 
     def cancel(self, error: BrokerError) -> bool:
         queue = self._queue

@@ -102,6 +102,17 @@ consumers:
     assert "max_parallel" in found[0][2]
 
 
+def test_jobs_that_one_call_would_stop_together_do_not_run_at_once() -> None:
+    ((_, path, message),) = faults(
+        """
+consumers:
+  a: {url: "http://127.0.0.1:1", max_parallel: 2, on_disconnect: {path: /interrupt}}
+"""
+    )
+    assert path == "consumers.a.max_parallel"
+    assert "on_disconnect" in message
+
+
 def test_lists_and_their_items_are_told_of_in_the_configs_own_words() -> None:
     found = faults(
         """\

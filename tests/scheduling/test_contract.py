@@ -22,7 +22,7 @@ from gpumanager.scheduling.sharing import ALONE, Sharing
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Demand, Resident
 from tests.support.clock import EPOCH, FakeClock
-from tests.support.threads import Outcome
+from tests.support.threads import Outcome, eventually
 
 Make = Callable[..., Scheduler]
 
@@ -946,6 +946,26 @@ def test_others_join_as_soon_as_there_is_room_for_the_first(policy: Policy) -> N
         wait.result()
     assert running(scheduler) == [1, 2, 3]
     assert room.made == ["a"]  # one load for all of them
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_job_that_ran_out_of_memory_is_tried_again_alone(policy: Policy) -> None:
+    scheduler = shared(policy, Shared("a", a=Sharing(8)))
+    first, second, third = (scheduler.enqueue(job("a")) for _ in range(3))
+    relieved = [Outcome(ticket.relieve) for ticket in (second, first)]
+    eventually(lambda: not scheduler.stats().queue_depth)
+    scheduler.enqueue(job("a"))
+    assert running(scheduler) == [1, 2, 3]
+    assert not any(each.done for each in relieved)
+    third.close()
+    assert relieved[1].result() is True  # the second one, which waits as well, is in nobody's way
+    assert not relieved[0].done
+    assert running(scheduler) == [1, 2]  # and nobody joins
+    first.close()
+    assert relieved[0].result() is True
+    assert running(scheduler) == [2]
+    second.close()
+    assert running(scheduler) == [4]
 
 
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:
