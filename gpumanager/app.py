@@ -187,7 +187,6 @@ class Broker:
         metrics = Metrics(
             self._live,
             status.snapshot,
-            lambda: card.scheduler.stats().longest_overtake,
             lambda: self.tunnels.traffic,
             __version__,
             by_client=bool(self._keyring),

@@ -60,16 +60,14 @@ Snapshot = Callable[[], Mapping[str, Any]]
 
 
 class Metrics:
-    """Of one broker. `snapshot` is what `/v1/status` shows; `longest_overtake` is how many jobs
-    were granted past one that had come before them, at most; `websockets` is what those of each
-    consumer amount to. `by_client`: clients have keys, whose
-    names are the operator's own and few, so that they may be labels."""
+    """Of one broker. `snapshot` is what `/v1/status` shows; `websockets` is what those of each
+    consumer amount to. `by_client`: clients have keys, whose names are the operator's own and few,
+    so that they may be labels."""
 
     def __init__(
         self,
         config: Config,
         snapshot: Snapshot,
-        longest_overtake: Callable[[], int],
         websockets: Callable[[], Mapping[str, Traffic]],
         version: str,
         *,
@@ -83,7 +81,7 @@ class Metrics:
         Info("gpumanager_build", "The broker's version.", registry=registry).info(
             {"version": version}
         )
-        registry.register(_Now(snapshot, longest_overtake))
+        registry.register(_Now(snapshot))
         registry.register(_WebSockets(websockets))
         self._models = Models(snapshot)
         registry.register(self._models)
@@ -241,9 +239,8 @@ class Clients(Collector):
 class _Now(Collector):
     """What is so at the moment of the scrape."""
 
-    def __init__(self, snapshot: Snapshot, longest_overtake: Callable[[], int]) -> None:
+    def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._longest_overtake = longest_overtake
 
     def collect(self) -> Iterator[Metric]:
         status = self._snapshot()
@@ -277,8 +274,13 @@ class _Now(Collector):
         )
         yield GaugeMetricFamily(
             "gpumanager_longest_overtake_jobs",
-            "Most jobs that were granted past one that had come before them.",
-            self._longest_overtake(),
+            "Most jobs that one job was overtaken by.",
+            scheduler["longest_overtake"]["jobs"],
+        )
+        yield GaugeMetricFamily(
+            "gpumanager_longest_overtake_seconds",
+            "Longest between the first and the last time that one job was overtaken out of turn.",
+            scheduler["longest_overtake"]["ms"] / 1000,
         )
 
     def _card(self, status: Mapping[str, Any]) -> Iterator[Metric]:

@@ -258,3 +258,6 @@ def test_the_status_tells_the_longest_overtake(release: threading.Event) -> None
             assert [job.result().status_code for job in jobs] == [200] * 3
             told = broker.get("/v1/status").json()["scheduler"]["longest_overtake"]
             assert told == {"jobs": 1, "ms": 0}
+            metrics = broker.get("/metrics").text.splitlines()
+            assert "gpumanager_longest_overtake_jobs 1.0" in metrics
+            assert "gpumanager_longest_overtake_seconds 0.0" in metrics
