@@ -25,6 +25,7 @@ WORKLOADS = (
     "agent-fleet",
     "alternating",
     "mixed",
+    "busy-office",
 )
 
 

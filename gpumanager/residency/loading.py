@@ -54,13 +54,14 @@ class Loader:
         self._loading = loading
         self._upcoming = upcoming
 
-    def bring_back(self, ticket: Ticket) -> None:
+    def bring_back(self, ticket: Ticket) -> bool:
         """Start the ticket's consumer again, if the broker has stopped it, and wait until it is
-        ready. Raises BrokerError, and the error the ticket was cancelled with."""
+        ready; False if it had not. Raises BrokerError, and the error the ticket was cancelled with.
+        """
         now, target = self._registry.now, ticket.job.consumer
         stopped_by = now.states[target].stopped_by
         if stopped_by is None:
-            return
+            return False
         began = self._clock.monotonic()
         with self._loading(target), self._registry.busy(target):
             resumed = self._stops.bring_back(target, stopped_by)
@@ -68,13 +69,17 @@ class Loader:
                 self._await_ready(target, now.settings(ticket.job), ticket)
         self._registry.mark_started(target, resumed=resumed)
         self._emit(Resumed(consumer=target, ms=self._note(target, began)))
+        return True
 
-    def load(self, ticket: Ticket) -> None:
-        """Make the `load` call of the ticket's consumer, if it has one and is not loaded. Raises
-        BrokerError, and the error the ticket was cancelled with."""
+    def load(self, ticket: Ticket) -> bool:
+        """Make the `load` call of the ticket's consumer, if it has one and is not loaded; False if
+        there was no call to make. Raises BrokerError, and the error the ticket was cancelled with.
+        """
         consumer, model, loaded = self._as_it_is(ticket)
-        if consumer.load is not None and not loaded:
-            self._call(ticket, consumer, self._controls.load, model)
+        if consumer.load is None or loaded:
+            return False
+        self._call(ticket, consumer, self._controls.load, model)
+        return True
 
     def warm(self, ticket: Ticket) -> None:
         """The same with its `warm` call."""

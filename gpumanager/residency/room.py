@@ -114,8 +114,9 @@ class RoomMaker:
         if not self._holds_enough(now, job):
             self._unload_others(ticket)
             self._take_off_the_cpu(ticket)
-        self._loader.bring_back(ticket)
-        self._loader.load(ticket)
+        started, loaded = self._loader.bring_back(ticket), self._loader.load(ticket)
+        if started or loaded:
+            self._measure()  # who may join, or overtake, is decided by what is so now
         ticket.pause(0)  # who left meanwhile has nothing sent in his name
 
     def ready(self, job: Job) -> bool:

@@ -134,7 +134,8 @@ class _Play:
             session=task.session,
         )
         self._open[number] = _Open(task, job, self._now)
-        sharing = Sharing(self._trace.footprints[task.needs].parallel)
+        size = self._trace.footprints[task.needs]
+        sharing = Sharing(size.parallel, size.beside)
         self._backlog.add(Waiting(number, job, self._now, inf, sharing))
         if task.leaves_s is not None:
             self._at(self._now + task.leaves_s, self._leaves, number)

@@ -55,7 +55,7 @@ class Best:
 
 def can_solve(trace: Trace) -> bool:
     """Whether `solve` takes it: few jobs, one at a time, none of which leaves."""
-    one_by_one = all(each.parallel == 1 for each in trace.footprints.values())
+    one_by_one = not any(each.parallel > 1 or each.beside for each in trace.footprints.values())
     stays = all(task.leaves_s is None and task.operation is None for task in trace.tasks)
     return len(trace.tasks) <= MOST_JOBS and one_by_one and stays
 

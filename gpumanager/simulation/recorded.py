@@ -234,6 +234,9 @@ def _target(line: Line, name: str) -> str:
 _SLACK_S = 0.05
 """Between what an event says of its time, and when it really was."""
 
+_ROUNDED_S = 0.002
+"""By how much two times of the same moment may differ."""
+
 _AT_ONCE = 64
 """So many jobs have the GPU at once, at most."""
 
@@ -347,9 +350,9 @@ def _add_other_waits(jobs: Iterable[_Job], moves: Iterable[_Move]) -> None:
 
 
 def _done(move: _Move) -> float:
-    """When a move was over: before the job began that it was made for, whatever was rounded."""
+    """When a move was over: before the jobs began that waited for it, whatever was rounded."""
     end, job = move.at + move.seconds, move.job
-    return end if job is None or job.began is None else min(end, job.began)
+    return (end if job is None or job.began is None else min(end, job.began)) - _ROUNDED_S
 
 
 def _usual_runs(jobs: Iterable[_Job]) -> dict[str, float]:
@@ -387,6 +390,8 @@ def _footprint(
         and not settings.vram_managed,
         priority=settings.priority,
         coexists_with=frozenset(settings.can_coexist_with),
+        parallel=settings.max_parallel,
+        beside=frozenset(settings.can_run_with),
     )
 
 

@@ -15,8 +15,9 @@ Operation = Literal["load", "unload"]
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """A consumer, or one model of it: the MiB it needs on the card, and the seconds that loading
-    and unloading it take. `parallel` is how many of its jobs run at once. `movable` is False where
-    it is never unloaded."""
+    and unloading it take. `parallel` is how many of its consumer's jobs run at once, each in the
+    time that it takes alone, and those `beside` are the consumers that run at the same time, if
+    they say so, too. `movable` is False where it is never unloaded."""
 
     mib: int
     load_s: float
@@ -25,6 +26,7 @@ class Footprint:
     movable: bool = True
     priority: int = 0
     coexists_with: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,6 +202,30 @@ def _alternating(sheet: _Sheet) -> Mapping[str, Footprint]:
     return needs
 
 
+def _busy_office(sheet: _Sheet) -> Mapping[str, Footprint]:
+    """Eight people chat with a server that works on eight requests at a time, and two have pictures
+    made, for which it has to go."""
+    needs = {"vllm": Footprint(16_000, 12.0, parallel=8), "image": Footprint(12_000, 10.0)}
+    people = {f"person-{number}": "vllm" for number in range(1, 9)}
+    people |= {f"painter-{number}": "image" for number in (1, 2)}
+    last: dict[str, int | None] = dict.fromkeys(people)
+    while not sheet.full:
+        for who, before in list(last.items()):
+            chats = people[who] == "vllm"
+            if not chats and sheet.chance.random() < 0.6:
+                continue
+            last[who] = sheet.add(
+                sheet.pause(8.0) if before is None else 0.0,
+                people[who],
+                5.0 if chats else 10.0,
+                kind="llm" if chats else "image",
+                requester=who,
+                after=before,
+                think_s=2.0 + sheet.pause(8.0),
+            )
+    return needs
+
+
 def _mixed(sheet: _Sheet) -> Mapping[str, Footprint]:
     """Eight clients with mixed jobs for five servers that never all fit."""
     needs = {
@@ -243,6 +267,7 @@ _KINDS = {
     "agent-fleet": _Kind(_agent_fleet, 160),
     "alternating": _Kind(_alternating, 160),
     "mixed": _Kind(_mixed, 200),
+    "busy-office": _Kind(_busy_office, 200),
 }
 
 WORKLOADS: dict[str, str] = {

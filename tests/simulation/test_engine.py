@@ -9,6 +9,8 @@ from gpumanager.simulation.policies import POLICIES, Promise, played
 from gpumanager.simulation.trace import Course, Footprint, Task, Trace
 from gpumanager.simulation.workloads import WORKLOADS, workload
 
+ONE_BY_ONE = [name for name in WORKLOADS if name != "busy-office"]
+
 TWO = {"a": Footprint(6000, 4.0, 1.0), "b": Footprint(6000, 3.0, 1.0)}
 THREE = {**TWO, "c": Footprint(3000, 2.0, 1.0)}
 
@@ -131,7 +133,7 @@ def test_a_trace_that_cannot_be(footprint: dict[str, Footprint], message: str) -
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_every_job_of_every_workload_has_its_turn_alone_on_the_card(name: str, policy: str) -> None:
     made = workload(name, 3, 60)
     course = play(policy, made)
@@ -163,3 +165,19 @@ def test_what_is_overtaken_out_of_turn_is_told_where_there_are_turns() -> None:
     assert course.out_of_turn is not None
     assert course.out_of_turn[0] == 1
     assert play("fifo", trace(*tasks)).out_of_turn is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_jobs_share_the_card_as_far_as_their_consumer_says(policy: str) -> None:
+    made = workload("busy-office", 3, 80)
+    jobs = [job for job in play(policy, made).jobs if job.began is not None]
+    most = 0
+    for job in jobs:
+        assert job.began is not None
+        at_once = [
+            each for each in jobs if each.began is not None and each.began <= job.began < each.ended
+        ]
+        assert {each.task.needs for each in at_once} == {job.task.needs}
+        assert len(at_once) <= made.footprints[job.task.needs].parallel
+        most = max(most, len(at_once))
+    assert most > 3

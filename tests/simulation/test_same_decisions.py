@@ -12,12 +12,15 @@ from gpumanager.scheduling.policy import Affinity, FirstComeFirstServed, Policy
 from gpumanager.simulation.eventlines import read
 from gpumanager.simulation.policies import Promise, played
 from gpumanager.simulation.recorded import Recorded, reconstruct
-from gpumanager.simulation.trace import Trace
+from gpumanager.simulation.trace import Course, Trace
 from gpumanager.simulation.workloads import WORKLOADS, workload
 from gpumanager.telemetry.eventfile import EventFile
 from tests.support.virtual import VirtualBroker
 
 JOBS = 60
+
+SHARED = "busy-office"
+"""Several jobs may be granted at once: then the event file does not tell in which order."""
 
 POLICIES: dict[str, Policy] = {"fifo": FirstComeFirstServed(), "affinity": Affinity()}
 
@@ -39,6 +42,10 @@ def recorded(trace: Trace, policy: Policy, tmp_path: Path) -> Recorded:
     return reconstruct(read([str(path)]), "events.jsonl", broker.config)
 
 
+def moves(course: Course) -> list[tuple[str, str, int]]:
+    return [(move.what, move.name, move.task) for move in course.moves]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_the_broker_and_the_simulator_decide_the_same(
@@ -50,7 +57,9 @@ def test_the_broker_and_the_simulator_decide_the_same(
         assert len(found.trace.tasks) == JOBS
         known = replace(found.trace, footprints=trace.footprints)  # as the broker did from before
         course = played(known, policy, Promise())
-        assert course.decisions == found.real.decisions
+        if name != SHARED:
+            assert course.decisions == found.real.decisions
+        assert moves(course) == moves(found.real)
         for mine, real in zip(course.jobs, found.real.jobs, strict=True):
             assert mine.came == pytest.approx(real.came, abs=0.002)
             assert mine.granted == pytest.approx(real.granted, abs=0.005)

@@ -4,6 +4,8 @@ sleeping. What it tells goes into an event log, as a broker's does."""
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -42,7 +44,8 @@ def config_of(trace: Trace) -> str:
         name, model = parts_of(resident)
         has: dict[str, Any] = {"url": "http://127.0.0.1:1", "load": "/load", "unload": "/unload"}
         if model is None:
-            consumers[name] = {**has, "vram_resident_mib": size.mib, "priority": size.priority}
+            has |= {"max_parallel": size.parallel, "priority": size.priority}
+            consumers[name] = {**has, "vram_resident_mib": size.mib}
             continue
         has |= {"probe": {"path": "/ps", "items": "models[].name"}, "models": []}
         has["unload"] = {"path": "/unload", "for_each": "items", "json": {"model": "{item}"}}
@@ -66,7 +69,8 @@ class VirtualBroker:
         self.learned.publish(self.registry.learn)
         self.holds: dict[str, int] = {}
         self._began = self.clock.monotonic()
-        self._due: list[tuple[float, int, Task]] = []
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._began_at: dict[int, float] = {}
         self._order = count()
         self._behind: dict[int, list[Task]] = {}
         self._open: dict[int, tuple[Any, Task]] = {}
@@ -99,31 +103,35 @@ class VirtualBroker:
     def run(self) -> None:
         """Serve all of them."""
         while self._due or self._open:
-            number = next(iter(self.queue._running), None)
-            if number is None:
-                self._pass(self._due[0][0] - self.clock.monotonic())
-                continue
-            ticket, task = self._open[number]
-            seconds = self._serve(ticket, task)
-            del self._open[number]
-            ticket.close()
-            for name in dict.fromkeys((ticket.job.consumer, task.needs)):
-                self.learned.ran(name, seconds)  # once the next job has the GPU, as `Hold` does
-            now = self.clock.monotonic()
-            for behind in self._behind.pop(task.number, ()):
-                self._comes_at(max(self._began + behind.at, now + behind.think_s), behind)
-            self._come()
+            self._begin_all()
+            if self._due:
+                self._pass(max(0.0, self._due[0][0] - self.clock.monotonic()))
 
-    def _serve(self, ticket: Any, task: Task) -> float:
-        """Returns how long it ran."""
-        ticket.wait()
-        registry, (name, model) = self.registry, parts_of(task.needs)
-        began = self.clock.monotonic()
-        assert registry.job_started(name, model).has_loaded(model)
-        assert task.needs in self.holds
-        self._pass(task.run_s)
-        registry.job_finished(name, model=model)
-        seconds = self.clock.monotonic() - began
+    def _begin_all(self) -> None:
+        """Have all jobs run that were given the GPU; those that have to wait for their room first
+        take the time that takes."""
+        while new := [each for each in self.queue._running if each not in self._began_at]:
+            ticket, task = self._open[new[0]]
+            ticket.wait()
+            name, model = parts_of(task.needs)
+            assert self.registry.job_started(name, model).has_loaded(model)
+            assert task.needs in self.holds
+            self._began_at[ticket.number] = now = self.clock.monotonic()
+            self._at(now + task.run_s, partial(self._end, ticket, task))
+
+    def _end(self, ticket: Any, task: Task) -> None:
+        (name, model), now = parts_of(task.needs), self.clock.monotonic()
+        began = self._began_at[ticket.number]
+        self.registry.job_finished(name, model=model)
+        del self._open[ticket.number]
+        ticket.close()
+        for each in dict.fromkeys((name, task.needs)):
+            self.learned.ran(each, now - began)  # once the next job has the GPU, as `Hold` does
+        self._tell(ticket, task, began)
+        for behind in self._behind.pop(task.number, ()):
+            self._comes_at(max(self._began + behind.at, now + behind.think_s), behind)
+
+    def _tell(self, ticket: Any, task: Task, began: float) -> None:
         job, came = ticket.job, began - ticket.prepared_s - ticket.waited_s
         self.events.emit(
             JobEnded(
@@ -141,39 +149,40 @@ class VirtualBroker:
                 status=200,
                 wait_ms=round(ticket.waited_s * 1000, 1),
                 prepare_ms=round(ticket.prepared_s * 1000, 1),
-                run_ms=round(seconds * 1000, 1),
-                needed_mib=registry.now.needed(task.needs).mib,
+                run_ms=round((self.clock.monotonic() - began) * 1000, 1),
+                needed_mib=self.registry.now.needed(task.needs).mib,
                 total_mib=self.trace.total_mib,
             )
         )
-        return seconds
 
     # -- time ------------------------------------------------------------------------------------
 
-    def _comes_at(self, when: float, task: Task) -> None:
-        heapq.heappush(self._due, (when, next(self._order), task))
+    def _at(self, when: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (when, next(self._order), happen))
 
-    def _come(self) -> None:
-        while self._due and self._due[0][0] <= self.clock.monotonic():
-            _, _, task = heapq.heappop(self._due)
-            consumer, model = parts_of(task.needs)
-            job = Job(
-                consumer,
-                task.kind,
-                model=model,
-                client=task.requester,
-                request_id=str(task.number),
-                urgency=task.urgency,
-                requester=task.requester,
-                session=task.session,
-            )
-            ticket = self.queue.enqueue(job)
-            self._open[ticket.number] = ticket, task
+    def _comes_at(self, when: float, task: Task) -> None:
+        self._at(when, lambda: self._come(task))
+
+    def _come(self, task: Task) -> None:
+        consumer, model = parts_of(task.needs)
+        job = Job(
+            consumer,
+            task.kind,
+            model=model,
+            client=task.requester,
+            request_id=str(task.number),
+            urgency=task.urgency,
+            requester=task.requester,
+            session=task.session,
+        )
+        ticket = self.queue.enqueue(job)
+        self._open[ticket.number] = ticket, task
 
     def _pass(self, seconds: float) -> None:
         until = self.clock.monotonic() + seconds
         while True:
-            self._come()
+            while self._due and self._due[0][0] <= self.clock.monotonic():
+                heapq.heappop(self._due)[2]()
             now = self.clock.monotonic()
             if now >= self._sampled + SAMPLE_S:
                 self.measure()
