@@ -13,6 +13,7 @@ from typing import Literal
 from gpumanager.consumers.learning import Times
 from gpumanager.model import Job, Turn, parts_of
 from gpumanager.scheduling.policy import Running, Waiting
+from gpumanager.scheduling.sharing import may_join
 from gpumanager.scheduling.victims import Demand, Order, Resident, candidates, plan_eviction
 
 PLAYED = 50
@@ -110,32 +111,36 @@ def forecast(
     *,
     granted: Granting = "in order",
 ) -> Forecast:
-    """Play the queue through, one job at a time, in this order. Where jobs are not `granted` so,
-    what it says of waits is an upper bound, but for what comes before a job in any case."""
-    queue = [place.job for place in waiting]
+    """Play the queue through, in this order: one job at a time, or as many as share the GPU. Where
+    jobs are not `granted` so, what it says of waits is an upper bound, but for what comes before a
+    job in any case."""
+    places, running = list(waiting), list(running)
+    queue = [place.job for place in places]
     card = _Card(outlook, now)
     names = [job.resident for job in queue if job.makes_room]
     begun = {each.ticket: _begun(each, card, names) for each in running}
-    ahead = sum(turn.left_s for turn in begun.values())
+    pool = _Pool([(begun[each.ticket].left_s, each) for each in running])
     overdue = any(turn.overdue for turn in begun.values())
     sure = _Sure(granted, sum(turn.surely_s for turn in begun.values()))
     played: list[Turn] = []
     position = 0
-    for job in queue[:PLAYED]:
+    for place in places[:PLAYED]:
+        job, starts = place.job, pool.starts(place)
         position += job.makes_room
-        turn = card.take(job, names[position : position + UPCOMING], ahead)
-        wait_s, surely_s = max(LEAST_S, ahead), sure.before(job)
+        turn = card.take(job, names[position : position + UPCOMING], starts)
+        wait_s, surely_s = max(LEAST_S, starts), sure.before(job)
         played.append(replace(turn, wait_s=wait_s, overdue=overdue, surely_s=surely_s))
-        ahead += turn.left_s
+        pool.add(place, starts, turn.left_s)
         sure.add(job, turn.surely_s, _run_times(job, outlook.profile(job.resident)))
-    switching = _switching(queue, played)
-    for job in queue[PLAYED:]:
+    switching, ahead = _switching(queue, played), pool.done_s
+    for place in places[PLAYED:]:
+        job = place.job
         times = _run_times(job, outlook.profile(job.resident))
         run_s = times.mean
         evict_s, load_s = switching.get(job.resident, switching[""]) if job.makes_room else (0, 0)
         surely_s = sure.before(job)
         played.append(Turn(max(LEAST_S, ahead), evict_s, load_s, run_s, overdue, surely_s))
-        ahead += evict_s + load_s + run_s
+        ahead += (evict_s + load_s + run_s) / place.sharing.most
         sure.add(job, run_s if times.count else 0.0, times)
     return Forecast(begun, played, ahead)
 
@@ -154,6 +159,36 @@ def left(times: Times, elapsed: float) -> float:
 def is_overdue(times: Times, elapsed: float) -> bool:
     """Whether something has taken far longer than it ever did."""
     return bool(times.values) and elapsed > OVERDUE * times.values[-1]
+
+
+class _Pool:
+    """Those that have the GPU as the queue is played through, and when each is done: in seconds
+    from now."""
+
+    def __init__(self, running: Iterable[tuple[float, Running]]) -> None:
+        self._members: list[tuple[float, Running]] = list(running)
+        self._latest = 0.0  # nobody starts before one that was before it in the queue
+
+    def starts(self, place: Waiting) -> float:
+        """When the next one in the queue can start."""
+        at = self._latest
+        while members := [each for end, each in self._members if end > at]:
+            if may_join(place, members):
+                return at
+            at = min(end for end, _ in self._members if end > at)
+        return at
+
+    def add(self, place: Waiting, starts: float, seconds: float) -> None:
+        """It starts then, and has the GPU for so long."""
+        self._latest = starts
+        self._members = [each for each in self._members if each[0] > starts]
+        own = Running(place.ticket, place.job, starts, place.sharing)
+        self._members.append((starts + seconds, own))
+
+    @property
+    def done_s(self) -> float:
+        """When all of them are done."""
+        return max((end for end, _ in self._members), default=self._latest)
 
 
 class _Sure:

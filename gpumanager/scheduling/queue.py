@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 from gpumanager.clock import Clock, wall_time
@@ -29,7 +30,7 @@ from gpumanager.scheduling.estimate import Forecast, Granting, Outlook, forecast
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.scheduling.memory import Card
 from gpumanager.scheduling.policy import Affinity, Policy, Prospect, Running, Waiting
-from gpumanager.scheduling.sharing import ALONE, Sharing
+from gpumanager.scheduling.sharing import ALONE, Sharing, may_join
 from gpumanager.scheduling.ticket import QueueTicket
 from gpumanager.scheduling.victims import Resident
 
@@ -123,8 +124,7 @@ class Queue:
             if not self._draining:
                 now = self._clock.monotonic()
                 self._last_number = number = self._last_number + 1
-                sharing = ALONE if self._seen is None else self._seen.sharing(job)
-                place = Waiting(number, job, now, now + max_wait, sharing)
+                place = Waiting(number, job, now, now + max_wait, self._sharing(job))
                 ticket = QueueTicket(self, place)
                 self._backlog.add(place)
                 self._tickets[number] = ticket
@@ -175,9 +175,11 @@ class Queue:
 
     def estimate(self, job: Job) -> Turn:
         waiting, running, now = self._places()
-        place = Waiting(0, job, since=now, deadline=now)
+        place = Waiting(0, job, now, now, self._sharing(job))
         turn = self._forecast([*waiting, place], running, now).turns[-1]
-        if self._policy.next_up([*waiting, place], running, now) is place:
+        free = self._policy.next_up([*waiting, place], running, now) is place
+        joins = not waiting and may_join(place, running)
+        if free or (joins and any(each.job.resident == job.resident for each in running)):
             return replace(turn, wait_s=0.0, overdue=False, surely_s=0.0)
         return turn
 
@@ -290,6 +292,9 @@ class Queue:
         if self._waiting:
             self._grant_locked(now, to_begin)
 
+    def _sharing(self, job: Job) -> Sharing:
+        return ALONE if self._seen is None else self._seen.sharing(job)
+
     def _places(self) -> tuple[list[Waiting], list[Running], float]:
         """Who waits, in the order of the queue, and who runs, as of one instant."""
         with self._lock:
@@ -297,11 +302,12 @@ class Queue:
             return waiting, running, self._clock.monotonic()
 
     def _forecast(
-        self, waiting: Iterable[Waiting], running: Iterable[Running], now: float
+        self, waiting: Collection[Waiting], running: Collection[Running], now: float
     ) -> Forecast:
         policy = self._policy
         granted: Granting = "in turns" if isinstance(policy, Affinity) else "in order"
-        if policy.limit != 1:
+        places: Iterable[Running | Waiting] = chain(running, waiting)
+        if policy.limit != 1 or any(each.sharing.is_open for each in places):
             granted = "together"
         return forecast(waiting, running, self._outlook(), now, granted=granted)
 

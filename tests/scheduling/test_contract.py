@@ -968,6 +968,27 @@ def test_a_job_that_ran_out_of_memory_is_tried_again_alone(policy: Policy) -> No
     assert running(scheduler) == [4]
 
 
+def test_the_wait_beside_others_is_estimated() -> None:
+    clock = FakeClock()
+    outlook = takes({"a": 8, "b": 30}, clock.monotonic())
+    scheduler = locked(
+        max_queue=9,
+        max_wait=60,
+        clock=clock,
+        outlook=lambda: outlook,
+        room=Shared("ab", a=Sharing(2)),
+    )
+    scheduler.enqueue(job("a"))
+    assert scheduler.estimate(job("a")).wait_s == 0  # it would join
+    assert scheduler.estimate(job("b")).wait_s == 8
+    for name in "aaab":
+        scheduler.enqueue(job(name))
+    waits = [entry.turn.wait_s for entry in scheduler.queue() if entry.state == "waiting"]
+    assert waits == [8, 8, 16]  # two at once, then two, then b
+    assert scheduler.estimate(job("a")).wait_s == 16 + 30
+    assert all(entry.turn.surely_s == 0 for entry in scheduler.queue()[2:])
+
+
 def test_eviction_over_a_scheduler_that_runs_several_jobs_is_refused() -> None:
     with pytest.raises(ValueError, match="one job at a time"):
         Queue(
