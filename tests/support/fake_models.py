@@ -215,7 +215,8 @@ class LlamaRouter(Models):
     """Each model is a llama-server of its own. An unload is answered at once, and the model is
     listed as loaded until its process has ended, `unload_lag_s` later; what it works at then is
     aborted. If there are `models_max` already, the least recently used one goes. A load that fails
-    is a 500 that does not say why."""
+    is a 500 that does not say why. `aliases` in the settings are other names of models, which the
+    list has unless `tells_aliases` is false, as with llama-swap."""
 
     JOBS = (
         "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/responses",
@@ -234,7 +235,8 @@ class LlamaRouter(Models):
             return 200, {"object": "list", "data": [self._row(name) for name in self.sizes]}
         if path not in (*self.JOBS, "/models/load", "/models/unload"):
             return 404, {"error": {"code": 404, "message": "File Not Found"}}
-        name = self._find(body.get("model"))
+        asked = body.get("model")
+        name = self._find(self.settings.get("aliases", {}).get(asked, asked))
         if name is None:
             return _error(400, f"model '{body.get('model')}' not found", "invalid_request_error")
         if path == "/models/unload":
@@ -255,7 +257,13 @@ class LlamaRouter(Models):
             status["value"] = "loading"
         elif name in self.failed:
             status |= {"failed": True, "exit_code": 1}
-        return {"id": name, "object": "model", "owned_by": "llamacpp", "status": status}
+        aliases = [
+            alias
+            for alias, model in self.settings.get("aliases", {}).items()
+            if model == name and self.settings.get("tells_aliases", True)
+        ]
+        row = {"id": name, "aliases": aliases, "object": "model", "owned_by": "llamacpp"}
+        return row | {"status": status}
 
     def _load(self, name: str) -> None:
         with self.changed:
