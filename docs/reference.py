@@ -55,6 +55,7 @@ TITLES = {
     "LoadCall": "`consumers.NAME.load`, `warm` and `trim`, and a call in `on_disconnect`",
     "UnloadCall": "`consumers.NAME.unload`",
     "Settled": "`consumers.NAME.settled`",
+    "Slots": "`consumers.NAME.slots`",
     "EvictionMethod": "one of `consumers.NAME.evict`",
     "Done": "`consumers.NAME.done`",
     "Match": "`consumers.NAME.done.match`",
@@ -254,6 +255,7 @@ def presets_page() -> str:
             f"- Routes of OpenAI's, Anthropic's and Ollama's protocols: {drop_in or 'none'}",
             f"- Names of models: {_names_of_models(config)}",
             f"- Unloads: {unloads}",
+            f"- With `max_parallel: auto`: {_slots(config)}",
             f"- Memory: {_memory_of_models(config)}",
             *(
                 ["- Its jobs are answered at once; the GPU is held until they are over"]
@@ -279,6 +281,12 @@ def _memory_of_models(config: schema.ConsumerConfig) -> str:
     if config.request_model is not None:
         return f"counted as one; what a job needs may depend on its `{config.request_model}`"
     return "counted as one, whatever the model"
+
+
+def _slots(config: schema.ConsumerConfig) -> str:
+    if config.slots is None:
+        return "a fault, as it does not tell how many jobs it works on at once"
+    return f"as many jobs at once as it says at `{config.slots.path}`, 64 at most"
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -247,6 +247,21 @@ class Settled(Call):
     memory is free, if it is longer than `gpu.release_timeout`."""
 
 
+class Slots(Call):
+    """The call that asks a server how many jobs it works on at once, for `max_parallel: auto`. The
+    broker makes it while the consumer is loaded, with one of the probes, never for a job."""
+
+    count: Expression
+    """Gives the number in the answer. If it gives none, one job runs at a time."""
+
+    def find_count(self, answer: Any) -> int | None:
+        """What `count` gives for `answer`; None if that is no number of jobs."""
+        found = expressions.search(self.count, answer)
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            return None
+        return int(found) if 1 <= found < float("inf") else None  # NaN is neither
+
+
 class Match(Model):
     """Which jobs a `done` rule is for."""
 

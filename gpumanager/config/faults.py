@@ -104,8 +104,10 @@ def in_words(error: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str, st
 
 def _without_tag(path: Path) -> Path:
     """`path` without the mark of a union's member, which is no key of the config."""
-    at = 2 if path[:1] == ("routing",) else 3 if path[2:3] == ("on_disconnect",) else len(path)
-    tagged = path[at : at + 1] in (("<word>",), ("<call>",), ("<name>",), ("<list>",))
+    of_consumer = path[2:3] in (("on_disconnect",), ("max_parallel",))
+    at = 2 if path[:1] == ("routing",) else 3 if of_consumer else len(path)
+    marks = ("<word>", "<number>", "<call>", "<name>", "<list>")
+    tagged = path[at : at + 1] != () and path[at] in marks
     return path[:at] + path[at + tagged :]
 
 

@@ -163,10 +163,7 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
                 else:
                     yield from _reference(place, friend, consumers)
         filled = presets.filled_in(consumer)
-        parallel = filled.get("max_parallel", 1)
-        if isinstance(parallel, int) and parallel > 1 and _mapping(filled.get("on_disconnect")):
-            message = "must be 1: the call of 'on_disconnect' would stop all jobs that run at once"
-            yield (*here, "max_parallel"), message, ""
+        yield from _parallel_faults(here, filled)
         unload, probe = _mapping(filled.get("unload")), _mapping(filled.get("probe"))
         if unload.get("for_each") is not None and probe.get("items") is None:
             message = "needs a probe with 'items' to tell what to unload"
@@ -178,6 +175,18 @@ def _cross_faults(data: dict[str, Any]) -> Iterator[_Found]:
         if filled.get("model") is None:
             for key in filter(lambda key: presets.names_model(filled[key]), filled):
                 yield (*here, key), "holds {model}, but the consumer has no 'model'", ""
+
+
+def _parallel_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found]:
+    parallel, place = consumer.get("max_parallel", 1), (*here, "max_parallel")
+    several = parallel == "auto" or (isinstance(parallel, int) and parallel > 1)
+    if several and _mapping(consumer.get("on_disconnect")):
+        message = "must be 1: the call of 'on_disconnect' would stop all jobs that run at once"
+        yield place, message, ""
+    elif parallel == "auto" and consumer.get("slots") is None:
+        yield place, "'auto' needs 'slots', the call that asks the server for it", ""
+    elif parallel == "auto" and consumer.get("health") is None and consumer.get("probe") is None:
+        yield place, "'auto' needs a 'health' or 'probe' call: the server is asked with it", ""
 
 
 def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found]:

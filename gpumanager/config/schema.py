@@ -51,6 +51,7 @@ from gpumanager.config.calls import (
     Seconds,
     Session,
     Settled,
+    Slots,
     StopCall,
     UnloadCall,
     Urgency,
@@ -96,6 +97,12 @@ _OnDisconnect = Annotated[
     Annotated[Literal["native", "none"], Tag("<word>")] | Annotated[LoadCall, Tag("<call>")],
     Discriminator(lambda value: "<call>" if isinstance(value, Mapping | Call) else "<word>"),
 ]
+_Parallel = Annotated[
+    Annotated[Literal["auto"], Tag("<word>")]
+    | Annotated[StrictInt, Field(ge=1, le=1000), Tag("<number>")],
+    Discriminator(lambda value: "<word>" if value == "auto" else "<number>"),
+    BeforeValidator(values.parallel),
+]
 _Route = Annotated[Route, BeforeValidator(values.bare_path)]
 _Routed = Annotated[
     Annotated[OfConsumer, Tag("<name>")]
@@ -105,6 +112,10 @@ _Routed = Annotated[
 _CallMatch = Annotated[CallMatch, BeforeValidator(values.bare_path)]
 _Model = Annotated[ModelEntry, BeforeValidator(values.bare_model)]
 _Routes = Annotated[dict[DropIn, _Route], BeforeValidator(values.same_paths)]
+
+
+MOST_TOLD = 64
+"""With `max_parallel: auto`, no more jobs run at once, whatever the server says."""
 
 
 class ConsumerConfig(Model):
@@ -179,8 +190,11 @@ class ConsumerConfig(Model):
     (background); none: that of their kind."""
     can_coexist_with: tuple[OfConsumer, ...] = ()
     """Consumers that are not evicted to make room for this one."""
-    max_parallel: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
-    """How many of its jobs run at the same time, while it has the GPU."""
+    max_parallel: _Parallel = 1
+    """How many of its jobs run at the same time, while it has the GPU. `auto`: as many as the
+    server says in answer to `slots`, 64 at most, and one until it has said so."""
+    slots: Slots | None = None
+    """The call that asks the server how many jobs it works on at once, for `max_parallel: auto`."""
     can_run_with: tuple[OfConsumer, ...] = ()
     """Consumers whose jobs may run at the same time as its own, if they name it, too, and both are
     loaded."""
@@ -210,6 +224,13 @@ class ConsumerConfig(Model):
     """What happens to a job whose client disconnects, or whose time-out passes. `native`: the
     consumer aborts it when the connection closes; `none`: the consumer works on, and the job holds
     the GPU until it is over; or a call that stops it."""
+
+    def parallel(self, told: int | None) -> int:
+        """How many of its jobs run at the same time, if its server said that it works on `told` at
+        once, None if it did not say."""
+        if self.max_parallel == "auto":
+            return min(told or 1, MOST_TOLD)
+        return self.max_parallel
 
     @property
     def declared(self) -> Declared:

@@ -278,6 +278,12 @@ def bare_expression(value: object) -> object:
     return {"expr": value} if isinstance(value, str) else value
 
 
+def parallel(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("must be a whole number, or auto")
+    return value
+
+
 def bare_method(value: object) -> object:
     return {"http": True} if value == "http" else value
 

@@ -3,6 +3,7 @@ slow one delays nobody."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -13,12 +14,22 @@ from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.model import ConsumerState, ProbeReport, StoppedBy, model_key, resident_name
 from gpumanager.telemetry.events import CameBack, Emit, Healthy, OnCpu, Unhealthy
 
+log = logging.getLogger(__name__)
+
 
 class Probes(Protocol):
     """The calls a prober makes. They raise BrokerError on failure."""
 
     def probe(self, name: str, consumer: ConsumerConfig) -> ProbeReport:
         """Ask health, and residency where the consumer can tell."""
+
+    def slots(self, name: str, consumer: ConsumerConfig) -> int | None:
+        """Ask how many jobs it works on at once; None where it does not tell."""
+
+
+ASKED_AGAIN = 12
+"""After so many probes a server is asked again how many jobs it works on at once: somebody may
+have started it anew with other options between two probes."""
 
 
 class Prober:
@@ -47,6 +58,7 @@ class Prober:
         self._emit = emit
         self._interval = interval
         self._gone = False
+        self._ask_slots_in = 0
 
     def probe(self) -> float:
         """Probe once; returns the seconds until the next."""
@@ -71,7 +83,28 @@ class Prober:
                 self._emit(OnCpu(consumer=self._name, models=models))
             self._learn_what_did_not_fit()
             self._look_at_its_models(snapshot.consumers[self._name])
+            if changed or before.stopped_by is not None:
+                self._ask_slots_in = 0
+            self._ask_slots(snapshot.consumers[self._name])
         return self._interval
+
+    def _ask_slots(self, consumer: ConsumerConfig) -> None:
+        """Ask it how many jobs it works on at once, if its settings go by that: after each start,
+        and now and then. What it said before stands if it does not answer."""
+        state = self._registry.get(self._name)
+        if consumer.max_parallel != "auto" or not state.loaded or state.busy:
+            return
+        if self._ask_slots_in > 0:
+            self._ask_slots_in -= 1
+            return
+        try:
+            told = self._probes.slots(self._name, consumer)
+        except BrokerError as error:
+            extra = {"consumer": self._name, "reason": error.message}
+            log.debug("slots not told", extra=extra)
+        else:
+            self._ask_slots_in = ASKED_AGAIN
+            self._registry.told_slots(self._name, told)
 
     def _look_at_its_models(self, consumer: ConsumerConfig) -> None:
         lists = consumer.list_models

@@ -125,16 +125,16 @@ class Registry:
                 version = 0 if known is None else known.residency_version + 1
                 loaded = self._assumes(after[name])
                 changed[name] = transitions.fresh(loaded, now, residency_version=version)
-            listings = {
-                name: each
-                for name, each in self.now.listings.items()
-                if name in after and name not in anew
-            }
+            kept = [name for name in after if name not in anew]
+            told, slots = self.now.listings, self.now.slots
+            listings = {name: told[name] for name in kept if name in told}
+            slots = {name: slots[name] for name in kept if name in slots}
             self.now = replace(
                 self.now,
                 config=config,
                 states=MappingProxyType({**states, **changed}),
                 listings=MappingProxyType(listings),
+                slots=MappingProxyType(slots),
             )
 
     # -- the card, and what is learned -----------------------------------------------------
@@ -156,6 +156,16 @@ class Registry:
             if name in self.now.config.consumers and self.now.listings.get(name) != listing:
                 listings = MappingProxyType({**self.now.listings, name: listing})
                 self.now = replace(self.now, listings=listings)
+
+    def told_slots(self, name: str, count: int | None) -> None:
+        """Publish how many jobs a consumer says that it works on at once; None: it does not say.
+        That stands until it says something else: it is not asked for a job."""
+        with self._lock:
+            slots = self.now.slots
+            if name in self.now.config.consumers and slots.get(name) != count:
+                others = {other: each for other, each in slots.items() if other != name}
+                said = {} if count is None else {name: count}
+                self.now = replace(self.now, slots=MappingProxyType({**others, **said}))
 
     # -- jobs ------------------------------------------------------------------------------
 

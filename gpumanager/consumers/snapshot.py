@@ -28,8 +28,8 @@ the driver keeps for its process: a first guess, as llama.cpp's models of 2026 n
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The config in force; the state of each of its consumers, by name; the latest sample of the
-    card; what was learned of each consumer, by name, as far as anything was; and the models that
-    each said last that it offers, as far as anybody wanted to know.
+    card; what was learned of each consumer, by name, as far as anything was; the models that each
+    said last that it offers, and how many jobs it works on at once, as far as anybody asked.
 
     `states` also has the last state of the consumers that a reload has removed, for those who
     still work with a snapshot from before.
@@ -40,6 +40,7 @@ class Snapshot:
     gpu: GpuState = field(default_factory=GpuState)
     learned: Mapping[str, Figures] = field(default_factory=lambda: MappingProxyType({}))
     listings: Mapping[str, ModelListing] = field(default_factory=lambda: MappingProxyType({}))
+    slots: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def consumers(self) -> Mapping[str, ConsumerConfig]:

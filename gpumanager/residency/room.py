@@ -133,11 +133,13 @@ class RoomMaker:
         )
 
     def sharing(self, job: Job) -> Sharing:
-        """With whom a job shares the GPU, as its consumer's settings say."""
-        settings = self._registry.now.settings(job)
-        if settings.max_parallel == 1 and not settings.can_run_with:
+        """With whom a job shares the GPU, as its consumer's settings say, or its server."""
+        now = self._registry.now
+        settings = now.settings(job)
+        most = settings.parallel(now.slots.get(job.consumer))
+        if most == 1 and not settings.can_run_with:
             return ALONE
-        return Sharing(settings.max_parallel, frozenset(settings.can_run_with))
+        return Sharing(most, frozenset(settings.can_run_with))
 
     def prospect(self, job: Job) -> Prospect:
         """What a job would find, by what is known already."""

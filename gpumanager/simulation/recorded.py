@@ -390,7 +390,7 @@ def _footprint(
         and not settings.vram_managed,
         priority=settings.priority,
         coexists_with=frozenset(settings.can_coexist_with),
-        parallel=settings.max_parallel,
+        parallel=settings.parallel(None),
         beside=frozenset(settings.can_run_with),
     )
 

@@ -212,6 +212,13 @@ class ControlCalls:
         sizes, aliases = _sizes_and_aliases(call, answer)
         return ModelListing(names, _details(answer, names), sizes, aliases)
 
+    def slots(self, name: str, consumer: ConsumerConfig) -> int | None:
+        """How many jobs the consumer says that it works on at once; None if it does not tell."""
+        if consumer.slots is None:
+            return None
+        answer = self._json(name, consumer, consumer.slots, PROBE_TIMEOUT_S)
+        return consumer.slots.find_count(answer)
+
     # -- asynchronous jobs -----------------------------------------------------------------
 
     def job_result(

@@ -22,6 +22,7 @@ from waitress.server import BaseWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
 from gpumanager.config import Config
+from gpumanager.config.schema import MOST_TOLD
 from gpumanager.web.connection import Connection
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class GrowingDispatcher(ThreadedTaskDispatcher):
 
 def _most_at_once(config: Config) -> int:
     """So many jobs may run at the same time."""
-    parallel = {name: each.max_parallel for name, each in config.consumers.items()}
+    parallel = {name: each.parallel(MOST_TOLD) for name, each in config.consumers.items()}
     return max(
         (
             parallel[name] + sum(parallel[other] for other in each.can_run_with)

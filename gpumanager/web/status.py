@@ -128,6 +128,8 @@ class StatusView:
             "total_requests": state.total_requests,
             "priority": consumer.priority,
             "can_coexist_with": list(consumer.can_coexist_with),
+            "max_parallel": consumer.parallel(snapshot.slots.get(name)),
+            "max_parallel_source": _parallel_source(snapshot, name),
             "routes": drop_in_routes(snapshot.config, name),
             "pinned": state.is_pinned(consumer.pinned),
             "learned": _learned(snapshot.figures(name), snapshot.needed(name)),
@@ -259,6 +261,13 @@ def _attribution(reading: MemoryReading | None, name: str) -> dict[str, str]:
         return {}
     known = reading.measured_mib(name) is not None
     return {"attribution": "processes" if known else "totals"}
+
+
+def _parallel_source(snapshot: Snapshot, name: str) -> str:
+    """Who says how many of its jobs run at once; `unknown`: its server has not, so far."""
+    if snapshot.consumers[name].max_parallel != "auto":
+        return "config"
+    return "server" if name in snapshot.slots else "unknown"
 
 
 def _figure(figure: Figure) -> dict[str, Any]:

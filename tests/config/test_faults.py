@@ -113,6 +113,25 @@ consumers:
     assert "on_disconnect" in message
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("slots: {path: /props, count: n}, on_disconnect: {path: /interrupt}", "on_disconnect"),
+        ("health: /health", "needs 'slots'"),
+        ("slots: {path: /props, count: n}", "needs a 'health' or 'probe' call"),
+    ],
+)
+def test_auto_needs_a_server_that_can_be_asked(keys: str, words: str) -> None:
+    ((_, path, message),) = faults(
+        f"""
+consumers:
+  a: {{url: "http://127.0.0.1:1", max_parallel: auto, {keys}}}
+"""
+    )
+    assert path == "consumers.a.max_parallel"
+    assert words in message
+
+
 def test_lists_and_their_items_are_told_of_in_the_configs_own_words() -> None:
     found = faults(
         """\

@@ -109,7 +109,7 @@ def test_whatever_a_preset_has_is_recorded(preset: str) -> None:
     """No expression without an answer that it was tested against."""
     filled, answers = consumer(preset), recorded(preset)
     assert "health" in answers
-    for key in ("probe", "session", "unload", "settled", "done"):
+    for key in ("probe", "session", "unload", "settled", "done", "slots"):
         assert (getattr(filled, key) is None) == (key not in answers), key
     if filled.probe is not None:
         assert (filled.probe.busy is None) == ("busy" not in answers)
@@ -315,6 +315,24 @@ def test_the_list_of_models_finds_their_names(server: responses.RequestsMock, pr
     assert found.aliases == example.get("aliases", {})
 
 
+@pytest.mark.parametrize(("preset", "example"), having("slots"))
+def test_how_many_jobs_it_works_on_at_once(
+    server: responses.RequestsMock, preset: str, example: dict[str, Any]
+) -> None:
+    answer(server, "GET", example["target"].partition("?")[0], example["answer"])
+    assert calls(preset).slots("it") == example["count"]
+    assert sent(server) == ("GET", example["target"], None)
+
+
+@pytest.mark.parametrize("preset", names())
+def test_auto_is_for_those_that_tell(preset: str) -> None:
+    if "slots" in recorded(preset):
+        assert consumer(preset, max_parallel="auto").slots is not None
+        return
+    with pytest.raises(ConfigError, match="max_parallel"):
+        consumer(preset, max_parallel="auto")
+
+
 class Listed:
     """A catalogue that has whatever model is asked for."""
 
@@ -370,7 +388,7 @@ def test_which_calls_take_their_turn(preset: str, call: tuple[str, str, bool | N
 def test_no_call_that_the_broker_makes_to_look_is_gpu_work(preset: str) -> None:
     """What it asks every few seconds, a page may ask, too."""
     filled = consumer(preset)
-    for call in (filled.health, filled.probe, filled.settled, filled.list_models):
+    for call in (filled.health, filled.probe, filled.settled, filled.list_models, filled.slots):
         if call is not None:
             assert not filled.is_gpu_work(call.method, call.path.partition("?")[0]), call.path
 

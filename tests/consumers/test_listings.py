@@ -117,6 +117,9 @@ class Asked:
     def probe(self, name: str, consumer: object) -> ProbeReport:
         return ProbeReport(loaded=False, items=())
 
+    def slots(self, name: str, consumer: object) -> int | None:
+        raise AssertionError("its settings do not go by that")
+
 
 def test_the_prober_asks_so_that_no_job_has_to() -> None:
     registry, asked, clock = registry_of(), Asked(), FakeClock()

@@ -12,7 +12,7 @@ import yaml
 from gpumanager.config import parse_config
 from gpumanager.consumers.footprint import Figure
 from gpumanager.consumers.learning import Learned
-from gpumanager.consumers.prober import Prober
+from gpumanager.consumers.prober import ASKED_AGAIN, Prober
 from gpumanager.consumers.registry import Registry
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
 from gpumanager.gpu.accounting import held
@@ -35,6 +35,8 @@ class ScriptedProbes:
     def __init__(self) -> None:
         self.answer: ProbeReport | BrokerError = ProbeReport()
         self.meanwhile: Callable[[], object] = lambda: None
+        self.told: int | BrokerError | None = None
+        self.asked = 0
 
     def probe(self, name: str, consumer: object) -> ProbeReport:
         assert name == "mvoice"
@@ -42,6 +44,12 @@ class ScriptedProbes:
         if isinstance(self.answer, BrokerError):
             raise self.answer
         return self.answer
+
+    def slots(self, name: str, consumer: object) -> int | None:
+        self.asked += 1
+        if isinstance(self.told, BrokerError):
+            raise self.told
+        return self.told
 
 
 @pytest.fixture
@@ -246,3 +254,95 @@ def test_a_model_that_went_to_the_cpu_needs_more_than_it_holds() -> None:
     probes.answer = ProbeReport(loaded=True, on_cpu=("big",), items=("big",), details=said)
     Prober("mvoice", probes, registry, learned, lambda *_: None, ignore, interval=5.0).probe()
     assert registry.now.needed("mvoice/big") == Figure(9000, "out-of-memory", ANY)
+
+
+# -- how many jobs it works on at once -----------------------------------------------------------
+
+AUTO = """
+consumers:
+  mvoice:
+    url: http://127.0.0.1:1
+    health: /health
+    max_parallel: auto
+    slots: {path: /props, count: total_slots}
+"""
+
+
+def asking(probes: ScriptedProbes, config: str = AUTO) -> tuple[Prober, Registry]:
+    registry = Registry(parse_config(config), FakeClock())
+    learned = Learned(["mvoice"])
+    prober = Prober("mvoice", probes, registry, learned, lambda *_: None, ignore, interval=5.0)
+    return prober, registry
+
+
+def test_a_server_is_asked_once_how_many_jobs_it_works_on_and_again_after_a_while(
+    probes: ScriptedProbes,
+) -> None:
+    prober, registry = asking(probes)
+    probes.told = 4
+    prober.probe()
+    assert registry.now.slots == {"mvoice": 4}
+    probes.told = 2
+    for _ in range(ASKED_AGAIN):
+        prober.probe()
+    assert (probes.asked, registry.now.slots) == (1, {"mvoice": 4})
+    prober.probe()
+    assert (probes.asked, registry.now.slots) == (2, {"mvoice": 2})
+
+
+def test_it_is_asked_again_as_soon_as_it_was_started_anew(probes: ScriptedProbes) -> None:
+    prober, registry = asking(probes)
+    probes.told = 4
+    prober.probe()
+    probes.answer = REFUSED
+    prober.probe()
+    assert registry.now.slots == {"mvoice": 4}  # most likely it will be what it was
+    probes.answer, probes.told = ProbeReport(), 8
+    prober.probe()
+    assert registry.now.slots == {"mvoice": 8}
+    registry.mark_stopped("mvoice", StoppedBy("unit"))
+    probes.told = 16
+    prober.probe()
+    assert registry.now.slots == {"mvoice": 16}
+
+
+def test_what_it_said_stands_while_it_does_not_answer_and_not_once_it_says_nothing(
+    probes: ScriptedProbes,
+) -> None:
+    prober, registry = asking(probes)
+    probes.told = BROKEN
+    prober.probe()
+    assert registry.now.slots == {}
+    probes.told = 4
+    prober.probe()
+    probes.told = BROKEN
+    for _ in range(ASKED_AGAIN + 1):
+        prober.probe()
+    assert (probes.asked, registry.now.slots) == (3, {"mvoice": 4})
+    probes.told = None
+    prober.probe()
+    assert (probes.asked, registry.now.slots) == (4, {})
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_nobody_is_asked_whose_number_is_given(probes: ScriptedProbes, number: int) -> None:
+    prober, _ = asking(probes, AUTO.replace("auto", str(number)))
+    prober.probe()
+    assert probes.asked == 0
+
+
+def test_one_that_has_nothing_loaded_is_not_asked(probes: ScriptedProbes) -> None:
+    prober, _ = asking(probes)
+    probes.answer = ProbeReport(loaded=False)
+    prober.probe()
+    assert probes.asked == 0
+
+
+def test_a_reload_keeps_what_was_said_unless_it_is_another_server(probes: ScriptedProbes) -> None:
+    prober, registry = asking(probes)
+    probes.told = 4
+    prober.probe()
+    registry.reshape(parse_config(AUTO + "health_interval: 9"))
+    assert registry.now.slots == {"mvoice": 4}
+    registry.reshape(parse_config(AUTO.replace(":1", ":2")), ["mvoice"])
+    assert registry.now.slots == {}

@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
-from gpumanager.web.server import FIRST_THREADS, GrowingDispatcher
+from gpumanager.config import parse_config
+from gpumanager.config.schema import MOST_TOLD
+from gpumanager.web.server import FIRST_THREADS, GrowingDispatcher, _most_at_once
 from tests.support.broker import config_for, live_broker
 from tests.support.sockets import ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, eventually
@@ -107,3 +109,10 @@ def test_a_small_answer_comes_in_one_piece() -> None:
         raw.request("POST", "/v1/tts", b"{}")
         piece = raw.sock.recv(65536)
         assert piece.endswith(b"\r\n\r\n" + b"x" * 300)
+
+
+def test_there_are_threads_for_all_jobs_that_a_server_may_say_it_works_on_at_once() -> None:
+    consumer = {"max_parallel": "auto", "slots": {"path": "/x", "count": "n"}, "health": "/h"}
+    auto = parse_config(config_for("http://127.0.0.1:1", consumer=consumer))
+    assert _most_at_once(auto) == MOST_TOLD
+    assert _most_at_once(parse_config(config_for("http://127.0.0.1:1"))) == 1
