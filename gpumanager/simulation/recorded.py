@@ -3,18 +3,26 @@ that it really took."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 from gpumanager.config import Config
-from gpumanager.model import parts_of, resident_name
+from gpumanager.model import parts_of
 from gpumanager.simulation.eventlines import BadEvents, Line, Lines
+from gpumanager.simulation.happened import (
+    ROUNDED_S,
+    SeenJob,
+    SeenMove,
+    SeenSize,
+    gave_up,
+    job_of,
+    moves_of,
+    operations,
+    sizes,
+)
 from gpumanager.simulation.results import overtakes
-from gpumanager.simulation.trace import Course, Footprint, Move, Operation, Played, Task, Trace
+from gpumanager.simulation.trace import Course, Footprint, Move, Played, Task, Trace
 
 GUESSED_LOAD_S = 5.0
 GUESSED_UNLOAD_S = 1.0
@@ -26,9 +34,6 @@ THINK_S = 10.0
 COLD = 2.0
 """A first job that takes so many times what is usual has loaded its consumer itself."""
 
-_MOVES: Mapping[str, Operation] = {"evicted": "unload", "loaded": "load", "resumed": "load"}
-_GAVE_UP = ("queue_timeout", "client_gone")
-
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
@@ -38,34 +43,6 @@ class Recorded:
     trace: Trace
     real: Course
     guesses: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Job:
-    """A job as its events tell of it; times are seconds since the epoch."""
-
-    needs: str
-    kind: str
-    requester: str
-    urgency: int
-    session: str | None
-    came: float
-    granted: float | None
-    began: float | None
-    ended: float
-    ticket: float
-    operation: Operation | None = None
-    run_s: float = 0.0
-    number: int = 0
-
-
-@dataclass(slots=True)
-class _Known:
-    """What the events say of one resident."""
-
-    needed_mib: float = 0.0
-    loads: list[float] = field(default_factory=list)
-    unloads: list[float] = field(default_factory=list)
 
 
 def reconstruct(
@@ -82,13 +59,13 @@ def reconstruct(
 
     Raises BadEvents, if a field has a value that it never has, or if something that is needed is
     told nowhere."""
-    jobs = [_job(line) for line in lines.events if line.event == "job"]
+    jobs = [job_of(line) for line in lines.events if line.event == "job"]
     if not jobs:
         raise BadEvents(f"{name} has no job that had the GPU: there is nothing to play")
-    jobs += _gave_up(lines.events, jobs)
-    known = _sizes(lines.events)
-    moves = _moves(lines.events)
-    jobs += _operations(moves, jobs)
+    jobs += gave_up(lines.events, jobs)
+    known = sizes(lines.events)
+    moves = moves_of(lines.events)
+    jobs += operations(moves, jobs)
     jobs.sort(key=lambda job: (job.came, job.ticket))
     for number, job in enumerate(jobs, start=1):
         job.number = number
@@ -99,7 +76,7 @@ def reconstruct(
     seen = [median(each.loads) for each in known.values() if each.loads]
     usual_s = median(seen) if seen else GUESSED_LOAD_S
     footprints = {
-        each: _footprint(each, known.get(each, _Known()), config, usual_s, guesses)
+        each: _footprint(each, known.get(each, SeenSize()), config, usual_s, guesses)
         for each in sorted({job.needs for job in jobs} | loaded)
     }
     total_mib = _total_mib(lines.events, config, card_mib, name)
@@ -124,188 +101,16 @@ def reconstruct(
     return Recorded(trace, _course(jobs, moves, tasks, began), tuple(guesses))
 
 
-# -- what the events say ---------------------------------------------------------------------------
-
-
-def _job(line: Line) -> _Job:
-    wait_s, prepare_s, run_s = (
-        line.number(each) / 1000 for each in ("wait_ms", "prepare_ms", "run_ms")
-    )
-    came = line.moment("arrived")
-    if came is None:  # of a broker that did not tell yet
-        came = line.at - wait_s - prepare_s - run_s
-    client = line.text("client", "-")
-    return _Job(
-        resident_name(line.text("consumer"), line.maybe_text("model")),
-        line.text("kind"),
-        line.text("requester", client),
-        int(line.number("urgency", 3)),
-        line.maybe_text("session"),
-        came,
-        came + wait_s,
-        came + wait_s + prepare_s,
-        came + wait_s + prepare_s + run_s,
-        line.number("ticket"),
-        run_s=run_s,
-    )
-
-
-def _gave_up(events: Iterable[Line], jobs: Sequence[_Job]) -> Iterable[_Job]:
-    """Those that waited, and left before their turn. What they would have been is taken to be what
-    is usual of their consumer."""
-    usual: dict[str, Counter[str]] = {}
-    like: dict[str, list[_Job]] = {}
-    for job in jobs:
-        usual.setdefault(parts_of(job.needs)[0], Counter())[job.needs] += 1
-        like.setdefault(job.needs, []).append(job)
-    for line in events:
-        if line.event != "refused" or line.fields.get("code") not in _GAVE_UP:
-            continue
-        wait_s, consumer = (line.maybe_number("wait_ms") or 0.0) / 1000, line.maybe_text("consumer")
-        if not wait_s or consumer not in usual:
-            continue
-        ((needs, _),) = usual[consumer].most_common(1)
-        yield _Job(
-            needs,
-            like[needs][0].kind,
-            line.text("client", "-"),
-            like[needs][0].urgency,
-            None,
-            line.at - wait_s,
-            None,
-            None,
-            line.at,
-            0,
-            run_s=median(job.run_s for job in like[needs]),
-        )
-
-
-def _name(line: Line) -> str:
-    return resident_name(line.text("consumer"), line.maybe_text("model"))
-
-
-def _sizes(events: Iterable[Line]) -> dict[str, _Known]:
-    known: dict[str, _Known] = {}
-    for line in events:
-        if line.event == "job":
-            needed = line.maybe_number("needed_mib")
-            if needed is not None:
-                known.setdefault(_name(line), _Known()).needed_mib = needed
-        elif line.event in _MOVES:
-            each, seconds = known.setdefault(_name(line), _Known()), line.number("ms") / 1000
-            if line.event == "evicted":
-                each.unloads.append(seconds)
-                each.needed_mib = each.needed_mib or line.number("expected_mib", 0)
-            else:
-                each.loads.append(seconds)
-    return known
-
-
-@dataclass(slots=True)
-class _Move:
-    """A load or an unload as an event tells of it; `target` is whom it was for."""
-
-    what: Operation
-    name: str
-    target: str
-    at: float
-    seconds: float
-    job: _Job | None = None
-
-
-def _moves(events: Iterable[Line]) -> list[_Move]:
-    found = []
-    for line in events:
-        what = _MOVES.get(line.event)
-        if what is None or line.fields.get("outcome") in ("gone", "busy"):
-            continue
-        name, seconds = _name(line), line.number("ms") / 1000
-        found.append(
-            _Move(what, name, _target(line, name), line.at - seconds, seconds),
-        )
-    return found
-
-
-def _target(line: Line, name: str) -> str:
-    target = line.maybe_text("target")
-    return name if target is None else resident_name(target, line.maybe_text("target_model"))
-
-
-_SLACK_S = 0.05
-"""Between what an event says of its time, and when it really was."""
-
-_ROUNDED_S = 0.002
-"""By how much two times of the same moment may differ."""
-
-_AT_ONCE = 64
-"""So many jobs have the GPU at once, at most."""
-
-
-def _operations(moves: Sequence[_Move], jobs: Sequence[_Job]) -> list[_Job]:
-    """Give each move the job that it was made for. Returns those that no event tells of: what an
-    operator, or the broker itself, had loaded or unloaded."""
-    preparing = sorted((job for job in jobs if job.granted is not None), key=_granted)
-    begins = [_granted(job) for job in preparing]
-    own: list[_Job] = []
-    before: dict[str, list[_Move]] = {}  # unloads that made room for the next load, by its name
-    for move in moves:
-        latest = bisect_right(begins, move.at + _SLACK_S)
-        near = preparing[max(0, latest - _AT_ONCE) : latest]
-        late_s, _, job = min(
-            ((_late_s(move, each), -place, each) for place, each in enumerate(near)),
-            default=(math.inf, 0, None),
-            key=lambda found: found[:2],
-        )
-        if job is not None and late_s <= _SLACK_S:
-            move.job = job
-        else:
-            if move.what == "unload" and move.target != move.name:
-                before.setdefault(move.target, []).append(move)
-                continue
-            parts = [*before.pop(move.name, ()), move] if move.what == "load" else [move]
-            own.append(_operation(move, parts[0].at))
-            for each in parts:
-                each.job = own[-1]
-    for move in (each for rest in before.values() for each in rest):
-        own.append(_operation(move, move.at))  # whoever it was for did not come to it
-        move.job = own[-1]
-    return own
-
-
-def _late_s(move: _Move, job: _Job) -> float:
-    """By how many seconds a move began before or after the job's turn to be prepared; infinite, if
-    it was not for that job."""
-    target = move.name if move.what == "load" else move.target
-    if job.granted is None or job.began is None or job.needs not in (target, _within(target, job)):
-        return math.inf
-    return max(0.0, job.granted - move.at, move.at - job.began)
-
-
-def _within(name: str, job: _Job) -> str | None:
-    """What the job needs, if that is part of the consumer of that name."""
-    return job.needs if parts_of(job.needs)[0] == name else None
-
-
-def _granted(job: _Job) -> float:
-    return job.ended if job.granted is None else job.granted
-
-
-def _operation(move: _Move, since: float) -> _Job:
-    end = move.at + move.seconds
-    began = end if move.what == "load" else move.at
-    return _Job(
-        move.name, move.what, "-", 7, None, since, since, began, end, 0, operation=move.what
-    )
-
-
 # -- what follows from it --------------------------------------------------------------------------
 
 
-def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]) -> set[str]:
+def _walk(
+    jobs: Sequence[SeenJob], moves: Sequence[SeenMove], known: dict[str, SeenSize]
+) -> set[str]:
     """Who was loaded at the beginning. On the way: jobs that loaded their consumer themselves run
     for what is usual, and the rest is a load."""
     usual = _usual_runs(jobs)
-    steps: list[tuple[float, int, _Move | _Job]] = [(_done(move), 0, move) for move in moves]
+    steps: list[tuple[float, int, SeenMove | SeenJob]] = [(_done(move), 0, move) for move in moves]
     steps += [
         (job.began, 1, job) for job in jobs if job.began is not None and job.operation is None
     ]
@@ -319,7 +124,7 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
     at_first: set[str] = set()
     state: dict[str, bool] = {}
     for _, _, step in steps:
-        if isinstance(step, _Move):
+        if isinstance(step, SeenMove):
             parts = models.get(step.name, (step.name,))  # of a whole consumer, all its models
             for name in parts:
                 if name not in state and step.what == "unload" and len(parts) == 1:
@@ -332,7 +137,7 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
         normal = usual.get(name, step.run_s)
         slow = step.run_s > COLD * normal
         if state.get(name) is False or (name not in state and slow):
-            known.setdefault(name, _Known()).loads.append(max(0.0, step.run_s - normal))
+            known.setdefault(name, SeenSize()).loads.append(max(0.0, step.run_s - normal))
             step.run_s = min(step.run_s, normal)
         elif name not in state:
             at_first.add(name)
@@ -340,7 +145,7 @@ def _walk(jobs: Sequence[_Job], moves: Sequence[_Move], known: dict[str, _Known]
     return at_first
 
 
-def _add_other_waits(jobs: Iterable[_Job], moves: Iterable[_Move]) -> None:
+def _add_other_waits(jobs: Iterable[SeenJob], moves: Iterable[SeenMove]) -> None:
     """What a job waited for once it had the GPU, where nothing was unloaded or loaded for it (the
     first probes after the broker's start, or somebody else's work), is part of its run."""
     moved = {id(move.job) for move in moves}
@@ -349,13 +154,13 @@ def _add_other_waits(jobs: Iterable[_Job], moves: Iterable[_Move]) -> None:
             job.run_s += max(0.0, job.began - job.granted)
 
 
-def _done(move: _Move) -> float:
+def _done(move: SeenMove) -> float:
     """When a move was over: before the jobs began that waited for it, whatever was rounded."""
     end, job = move.at + move.seconds, move.job
-    return (end if job is None or job.began is None else min(end, job.began)) - _ROUNDED_S
+    return (end if job is None or job.began is None else min(end, job.began)) - ROUNDED_S
 
 
-def _usual_runs(jobs: Iterable[_Job]) -> dict[str, float]:
+def _usual_runs(jobs: Iterable[SeenJob]) -> dict[str, float]:
     runs: dict[str, list[float]] = {}
     for job in jobs:
         if job.began is not None and job.operation is None:
@@ -364,7 +169,7 @@ def _usual_runs(jobs: Iterable[_Job]) -> dict[str, float]:
 
 
 def _footprint(
-    name: str, known: _Known, config: Config | None, usual_s: float, guesses: list[str]
+    name: str, known: SeenSize, config: Config | None, usual_s: float, guesses: list[str]
 ) -> Footprint:
     consumer, model = parts_of(name)
     settings = None if config is None else config.consumers.get(consumer)
@@ -413,7 +218,7 @@ def _total_mib(
 
 
 def _that_fit(
-    loaded: Iterable[str], footprints: Mapping[str, Footprint], room: int, jobs: Sequence[_Job]
+    loaded: Iterable[str], footprints: Mapping[str, Footprint], room: int, jobs: Sequence[SeenJob]
 ) -> frozenset[str]:
     """Of those that seem to have been loaded, the ones that were used first, as far as they fit."""
     first: dict[str, float] = {}
@@ -426,9 +231,9 @@ def _that_fit(
     return frozenset(found)
 
 
-def _tasks(jobs: Sequence[_Job], began: float, *, clients_wait: bool) -> tuple[Task, ...]:
+def _tasks(jobs: Sequence[SeenJob], began: float, *, clients_wait: bool) -> tuple[Task, ...]:
     tasks: list[Task] = []
-    last: dict[str, _Job] = {}
+    last: dict[str, SeenJob] = {}
     for job in jobs:
         task = Task(
             job.number,
@@ -454,7 +259,7 @@ def _tasks(jobs: Sequence[_Job], began: float, *, clients_wait: bool) -> tuple[T
 
 
 def _course(
-    jobs: Sequence[_Job], moves: Sequence[_Move], tasks: Sequence[Task], began: float
+    jobs: Sequence[SeenJob], moves: Sequence[SeenMove], tasks: Sequence[Task], began: float
 ) -> Course:
     granted = {job.number: job.granted - began for job in jobs if job.granted is not None}
     past = overtakes(
@@ -476,7 +281,7 @@ def _course(
     ]
     made: list[Move] = []
     for move in moves:
-        assert move.job is not None  # noqa: S101  # `_operations` has seen to it
+        assert move.job is not None  # noqa: S101  # `operations` has seen to it
         number = move.job.number
         made.append(Move(move.what, move.name, number, move.at - began, move.seconds))
         if move.job.operation != "unload":

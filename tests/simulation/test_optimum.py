@@ -75,11 +75,10 @@ def test_no_schedule_is_shorter(seed: int) -> None:
         solve(trace, best.makespan_s * 0.99)
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", [each for each in WORKLOADS if each != "busy-office"])
 def test_no_policy_is_shorter(name: str) -> None:
     for trace in (workload(name, 1, SMALL_JOBS), at_once(workload(name, 1, SMALL_JOBS))):
-        if not can_solve(trace):
-            pytest.skip("its jobs share the card")
+        assert can_solve(trace)
         courses = [figures(played(trace, policy, Promise())).makespan_s for policy in POLICIES]
         assert solve(trace, min(courses)).makespan_s <= min(courses) + 1e-6
 
@@ -87,6 +86,7 @@ def test_no_policy_is_shorter(name: str) -> None:
 def test_what_is_too_large_is_said() -> None:
     large = workload("mixed", 1, MOST_JOBS + 1)
     assert not can_solve(large)
+    assert not can_solve(workload("busy-office", 1, SMALL_JOBS))  # whose jobs share the card
     with pytest.raises(ValueError, match="13 jobs are too many"):
         solve(large)
     assert solve(Trace("none", 1000, {}, ())).makespan_s == 0.0
