@@ -168,9 +168,11 @@ class Shortages:
         nothing = needed.source == "measured" and known == 0
         elsewhere = nothing and room >= consumer.vram_resident_mib
         plenty = known > 0 and room >= PLENTY * known
-        # Of a model that nothing is known of, the card has no figures that could speak against it.
-        unknown = snapshot.figures(job.resident).needs.nothing
-        guessed = unknown and consumer.declared_for(job.model) is None
+        # Of a model of which nothing was seen, only guessed, the card has no figures that could
+        # speak against it.
+        needs = snapshot.figures(job.resident).needs
+        unseen = needs.measured is None and needs.reported is None
+        guessed = unseen and consumer.declared_for(job.model) is None
         alone = all(mib <= CONTEXT_MIB for mib in others)
         # What is nobody's, as a desktop, is never free for a job.
         held_mib = own.mib + sum(each.mib for each in holds.values())

@@ -290,6 +290,7 @@ class Census:
                 priority=consumer.priority,
                 evictable=_evictable(consumer, state) and not consumer.pins(model, known.pinned),
                 reload_s=reload_s,
+                unknown=known.loaded and not shares.get(model) and self._is_guessed(owner),
             )
         if not shares:
             return self.whole(name, hopeful=hopeful, reload_s=reload_s)
@@ -308,17 +309,23 @@ class Census:
     def whole(self, name: str, *, hopeful: bool = False, reload_s: float = 0.0) -> Resident:
         """A consumer with all its models."""
         consumer, state = self.snapshot.consumers[name], self.snapshot.states[name]
+        held = holder(self.snapshot, name, self._now)
         return Resident(
             name=name,
             loaded=state.loaded,
-            held_mib=holder(self.snapshot, name, self._now).mib,
+            held_mib=held.mib,
             last_used=state.last_used,
             priority=consumer.priority,
             evictable=_evictable(consumer, state),
             floor_mib=_floor(consumer, state, self.snapshot.figures(name), hopeful=hopeful),
             reload_s=reload_s,
             trim_mib=self._trim_mib(name),
+            unknown=state.loaded and not held.mib and held.source == "declared",
         )
+
+    def _is_guessed(self, name: str) -> bool:
+        """Whether what a consumer holds is neither measured nor told by itself."""
+        return holder(self.snapshot, name, self._now).source == "declared"
 
     def _trim_mib(self, name: str) -> int:
         """What a consumer gives back while it stays loaded, with all its models."""

@@ -195,8 +195,11 @@ def can_be_made(card: Card, target: str, spared: Set[str] = frozenset()) -> bool
 
 
 def may_go(card: Card, spared: Set[str] = frozenset()) -> list[Resident]:
-    """All that could be unloaded, and are not `spared`, nor their consumers."""
-    return candidates(_residents(card, spared))
+    """All that could be unloaded, and are not `spared`, nor their consumers; those, too, of which
+    nobody knows whether that would give anything back."""
+    residents = _residents(card, spared)
+    unknown = [each for each in residents if each.unknown and each.evictable]
+    return [*candidates(residents), *unknown]
 
 
 def can_trim(card: Card, target: str, spared: Set[str] = frozenset()) -> list[Resident]:

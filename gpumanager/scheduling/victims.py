@@ -39,7 +39,8 @@ class Resident:
     `last_used` the monotonic time of its last real job, None if it had none; `reload_s` how long
     it takes to load again; `evictable` is False where it manages its own memory, is pinned, has
     no way to be unloaded, or one that was tried just now to no avail. `trim_mib` is what it would
-    give back while it stays loaded, 0 if it has no way to, or does not run idle.
+    give back while it stays loaded, 0 if it has no way to, or does not run idle. `unknown`: it is
+    loaded, and nobody knows how much it holds, so that `held_mib` is 0.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Resident:
     floor_mib: int = 0
     reload_s: float = 0.0
     trim_mib: int = 0
+    unknown: bool = False
 
     @property
     def consumer(self) -> str:

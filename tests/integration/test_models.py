@@ -289,3 +289,23 @@ def test_a_model_that_went_to_the_cpu_is_loaded_again_once_there_is_room(
         eventually(lambda: held(broker, "ollama") == {LARGE: 8000})
         assert "on_cpu" not in consumer_of(broker, "ollama")
         assert counts(fakes["ollama"])["loads"] == 2
+
+
+# -- where nobody knows what a model holds ---------------------------------------------------------
+
+
+def test_what_holds_nobody_knows_how_much_goes_for_a_job_that_ran_out_of_memory(
+    card: SimulatedCard,
+) -> None:
+    """As on WSL2, with servers that tell no figures of their own."""
+    card.misbehave(per_process=False)
+    servers = {"llama-router": ROUTER, "localai": {"painter": 6500, "voice": 500}}
+    with box(card, servers) as (broker, fakes):
+        for model in ("small", "large", "voice"):
+            assert chat(broker, model) == 200
+        assert chat(broker, "painter") == 200  # in a second run
+        failures = status(broker)["scheduler"]["out_of_memory"]
+        assert failures == {"seen": 1, "healed": 1}
+        assert counts(fakes["llama-router"])["unloads_of"] == {"small": 1, "large": 1}
+        assert chat(broker, "painter") == 200
+        assert status(broker)["scheduler"]["out_of_memory"] == failures

@@ -203,6 +203,20 @@ def test_a_model_that_nothing_is_known_of_is_believed() -> None:
     assert bench.shortages.in_result(Job("voice", "tts"), voice, said, b"") is None
 
 
+def test_a_guess_of_what_it_needs_is_no_ground_to_doubt_it() -> None:
+    """It was raised once, to what there was room for then, and never measured."""
+    bench = Bench(
+        declared=0,
+        probe={"path": "/ps", "items": "models"},
+        unload={"path": "/unload", "for_each": "items"},
+    )
+    bench.other()
+    bench.learned.ran_out("voice/big", 1100)
+    voice = bench.config.consumers["voice"]
+    said = json.dumps(FAILED).encode()
+    assert bench.shortages.in_result(Job("voice", "tts", model="big"), voice, said, b"") is not None
+
+
 # -- models --------------------------------------------------------------------------------------
 
 APART: dict[str, Any] = {
