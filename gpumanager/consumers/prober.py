@@ -107,8 +107,10 @@ class Prober:
             self._registry.told_slots(self._name, told)
 
     def _look_at_its_models(self, consumer: ConsumerConfig) -> None:
+        """What they are called, and how large they are, has to be known before a job comes."""
         lists = consumer.list_models
-        if lists is not None and lists.details is not None and consumer.counts_by_model:
+        wanted = lists is not None and (lists.details is not None or consumer.any_model)
+        if wanted and consumer.counts_by_model:
             self._look(self._name)
 
     def _learn_what_did_not_fit(self) -> None:

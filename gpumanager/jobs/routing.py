@@ -176,7 +176,8 @@ class Router:
             return key
         if key in state.aliases:
             return state.aliases[key]
-        if not now.consumers[name].any_model or key in state.models:
+        consumer = now.consumers[name]
+        if not consumer.any_model or consumer.declared_for(key) or key in state.models:
             return key
         listed = self._catalogue.listed(name)
         return key if listed is not None and _is_listed(model, listed.names) else None

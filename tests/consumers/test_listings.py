@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -143,15 +144,26 @@ def test_the_prober_asks_so_that_no_job_has_to() -> None:
     assert asked.times == 2
 
 
+NO_SIZES = {"path": "/tags", "items": "names"}
+
+
 @pytest.mark.parametrize(
-    "keys", [{"list_models": None}, {"list_models": {"path": "/tags", "items": "names"}}]
+    ("keys", "times"),
+    [
+        ({"list_models": None}, 0),
+        ({"list_models": NO_SIZES}, 0),
+        ({"list_models": NO_SIZES, "any_model": True}, 1),  # for their names
+        ({"list_models": NO_SIZES, "any_model": True, "unload": "/unload"}, 0),
+    ],
 )
-def test_who_tells_no_sizes_is_not_asked(keys: dict[str, Any]) -> None:
+def test_only_who_tells_something_that_counts_is_asked(keys: dict[str, Any], times: int) -> None:
     registry, asked = registry_of(**keys), Asked()
-    Prober(
-        "it", asked, registry, Learned(["it"]), lambda *_: None, ignore, interval=5.0, look=asked
-    ).probe()
-    assert asked.times == 0
+    look: Callable[[str], object] = asked
+    prober = Prober(
+        "it", asked, registry, Learned(["it"]), lambda *_: None, ignore, interval=5.0, look=look
+    )
+    prober.probe()
+    assert asked.times == times
 
 
 # -- names ---------------------------------------------------------------------------------------
@@ -183,6 +195,14 @@ def test_of_one_that_takes_any_name_it_has_to_be_known_what_it_means() -> None:
     version = registry.get("it").residency_version
     registry.probe_succeeded("it", ProbeReport(loaded=True, items=("small",)), seen_version=version)
     assert it.counted_as("it", "whatever") == "small"
+
+
+def test_a_name_that_something_is_declared_for_is_known() -> None:
+    registry = registry_of(any_model=True, models=[{"name": "flux*", "vram_mib": 14_000}, "*"])
+    it, _ = router(registry)
+    assert it.counted_as("it", "flux1-dev") == "flux1-dev"
+    assert it.counted_as("it", "whatever") is None
+    assert needed(registry, "flux1-dev") == (14_000, "declared")
 
 
 def test_a_job_that_uses_another_name_is_routed_by_it() -> None:
