@@ -902,6 +902,13 @@ def test_with_affinity_later_ones_join_as_far_as_they_may_overtake() -> None:
     assert running(scheduler) == [1, 3]
 
 
+def test_one_that_may_not_join_is_not_in_the_way_of_one_that_may() -> None:
+    scheduler = shared(Affinity(), Shared("ab", a=Sharing(2)))
+    for name in "acba":  # c would cost a swap; b is loaded, but runs beside nobody
+        scheduler.enqueue(job(name))
+    assert running(scheduler) == [1, 4]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_two_consumers_run_at_once_only_if_both_say_so_and_are_ready(policy: Policy) -> None:
     one, both = Sharing(1, frozenset("b")), Sharing(1, frozenset("a"))
