@@ -17,11 +17,13 @@ from typing import Any
 from PIL import Image
 
 from tests.support.browser import chromium
-from tests.support.scene import LONG_NAME, Scene, crowd
+from tests.support.scene import LONG_NAME, Scene, crowd, models
 from tests.support.threads import eventually
 
 HERE = Path(__file__).parent
 WIDE, MIDDLE, NARROW = 1280, 820, 390
+GAP = 12
+"""Pixels between parts of a page that are put below each other."""
 DESK = {"comfyui": 5000, "ollama": 6000, "voice": 2800, "whisper": 1700, "xtts": 2300}
 
 
@@ -48,6 +50,7 @@ def main() -> None:
             shoot(browser, it.broker.url, "dashboard-twelve", 1440, color_scheme="light")
             shoot(browser, it.broker.url, "dashboard-narrow", NARROW, color_scheme="light")
             leave(it)
+        models_of_one(browser)
 
 
 def busy(it: Scene) -> None:
@@ -82,6 +85,36 @@ def full(it: Scene) -> None:
     for _ in range(10):
         for kind in ("image", "tts", "stt"):
             it.jobs(kind, 1)
+
+
+def models_of_one(browser: Any) -> None:
+    """The card and the consumers, where one has several models."""
+    sizes = {"qwen2.5-coder:14b": 4800, "llama3.1:8b": 2900, "nomic-embed-text": 600}
+    with models({**sizes, "gemma3:12b": 4100}) as it:
+        it.used(*sizes)
+        it.broker.post("/v1/consumers/ollama/pin", params={"model": "nomic-embed-text"})
+        it.pace(ollama=1.5)
+        for model in sizes:
+            it.chat(model).result(60)
+        it.used("gemma3:12b")
+        it.pace(ollama=60)
+        it.chat("qwen2.5-coder:14b")
+        it.broker.await_line(1)
+        page = opened(browser, it.broker.url, WIDE, color_scheme="light")
+        card = page.locator("#card").bounding_box()
+        consumers = page.locator("#consumers").bounding_box()
+        parts = [
+            Image.open(io.BytesIO(page.screenshot(full_page=True, clip=box)))
+            for box in (card, consumers)
+        ]
+        height = sum(part.height for part in parts) + GAP
+        whole = Image.new("RGB", (max(part.width for part in parts), height), "white")
+        whole.paste(parts[0], (0, 0))
+        whole.paste(parts[1], (0, parts[0].height + GAP))
+        found = io.BytesIO()
+        whole.save(found, "PNG")
+        save(found.getvalue(), "dashboard-models")
+        leave(it)
 
 
 def leave(it: Scene) -> None:

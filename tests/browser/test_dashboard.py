@@ -15,7 +15,8 @@ import pytest
 from gpumanager.keys import ApiKey
 from gpumanager.telemetry.events import EVENTS
 from tests.browser.conftest import Page, violations
-from tests.support.scene import Scene, scene
+from tests.browser.test_reach import OUT_OF_REACH
+from tests.support.scene import Scene, models, scene
 from tests.support.threads import eventually
 
 pytest.importorskip("playwright")
@@ -98,6 +99,82 @@ def test_its_buttons_load_unload_and_pin(opened: Open) -> None:
         page.page.get_by_role("button", name="Pin voice", exact=True).wait_for()
         assert it.broker.broker.registry.get("voice").pinned is False
         assert [text for text in page.complaints if "status of 5" not in text] == []
+
+
+LONG = "hf.co/somebody/Qwen2.5-Coder-32B-Instruct-GGUF-abliterated-v2-with-a-name-for-ever:"
+
+
+def test_models_stand_below_their_consumer_and_each_has_its_buttons(opened: Open) -> None:
+    sizes = {"titles:1b": 1000, "code:20b": 5000}
+    with models(sizes) as it:
+        it.used(*sizes)
+        page = opened(it.broker.url)
+        page.wait("#services tr.model", "code:20b")
+        names = page.page.locator("#services tr .name").all_inner_texts()
+        assert names == ["ollama", "code:20b", "titles:1b", "voice"], "the largest first"
+        code = page.page.locator("#services tr.model").first
+        assert re.search(r"loaded\s+for 4096 tokens", code.inner_text())
+        assert re.search(r"5000 MiB\s+needs 5000 MiB, measured", code.inner_text())
+        assert page.page.locator("#bar .share").count() == 2
+        label = str(page.page.get_attribute("#bar", "aria-label"))
+        assert "ollama 6000 MiB (code:20b 5000 MiB, titles:1b 1000 MiB)" in label
+        assert "code:20b 5000 MiB, titles:1b 1000 MiB" in page.text("#legend")
+        page.press("Pin titles:1b of ollama")
+        page.wait("#said", "ollama's model titles:1b is not evicted any more")
+        page.page.get_by_role("button", name="Unpin titles:1b of ollama", exact=True).wait_for()
+        assert (it.shown("titles:1b")["pinned"], it.shown("code:20b")["pinned"]) == (True, False)
+        page.press("Unload code:20b of ollama")
+        page.wait("#said", "ollama's model code:20b: released, 5000 MiB")
+        page.page.get_by_role("button", name="Load code:20b of ollama", exact=True).wait_for()
+        assert it.shown("titles:1b")["loaded"] is True
+        page.wait("#services tr.model", "not loaded")
+        page.press("Forget code:20b of ollama")
+        page.press("Keep it")
+        assert "peak_mib" in it.shown("code:20b")["learned"]
+        page.press("Forget code:20b of ollama")
+        page.press("Forget it")
+        page.wait("#said", "ollama's model code:20b: forgotten")
+        assert "peak_mib" not in it.shown("code:20b")["learned"]
+        it.pace(ollama=60)
+        for count, model in enumerate(("titles:1b", "code:20b"), start=1):
+            it.chat(model)
+            it.broker.await_line(count)
+        try:
+            page.wait("#queue-rows tr", "titles:1b")
+            page.wait("#queue-rows tr", "code:20b")
+            page.page.get_by_role("button", name="Cancel ticket").first.press("Enter")
+            page.wait("#sure-why", "of ollama (titles:1b), which has run")
+            page.page.keyboard.press("Escape")
+        finally:
+            for entry in reversed(it.broker.broker.card.scheduler.queue()):
+                it.broker.delete(f"/v1/queue/{entry.ticket}")
+        assert not page.complaints
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_twenty_models_with_long_names_stay_in_reach(opened: Open, width: int) -> None:
+    sizes = {f"{LONG}Q{number:02}_K_M": 300 + 10 * number for number in range(20)}
+    with models(sizes) as it:
+        it.used(*sizes)
+        page = opened(it.broker.url, viewport={"width": width, "height": 900})
+        rows = page.page.locator("#services tr.model")
+        more = page.page.get_by_role("button", name="Show all 20 models of ollama", exact=True)
+        more.wait_for()
+        assert rows.count() == 5
+        assert page.evaluate(OUT_OF_REACH) == []
+        more.press("Enter")
+        fewer = page.page.get_by_role("button", name="Show fewer models of ollama", exact=True)
+        assert fewer.get_attribute("aria-expanded") == "true"
+        assert page.evaluate("document.activeElement.dataset.more") == "ollama"
+        assert rows.count() == 20
+        assert all(name.endswith("_K_M") for name in rows.locator(".name").all_inner_texts())
+        assert page.page.locator("#bar .share").count() == 20
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(OUT_OF_REACH) == []
+        assert violations(page) == []
+        fewer.press("Enter")
+        assert rows.count() == 5
+        assert not page.complaints
 
 
 def test_what_each_consumer_did_and_what_happened_in_sentences(opened: Open) -> None:

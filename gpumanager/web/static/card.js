@@ -1,6 +1,7 @@
 // The card now: who holds it, what is foreign, what is kept free, and what its sensors say.
 import {byId, classes, keep, make, tell} from "/dashboard/dom.js";
 import {badge, surface} from "/dashboard/marks.js";
+import {holding, largest} from "/dashboard/models.js";
 import {lasting, mib} from "/dashboard/words.js";
 
 /** What the card's memory is divided into, in the bar's order: {key, name, mib, className, mark}. */
@@ -8,7 +9,8 @@ function parts(status) {
   const gpu = status.gpu, found = [];
   status.consumers.forEach((c, i) => {
     if (c.gpu_resident_mib > 0) {
-      found.push({key: "c-" + c.name, name: c.name, mib: c.gpu_resident_mib, className: surface(i), mark: i});
+      found.push({key: "c-" + c.name, name: c.name, mib: c.gpu_resident_mib, className: surface(i), mark: i,
+        models: holding(c), of: largest(c)});
     }
   });
   const held = found.reduce((sum, part) => sum + part.mib, 0);
@@ -37,17 +39,18 @@ export function drawCard(status) {
   keep(bar, found, (part) => part.key, () => make("span"), (span, part) => {
     classes(span, part.className);
     span.style.width = 100 * part.mib / total + "%";
+    drawShares(span, part);
     const marked = part.mark !== undefined && part.mib / total * bar.clientWidth > 32;
-    if (marked && !span.firstChild) span.append(badge(part.mark));
-    if (marked) span.firstChild.replaceWith(badge(part.mark));
-    else span.replaceChildren();
+    span.querySelector(".badge")?.remove();
+    if (marked) span.append(badge(part.mark));
     span.title = part.name + " " + mib(part.mib);
   });
-  const words = found.map((part) => part.name + " " + mib(part.mib)).join(", ");
+  const words = found.map((part) => part.name + " " + mib(part.mib) + (part.of ? ` (${part.of})` : "")).join(", ");
   bar.setAttribute("aria-label", "Of " + mib(gpu.total_mib) + ": " + words);
   keep(byId("legend"), found, (part) => part.key, () => {
     const item = make("li");
     item.append(make("i"), make("span"), make("strong"));
+    item.children[1].append(make("span"), make("span", undefined, "dim why"));
     return item;
   }, (item, part) => {
     const [mark, name, size] = item.children;
@@ -55,12 +58,32 @@ export function drawCard(status) {
     else if (mark.tagName !== "B" || mark.textContent !== String(part.mark + 1)) {
       mark.replaceWith(badge(part.mark));
     }
-    tell(name, part.name);
+    tell(name.firstChild, part.name);
+    tell(name.lastChild, part.of ?? "");
     tell(size, mib(part.mib));
   });
   drawGauges(status);
   byId("gpu-err").hidden = !gpu.err;
   tell(byId("gpu-err"), gpu.err || "");
+}
+
+/** The models of a consumer side by side in its part of the bar, with what is none's at the end. */
+function drawShares(span, part) {
+  const models = part.models?.length > 1 ? part.models : [];
+  let before = 0;
+  const shares = models.map((model) => {
+    const share = {name: model.name, mib: model.held_mib, left: before};
+    before += model.held_mib;
+    return share;
+  });
+  const old = [...span.querySelectorAll(".share")];
+  old.slice(shares.length).forEach((each) => each.remove());
+  shares.forEach((share, n) => {
+    const mark = old[n] ?? span.appendChild(make("i", undefined, "share"));
+    mark.style.left = 100 * share.left / part.mib + "%";
+    mark.style.width = 100 * share.mib / part.mib + "%";
+    mark.title = `${part.name}: ${share.name} ${mib(share.mib)}`;
+  });
 }
 
 function drawGauges(status) {

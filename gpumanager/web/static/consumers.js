@@ -1,6 +1,7 @@
 // The consumers: what each one is up to, what it holds, and what may be done with it.
 import {byId, classes, keep, make, row, tell} from "/dashboard/dom.js";
 import {badge, surface} from "/dashboard/marks.js";
+import * as models from "/dashboard/models.js";
 import {ago, lasting, mib, since} from "/dashboard/words.js";
 
 const LABELS = ["Consumer", "State", "Memory", "Jobs", "Usual run", "Last used", "Do"];
@@ -50,7 +51,10 @@ export function drawConsumers(status, now, moving, operator) {
   for (const [kind, to] of Object.entries(status.routing)) {
     for (const name of [to].flat()) kinds.set(name, [...(kinds.get(name) ?? []), kind]);
   }
-  keep(byId("services"), status.consumers, (c) => c.name, (c) => {
+  const rows = status.consumers.flatMap((c) => [{key: c.name, c}, ...models.rowsOf(c)]);
+  keep(byId("services"), rows, (each) => each.key, (each) => {
+    if (each.model || each.more) return models.build(each);
+    const {c} = each;
     const tr = row(LABELS), cells = tr.children;
     cells[0].append(make("span", undefined, "who"));
     const who = make("span");
@@ -62,8 +66,10 @@ export function drawConsumers(status, now, moving, operator) {
     cells[2].firstChild.append(make("span"), make("span", undefined, "need"));
     cells[6].append(actions(c));
     return tr;
-  }, (tr, c) => {
-    const i = status.consumers.indexOf(c), cells = tr.children;
+  }, (tr, each) => {
+    const {c} = each, i = status.consumers.indexOf(c), cells = tr.children;
+    if (each.model || each.more) return models.update(tr, each, {i, total, now, moving, operator});
+    classes(tr, c.models?.length ? "has-models" : "");
     const [mark, who] = cells[0].firstChild.children, serves = who.lastChild;
     if (mark.textContent !== String(i + 1)) mark.replaceWith(badge(i));
     tell(serves, (kinds.get(c.name) ?? []).join(", "));
@@ -76,8 +82,9 @@ export function drawConsumers(status, now, moving, operator) {
     const [meter, figures] = cells[2].children, [bar, need] = meter.children;
     classes(bar, c.gpu_resident_mib ? surface(i) : "");
     bar.style.width = 100 * Math.min(1, c.gpu_resident_mib / total) + "%";
+    need.hidden = Boolean(c.models && !c.vram_budget_mib);
     need.style.left = 100 * Math.min(1, c.vram_budget_mib / total) + "%";
-    tell(figures, `${mib(c.gpu_resident_mib)} of ${mib(c.vram_budget_mib)}`
+    tell(figures, mib(c.gpu_resident_mib) + (c.models && !c.vram_budget_mib ? "" : ` of ${mib(c.vram_budget_mib)}`)
       + (c.gpu_resident_mib && c.resident_source !== "measured" ? ", " + c.resident_source : ""));
     tell(cells[3], c.total_requests);
     const run = c.learned.run_ms;

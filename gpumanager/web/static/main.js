@@ -4,6 +4,7 @@ import {drawAttention, drawEvents} from "/dashboard/attention.js";
 import {drawCard} from "/dashboard/card.js";
 import {drawChart, watchCursor} from "/dashboard/chart.js";
 import {drawConsumers} from "/dashboard/consumers.js";
+import {toggle} from "/dashboard/models.js";
 import {byId, classes, tell} from "/dashboard/dom.js";
 import {drawQueue} from "/dashboard/queue.js";
 import {clockExact, lasting, mib} from "/dashboard/words.js";
@@ -176,21 +177,27 @@ const MOVES = {
     `${name}: ${body.outcome}, ${mib(body.mib)} in ${lasting(body.ms)}.`],
   pin: (name, pinned) => ["/pin", pinned ? "DELETE" : "POST", "", () => pinned
     ? `${name} may be evicted again.` : `${name} is not evicted any more, until it is unpinned or the broker ends.`],
+  forget: (name) => ["/learned", "DELETE", "", (body) =>
+    `${name}: forgotten; room is made for ${mib(body.needed.mib)} from now on.`],
 };
 
 async function move(button) {
-  const {name, what} = button.dataset;
-  if (moving.has(name)) return;
-  const [path, method, began, done] = MOVES[what](name, button.dataset.pinned === "true");
-  moving.add(name);
+  const {name, model, what} = button.dataset, key = model === undefined ? name : `${name}/${model}`;
+  if (moving.has(key)) return;
+  const whom = model === undefined ? name : `${name}'s model ${model}`;
+  const query = model === undefined ? "" : `?model=${encodeURIComponent(model)}`;
+  if (what === "forget" && !await sure(`Forget what was learned of ${whom}?`,
+    "Its memory and times are learned again from its next jobs.", "Forget it", "Keep it")) return;
+  const [path, method, began, done] = MOVES[what](whom, button.dataset.pinned === "true");
+  moving.add(key);
   if (began) answerWith(began, "dim");
   try {
-    await act(`/v1/consumers/${encodeURIComponent(name)}${path}`, {method, patience: LONG_MS}, (body) => {
-      moving.delete(name);
+    await act(`/v1/consumers/${encodeURIComponent(name)}${path}${query}`, {method, patience: LONG_MS}, (body) => {
+      moving.delete(key);
       return done(body);
     });
   } finally {
-    moving.delete(name);
+    moving.delete(key);
     drawConsumers(status, now(), moving, operator());
   }
 }
@@ -201,7 +208,11 @@ byId("queue-rows").addEventListener("click", (event) => {
 });
 byId("services").addEventListener("click", (event) => {
   const button = event.target.closest("button[data-name]");
-  if (button) move(button);
+  if (button) return move(button);
+  const more = event.target.closest("button[data-more]");
+  if (!more) return;
+  toggle(more.dataset.more);
+  drawConsumers(status, now(), moving, operator());
 });
 byId("reload").addEventListener("click", () => act("/v1/reload", {method: "POST", patience: LONG_MS}, (body) => {
   const parts = Object.entries(body).filter(([, names]) => names.length)

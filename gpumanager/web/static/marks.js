@@ -9,6 +9,8 @@ const texture = (i) => (i + Math.floor(i / COLOURS)) % TEXTURES;
 
 /** The classes of a surface that stands for consumer number `i`. */
 export const surface = (i) => `c${colour(i)} t${texture(i)}`;
+/** The class of its colour alone. */
+export const hue = (i) => "c" + colour(i);
 /** The same for SVG. */
 export const fill = (i) => `url(#p${i})`;
 

@@ -1,7 +1,7 @@
 // Who runs and who waits: a picture of what comes when, and the list with its buttons.
 import {byId, classes, keep, make, row, tell} from "/dashboard/dom.js";
 import {badge, surface} from "/dashboard/marks.js";
-import {about, count, lasting} from "/dashboard/words.js";
+import {about, count, lasting, shortened} from "/dashboard/words.js";
 
 const LABELS = ["Place", "Consumer", "Kind", "Client", "For", "Turn in", "Do"];
 /** The part of the picture before "now", for what runs already: not to scale. */
@@ -53,7 +53,7 @@ function drawComing(places, names) {
         span.lastChild.replaceWith(i < 0 ? make("b") : badge(i));
         span.lastChild.hidden = !marked;
       }
-      span.title = `${it.entry.consumer} ${it.entry.kind}: ${running ? "runs" : `turn ${turn(it.entry)}`}; `
+      span.title = `${it.entry.consumer} ${it.entry.model ? it.entry.model + " " : ""}${it.entry.kind}: ${running ? "runs" : `turn ${turn(it.entry)}`}; `
         + [it.entry.evict_ms && `unload others ${lasting(it.entry.evict_ms)}`,
           it.entry.load_ms && `load ${lasting(it.entry.load_ms)}`,
           `run ${lasting(it.entry.run_ms)}${running ? " more" : ""}`].filter(Boolean).join(", ");
@@ -76,7 +76,8 @@ function ticks(last, room) {
 
 export function drawQueue(status, mayCancel) {
   const names = status.consumers.map((c) => c.name), places = planned(status);
-  const usual = new Map(status.consumers.map((c) => [c.name, c.learned.run_ms]));
+  const usual = new Map(status.consumers.flatMap((c) => [[c.name, c.learned.run_ms],
+    ...(c.models ?? []).map((model) => [`${c.name}/${model.name}`, model.learned.run_ms])]));
   const waiting = status.queue.filter((entry) => entry.state !== "running").length;
   const last = Math.max(0, ...places.map((place) => place.end));
   tell(byId("h-queue"), places.length === 0 ? "Queue"
@@ -86,7 +87,13 @@ export function drawQueue(status, mayCancel) {
   keep(byId("queue-rows"), status.queue, (entry) => entry.ticket, (entry) => {
     const tr = row(LABELS), cells = tr.children;
     cells[1].append(make("span", undefined, "who"));
-    cells[1].firstChild.append(make("i"), make("span", entry.consumer, "name"));
+    const who = make("span");
+    who.append(make("span", entry.consumer, "name"));
+    if (entry.model) {
+      who.append(make("span", shortened(entry.model, 48), "dim name which"));
+      who.title = entry.model;
+    }
+    cells[1].firstChild.append(make("i"), who);
     const button = make("button", "Cancel");
     button.type = "button";
     button.dataset.ticket = entry.ticket;
@@ -95,7 +102,7 @@ export function drawQueue(status, mayCancel) {
     return tr;
   }, (tr, entry) => {
     const running = entry.state === "running", cells = tr.children, i = names.indexOf(entry.consumer);
-    const took = usual.get(entry.consumer);
+    const took = usual.get(`${entry.consumer}/${entry.model}`) ?? usual.get(entry.consumer);
     tell(cells[0], running ? "runs" : entry.position);
     if (i >= 0 && cells[1].firstChild.firstChild.textContent !== String(i + 1)) {
       cells[1].firstChild.firstChild.replaceWith(badge(i));
@@ -110,7 +117,7 @@ export function drawQueue(status, mayCancel) {
     classes(tr, running ? "runs" : "");
     const button = cells[6].firstChild;
     button.dataset.running = running;
-    button.dataset.words = `${entry.kind} of ${entry.consumer}, which has run for ${lasting(entry.age_ms)}`;
+    button.dataset.words = `${entry.kind} of ${entry.consumer}${entry.model ? ` (${entry.model})` : ""}, which has run for ${lasting(entry.age_ms)}`;
     button.hidden = !mayCancel(entry);
   });
   byId("queue-box").hidden = places.length === 0;

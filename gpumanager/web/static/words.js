@@ -3,6 +3,13 @@
 export const mib = (figure) =>
   figure >= 10240 ? (figure / 1024).toFixed(1) + " GiB" : Math.round(figure) + " MiB";
 
+/** A name in at most so many characters, cut in its middle: models' names differ at their ends. */
+export function shortened(name, most) {
+  const letters = [...name], front = Math.floor((most - 1) / 2);
+  return letters.length <= most ? name
+    : letters.slice(0, front).join("") + "…" + letters.slice(front + 1 - most).join("");
+}
+
 /** How long so many milliseconds are. */
 export function lasting(ms) {
   const s = Math.max(0, ms / 1000);
