@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 LONGEST_LINE = 1 << 20
 """Bytes; an event has a few hundred."""
 
-MOST_EVENTS = 5_000_000
+MOST_EVENTS = 2_000_000
+"""As many as fill 1 GiB of files."""
 _SHOWN = 60
 
 
