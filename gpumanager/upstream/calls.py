@@ -471,7 +471,7 @@ def _sizes_and_aliases(call: ModelList, answer: Any) -> tuple[dict[str, int], di
         if not isinstance(each, dict) or not isinstance(each.get("name"), str):
             continue
         name, mib = model_key(each["name"]), _mib(each.get("size"), call.unit)
-        if mib:
+        if mib is not None:  # 0: it runs somewhere else, as Ollama's cloud models do
             sizes[name] = mib
         aliases |= dict.fromkeys(map(model_key, _names(each.get("aliases"))), name)
     return sizes, aliases

@@ -20,8 +20,8 @@ from tests.support.clock import FakeClock
 from tests.support.events import ignore
 
 LISTING = ModelListing(
-    ("small", "big:latest", "cloud"),
-    sizes={"small": 1000, "big": 20_000},
+    ("small", "big:latest", "untold", "cloud"),
+    sizes={"small": 1000, "big": 20_000, "cloud": 0},
     aliases={"gpt-4o": "big"},
 )
 LISTED = round(1.15 * 1000) + LISTED_MIB
@@ -50,7 +50,8 @@ def test_a_model_that_was_never_seen_needs_its_size_and_some_room() -> None:
     assert needed(registry, "small") == (24_000, "declared")
     registry.listed("it", LISTING)
     assert needed(registry, "small") == (LISTED, "listed")
-    assert needed(registry, "cloud") == (24_000, "declared")  # it does not say
+    assert needed(registry, "untold") == (24_000, "declared")
+    assert needed(registry, "cloud") == (LISTED_MIB, "listed")  # it runs somewhere else
     longer = needed(registry, "small", 32_768)
     assert longer[1] == "listed"
     assert longer[0] > 2 * LISTED
