@@ -1,5 +1,5 @@
-"""The promise of `policy: affinity`, through a whole broker: two servers that do not fit together,
-which unload each other."""
+"""`policy: affinity` through a whole broker: the promise, on two servers that do not fit together,
+which unload each other; urgency and fair share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 from gpumanager.gpu.simulated import SimulatedCard
+from gpumanager.keys import ApiKey
 from gpumanager.model import Job
 from gpumanager.telemetry.events import JobEnded
-from tests.support.broker import LiveBroker, live_broker
+from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.fake_servers import Running, fake_server
+from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import Outcome
 
 
@@ -89,3 +91,43 @@ def test_jobs_for_what_is_loaded_overtake_within_the_promise(
         assert broker.stats.evictions == evictions
         most = scheduler.get("max_overtaken_by", 20)
         assert broker.stats.longest_overtake <= most
+
+
+KEYS = (ApiKey("script", "s" * 32), ApiKey("person", "p" * 32))
+
+
+@pytest.mark.parametrize(
+    ("policy", "priority", "place"),
+    [("fifo", "u=0", 12), ("affinity", "u=3", 2), ("affinity", "u=0", 1), ("affinity", "u=7", 12)],
+)
+def test_a_persons_job_among_those_of_a_script(policy: str, priority: str, place: int) -> None:
+    """Eleven jobs of a script wait, and then comes one of a person: by its urgency, and by how much
+    of the GPU each has had."""
+
+    def work(connection: Connection, _: Received) -> None:
+        connection.send(answer(b"{}"))
+
+    with (
+        ScriptedConsumer(work) as consumer,
+        live_broker(
+            config_for(consumer.url, scheduler={"policy": policy}), keys=KEYS, threads=32
+        ) as broker,
+    ):
+        clients = []
+        with closing(broker.broker.card.scheduler.enqueue(Job("mvoice", "tts"))) as ticket:
+            ticket.wait()
+            for number in range(1, 13):
+                who = KEYS[number == 12]
+                headers = {
+                    "Authorization": f"Bearer {who.secret}",
+                    "X-Request-Id": str(number),
+                    **({"Priority": priority} if who.name == "person" else {}),
+                }
+                clients.append(Outcome(partial(broker.post, "/v1/tts", headers=headers)))
+                broker.await_waiting(number)
+        for client in clients:
+            assert client.result().status_code == 200
+        broker.await_idle()
+        events = [each.event for each in broker.broker.events.since(0).events]
+        served = [each.request_id for each in events if isinstance(each, JobEnded)]
+        assert served.index("12") + 1 == place
