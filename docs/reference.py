@@ -39,6 +39,7 @@ TITLES = {
     "Config": "The file",
     "GpuConfig": "`gpu`",
     "SchedulerConfig": "`scheduler`",
+    "JobsConfig": "`jobs`",
     "AuthConfig": "`auth`",
     "LogConfig": "`log`",
     "EventsConfig": "`events`",

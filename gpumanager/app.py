@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumanager import __version__
+from gpumanager.asyncjobs.service import AsyncJobs
 from gpumanager.card import GpuCard
 from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config
@@ -51,10 +52,13 @@ from gpumanager.upstream.proxy import Proxy
 from gpumanager.upstream.tunnels import Tunnels
 from gpumanager.upstream.watcher import Watcher
 from gpumanager.web import server
+from gpumanager.web.deferring import Deferring
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.guard import Guard
+from gpumanager.web.jobview import JobView
 from gpumanager.web.models import ModelLists
 from gpumanager.web.mounts import Mounts
+from gpumanager.web.replay import Replay
 from gpumanager.web.routes import Services, create_app
 from gpumanager.web.security import Keyring
 from gpumanager.web.status import StatusView
@@ -66,6 +70,18 @@ log = logging.getLogger(__name__)
 
 STATE_INTERVAL_S = 30.0
 """How much of what was learned may be lost if the broker is killed."""
+
+
+def jobs_folder(config: Config, state_file: Path | None) -> Path | None:
+    """Where asynchronous jobs are kept: as configured, else beside the state file, by the address
+    that the broker listens on, so that two brokers do not share one; None where there is neither.
+    """
+    if config.jobs.dir is not None:
+        return Path(config.jobs.dir)
+    if state_file is None:
+        return None
+    listen = "".join(c if c.isalnum() else "-" for c in config.listen)
+    return state_file.parent / f"jobs-{listen}"
 
 
 class Broker:
@@ -134,10 +150,19 @@ class Broker:
         self._owners = Owners()
         self._catalogue = ModelCatalogue(self._models_of, self._clock, self.registry.listed)
         self._draining = threading.Event()
+        self.jobs = AsyncJobs(
+            jobs_folder(config, state_file),
+            config,
+            self.card.scheduler,
+            self._clock,
+            self._emit,
+            self._draining.is_set,
+        )
         self.tunnels = Tunnels(self._live, self._clock, self._emit)
         self.flask = create_app(self._services())
         self.guard = Guard(self.flask.wsgi_app, self._clock, self._emit)
         self.flask.wsgi_app = self.guard  # type: ignore[method-assign]  # Flask's own way
+        self.jobs.plays(Replay(self.guard))
         self.lifecycle = Lifecycle(
             self.card.scheduler,
             self._clock,
@@ -202,7 +227,9 @@ class Broker:
         audio = server.AUDIO_THREADS
         fetch = Forwarder(proxy, self.watcher, most=audio, most_each=audio)
         self._forwarders = forward, fetch
-        self.ways = Ways(self._live, router, self._admission, proxy, runner)
+        job_view = JobView(self.jobs, card.scheduler, self._usual_run_s)
+        deferring = Deferring(self.jobs, job_view, self._live)
+        self.ways = Ways(self._live, router, self._admission, proxy, runner, deferring)
         return Services(
             config=self._live,
             ways=self.ways,
@@ -215,6 +242,7 @@ class Broker:
                 forward,
                 websockets,
                 self._owners,
+                deferring,
                 self._emit,
             ),
             router=router,
@@ -242,7 +270,14 @@ class Broker:
             reload=self.reload,
             draining=self._draining.is_set,
             cancel=card.scheduler.cancel,
+            jobs=self.jobs,
+            job_view=job_view,
         )
+
+    def _usual_run_s(self, name: str) -> float | None:
+        """How long jobs of a consumer usually take, in seconds, as far as was learned."""
+        runs = self.learned.figures(name).run_s
+        return None if runs is None else runs.p50
 
     def _runner(self, places: Places, shortages: Shortages) -> JobRunner:
         means = Means(
@@ -311,9 +346,11 @@ class Broker:
                 self._stopped.restore(self._state.load())
             self._emit(Started(version=__version__))
             self.threads.start()
+        self.jobs.start()
 
     def stop(self) -> None:
         """End every thread and wait for it. Idempotent."""
+        self.jobs.stop()  # first, so that it does not take for over what is only not followed
         with self._lock:
             self._completions.stop()
             self.tunnels.stop()

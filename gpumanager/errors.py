@@ -137,6 +137,18 @@ class PayloadTooLarge(BrokerError):
     status, code, retryable = 413, "payload_too_large", False
 
 
+class RangeNotSatisfiable(BrokerError):
+    """The range that was asked for lies outside of the result of an asynchronous job."""
+
+    status, code, retryable = 416, "range_not_satisfiable", False
+
+
+class IdempotencyMismatch(BrokerError):
+    """Another request was submitted under the same `Idempotency-Key`."""
+
+    status, code, retryable = 422, "idempotency_mismatch", False
+
+
 class HeadersTooLarge(BrokerError):
     """The request's head is larger than `max_header_kib`."""
 
@@ -225,6 +237,20 @@ class Cancelled(BrokerError):
     """An operator took the job out of the queue, or stopped it."""
 
     status, code, retryable = 503, "cancelled", False
+
+
+class JobLost(BrokerError):
+    """The broker ended while an asynchronous job ran: whether its consumer finished it, nobody
+    knows, and it may not be run twice."""
+
+    status, code, retryable = 502, "job_lost", False
+
+
+class JobsFull(BrokerError):
+    """An asynchronous job, or its result, cannot be kept: the disk is full, or `jobs.max_mib` are
+    spent."""
+
+    status, code = 507, "jobs_full"
 
 
 class ClientGone(BrokerError):

@@ -18,6 +18,7 @@ FIXED = (
     "max_body_mib",
     "max_header_kib",
     "max_websockets",
+    "jobs",
     "auth",
     "allowed_hosts",
     "state_file",

@@ -216,6 +216,9 @@ class ConsumerConfig(Model):
     """How the broker finds out that a job is over which the consumer answers at once."""
     out_of_memory: OutOfMemory = Field(default=OutOfMemory(), alias="oom")
     """How its answers say that the card's memory ran out."""
+    idempotent: StrictBool = False
+    """Its jobs may run twice: an asynchronous job that ran when the broker was killed is run again.
+    Without it, such a job is `lost`."""
     ready_timeout: Seconds = 120.0
     """The longest it may take from being started until it is healthy."""
     timeouts: Timeouts = Timeouts()
@@ -379,6 +382,22 @@ class SchedulerConfig(Model):
     never."""
 
 
+class JobsConfig(Model):
+    """Asynchronous jobs: those submitted with `Prefer: respond-async`."""
+
+    dir: AnyFile | None = None
+    """The folder that keeps them and their results over a restart; none: one in the state
+    directory, beside the state file."""
+    keep: Seconds = 86_400.0
+    """How long a job and its result are kept after its end, and how long one that cannot be run is
+    tried again."""
+    max_mib: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 4096
+    """When requests and results take so much of the disk, new jobs are refused with 507
+    `jobs_full`."""
+    max_waiting: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 10_000
+    """How many may wait; the next one is refused with 503 `queue_full`."""
+
+
 class AuthConfig(Model):
     """Where API keys are read from, in addition to GPUMANAGER_API_KEYS in the environment. The keys
     themselves are never in the config."""
@@ -448,6 +467,8 @@ class Config(Model):
     such a port is the consumer's root."""
     consumers: dict[ConsumerName, ConsumerConfig] = Field(default_factory=dict)
     """The consumers, by name."""
+    jobs: JobsConfig = JobsConfig()
+    """Asynchronous jobs."""
     auth: AuthConfig = AuthConfig()
     """API keys."""
     eviction: Literal["lru", "cost"] = "lru"

@@ -42,12 +42,18 @@ class Place:
         self._held = [leave]
 
     def wait_turn(
-        self, job: Job, client: ClientWatch, begin: Callable[[], bool] | None = None
+        self,
+        job: Job,
+        client: ClientWatch,
+        begin: Callable[[], bool] | None = None,
+        joined: Callable[[], object] | None = None,
     ) -> Ticket:
         """Join the queue, and return when it is the job's turn. If its client leaves before, it
-        does, too. `begin` is for `Ticket.when_granted`. Raises what `take_ticket` and `Ticket.wait`
-        raise."""
+        does, too. `begin` is for `Ticket.when_granted`; `joined` is called once it has its place.
+        Raises what `take_ticket` and `Ticket.wait` raise."""
         ticket = self.take_ticket(job)
+        if joined is not None:
+            joined()
         if begin is not None:
             ticket.when_granted(begin)
         client.when_gone(lambda: ticket.cancel(self.client_left()))

@@ -5,9 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gpumanager.keys import Role
 from gpumanager.telemetry.events import AnswerTruncated, Emit
+
+
+class Course(Protocol):
+    """Somebody who wants to know how far a request's job is: one who runs it for a client that does
+    not wait for it. `urgency` is that of the job."""
+
+    urgency: int
+
+    def joined(self) -> None:
+        """It has its place in the queue."""
+
+    def sending(self, consumer: str) -> None:
+        """The first byte of it may go to the consumer when this returns, and not before. Raises
+        BrokerError if it must not."""
+
+    def goes_on(self) -> None:
+        """The consumer has only taken it, and works on it after its answer."""
+
+    def over(self, failure: str | None) -> None:
+        """One that goes on is over; `failure` says how it failed, as far as that is known."""
 
 
 @dataclass(slots=True)
@@ -18,7 +39,8 @@ class RequestRecord:
     neither does, and `most_urgent` the most urgent one that the key allows; `session` is the
     conversation that it says it belongs to. `gone` says whether its client has left, None where
     nobody can tell; `emit` tells what happens to it. `goes_on`: its thread is still needed when its
-    client has the answer, which had better not send the next request over the same connection."""
+    client has the answer, which had better not send the next request over the same connection.
+    `course` is told how far its job is, if anybody wants to know."""
 
     request_id: str
     method: str
@@ -42,6 +64,7 @@ class RequestRecord:
     run_s: float | None = None
     failure: str | None = None
     goes_on: bool = False
+    course: Course | None = None
 
     @property
     def who(self) -> str:

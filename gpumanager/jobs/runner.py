@@ -14,7 +14,7 @@ from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
 from gpumanager.jobs.owners import Owners
 from gpumanager.jobs.place import Place, Places
 from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
-from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.record import Course, RequestRecord
 from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.shortage import LARGEST_REQUEST_BYTES, Shortages
 from gpumanager.model import Job
@@ -110,6 +110,8 @@ class JobRunner:
         followed = self._may_be_followed(consumer, exchange)
 
         def send(exchange: Exchange) -> None:
+            if record.course is not None:
+                record.course.sending(name)
             if followed:
                 client.when_gone(None)  # it goes on in any case, so its id has to be known
             else:
@@ -144,7 +146,7 @@ class JobRunner:
         if job_id is not None:
             request = exchange.request_text(LARGEST_REQUEST_BYTES)
             self._owners.began(name, job_id, record.key)
-            self._follow(name, consumer, job_id, request, ticket, hold)
+            self._follow(name, consumer, job_id, request, ticket, hold, record.course)
         hold.answered()  # before the answer is even begun, if all of it is there
         return Answer(exchange, hold.answered, hold.failed)
 
@@ -169,7 +171,11 @@ class JobRunner:
 
         try:
             try:
-                ticket = place.wait_turn(job, client, begin_early)
+                # Who wants to know when it is sent keeps that on disk, which nobody else waits for.
+                if record.course is None:
+                    ticket = place.wait_turn(job, client, begin_early)
+                else:
+                    ticket = place.wait_turn(job, client, joined=record.course.joined)
             finally:
                 if place.ticket is not None:
                     record.waited_s = place.ticket.waited_s
@@ -207,6 +213,7 @@ class JobRunner:
         request: bytes,
         ticket: Ticket,
         hold: Hold,
+        course: Course | None,
     ) -> None:
         def ended(said: bytes | None, process_gone: bool) -> None:
             self._owners.ended(name, job)
@@ -219,7 +226,11 @@ class JobRunner:
                     self._shortages.not_retried(shortage)  # its answer has gone out
             finally:
                 hold.followed(failure, process_gone=process_gone)
+                if course is not None:
+                    course.over(failure if said is not None else failure or "unknown")
 
+        if course is not None:
+            course.goes_on()
         hold.follow(lambda: self._completions.follow(name, consumer, job, ticket, ended))
 
     def _see_what_it_holds(self, job: Job, hold: Hold) -> None:

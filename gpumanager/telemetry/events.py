@@ -28,7 +28,11 @@ FIELDS = {
     "path": "the path that was asked for, at most 256 characters of it",
     "traceparent": "the client's `traceparent` (W3C Trace Context)",
     "cold": "its consumer, or its model, was not loaded before",
-    "job": "the id that the consumer gave the job",
+    "job": "the job's id: the one that the consumer gave it, or an asynchronous job's own",
+    "state": "how it ended: `done`, `failed`, `cancelled`, `lost`",
+    "jobs": "how many jobs",
+    "again": "how many of them are run again",
+    "lost": "how many of them are lost",
     "status": "the HTTP status of the answer",
     "failure": "the code of the error that ended it",
     "code": "the code of the broker's error",
@@ -218,6 +222,50 @@ class CancelFailed(Event):
 
     consumer: str
     job: str | None = None
+    reason: str
+
+
+@declared("async_job_ended", "asynchronous job ended")
+class AsyncJobEnded(Event):
+    """An asynchronous job is over. A warning, if it is `lost`: the broker ended while it ran, and
+    its consumer's jobs may not be run twice."""
+
+    job: str
+    state: Literal["done", "failed", "cancelled", "lost"]
+    kind: str
+    consumer: str
+    key: str | None = None
+    status: int | None = None
+    failure: str | None = None
+    ms: int
+
+    @property
+    def level(self) -> Level:
+        """By how it ended."""
+        return "warning" if self.state == "lost" else "info"
+
+
+@declared("async_jobs_resumed", "asynchronous jobs resumed")
+class AsyncJobsResumed(Event):
+    """The broker started with asynchronous jobs of an earlier run that had not ended."""
+
+    jobs: int
+    again: int
+    lost: int
+
+
+@declared("async_jobs_swept", "asynchronous jobs swept")
+class AsyncJobsSwept(Event):
+    """Asynchronous jobs and their results were deleted, as long after their end as `jobs.keep`
+    says."""
+
+    jobs: int
+
+
+@declared("async_jobs_unavailable", "asynchronous jobs unavailable", "error")
+class AsyncJobsUnavailable(Event):
+    """Asynchronous jobs cannot be kept on disk, or not be read. New ones are refused."""
+
     reason: str
 
 

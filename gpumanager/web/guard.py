@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from gpumanager.clock import Clock
 from gpumanager.errors import ClientGone, InternalError
-from gpumanager.jobs.record import RequestRecord
+from gpumanager.jobs.record import Course, RequestRecord
 from gpumanager.telemetry.events import Emit, Refused
 from gpumanager.web.priority import urgency_of
 from gpumanager.web.record import (
+    COURSE,
     LONGEST_SHOWN,
     RECORD_KEY,
     TRACEPARENT,
@@ -63,6 +64,8 @@ class Guard:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        course: Course | None = environ.get(COURSE)
+        urgency = None if (said := environ.get("HTTP_PRIORITY")) is None else urgency_of(said)
         trace = TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
         record = RequestRecord(
             request_id=request_id(environ),
@@ -72,14 +75,15 @@ class Guard:
             started=self._clock.monotonic(),
             emit=self._emit,
             traceparent=trace and trace[0],
-            urgency=None if (said := environ.get("HTTP_PRIORITY")) is None else urgency_of(said),
+            urgency=urgency if course is None else course.urgency,
             session=session_of(environ),
             gone=environ.get("waitress.client_disconnected"),
+            course=course,
         )
         environ[RECORD_KEY] = record
         with self._lock:
             self._open += 1
-            if self._unsent is None:
+            if self._unsent is None and course is None:
                 self._unsent = unsent_bytes(environ)
         guarded = _Guarded(record, environ, start_response, self._over)
         try:

@@ -23,6 +23,7 @@ from gpumanager.jobs.runner import JobRunner
 from gpumanager.telemetry.events import CallUnclassified, Emit
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy
+from gpumanager.web.deferring import Deferring
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import inbound_of, preferred_wait, raw_path
 from gpumanager.web.record import record_of
@@ -65,8 +66,10 @@ class Mounts:
         forward: Forwarder,
         websockets: WebSockets,
         owners: Owners,
+        deferring: Deferring,
         emit: Emit,
     ) -> None:
+        self._deferring = deferring
         self._config = config
         self._ports = config.ports  # a change needs a restart
         self._admission = admission
@@ -116,6 +119,8 @@ class Mounts:
             work = method not in SAFE_METHODS  # these are none unless the config says so
         if work:
             refuse_other_sites(environ)  # a page could have a GET run by an image of it
+            if self._deferring.wanted(environ):
+                return self._deferring.accept(environ, self._kind(name), name)
             answer = self._run(environ, name, inbound, path)
         elif self._websockets.wanted(environ):
             answer = self._websockets.answer(environ, name, path, inbound)
@@ -124,10 +129,7 @@ class Mounts:
         return _Mended(answer, consumer, root)
 
     def _run(self, environ: WSGIEnvironment, name: str, inbound: Inbound, path: str) -> Response:
-        kind = next(
-            (each for each in self._config.routing if name in self._config.candidates(each)),
-            "mount",
-        )
+        kind = self._kind(name)
 
         def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
             self._admission.check(choice.consumer)
@@ -141,6 +143,11 @@ class Mounts:
             return request.said_of(Choice(kind, name), self._router)
 
         return RelayedResponse(self._jobs.run(record, choose, prepare, max_wait))
+
+    def _kind(self, name: str) -> str:
+        """What jobs of the consumer are taken for, where no route says it."""
+        routing = self._config.routing
+        return next((each for each in routing if name in self._config.candidates(each)), "mount")
 
     def _note(self, name: str, method: str, path: str) -> None:
         """Tell of a call that the config says nothing of, once; those that change nothing are

@@ -16,6 +16,10 @@ RECORD_KEY = "gpumanager.record"
 LOCAL_ADDRESS = "gpumanager.local_address"
 """Where the server leaves its own end's address: the client's, where that is on this machine."""
 
+COURSE = "gpumanager.course"
+"""Where who runs a request for a client that does not wait leaves who wants to know how far it is
+(`jobs.record.Course`)."""
+
 ADMITTED = "gpumanager.admitted"
 """Where the server leaves what came of asking before it took a request's body: the name and the
 role of its key, or the BrokerError for which it took none."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, request
 
 from gpumanager import errors
+from gpumanager.asyncjobs.service import AsyncJobs
 from gpumanager.clock import rfc3339
 from gpumanager.config import KINDS, Config
 from gpumanager.gpu.history import MemorySample
@@ -21,12 +22,13 @@ from gpumanager.model import model_key
 from gpumanager.telemetry.eventlog import EventLog
 from gpumanager.telemetry.metrics import CONTENT_TYPE as METRICS_TYPE
 from gpumanager.telemetry.metrics import Metrics
-from gpumanager.web import boundary, dashboard, models, roles, security
+from gpumanager.web import boundary, dashboard, jobroutes, models, roles, security
 from gpumanager.web.boundary import json_response
 from gpumanager.web.connection import ADMIT
 from gpumanager.web.dispatch import Dispatch, View
 from gpumanager.web.forwarding import Forwarder
 from gpumanager.web.inbound import raw_path
+from gpumanager.web.jobview import JobView
 from gpumanager.web.modelfield import LONGEST_NAME
 from gpumanager.web.mounts import Mounts
 from gpumanager.web.openapi import describe
@@ -75,6 +77,8 @@ class Services:
     reload: Callable[[], Mapping[str, Any]]
     draining: Callable[[], bool]
     cancel: Callable[[int, errors.BrokerError], bool]
+    jobs: AsyncJobs
+    job_view: JobView
 
 
 def create_app(services: Services) -> Flask:
@@ -86,11 +90,12 @@ def create_app(services: Services) -> Flask:
     boundary.install(app)
     checks = security.Checks(services.keyring, services.config.allowed_hosts)
     app.extensions[ADMIT] = checks.admit
-    security.install(app, checks, for_clients={"cancel", models.SHOW})
+    security.install(app, checks, for_clients={"cancel", jobroutes.CANCEL, models.SHOW})
     _control_routes(app, services)
     _operator_routes(app, services)
     _record_routes(app, services)
     _audio_routes(app, services)
+    jobroutes.install(app, services.jobs, services.job_view)
     models.install(app, services.models, services.router, services.forward)
     app.wsgi_app = Dispatch(app.wsgi_app, _find(services), checks)  # type: ignore[method-assign]
     return app

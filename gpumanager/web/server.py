@@ -21,6 +21,7 @@ from waitress.channel import ClientDisconnected
 from waitress.server import BaseWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
+from gpumanager.asyncjobs.service import MOST_WAITERS
 from gpumanager.config import Config
 from gpumanager.config.schema import MOST_TOLD
 from gpumanager.web.connection import Connection
@@ -105,7 +106,7 @@ def _most_at_once(config: Config) -> int:
 def set_defaults(config: Config) -> None:
     """Make waitress serve the broker properly by default: a thread for every place in the queue
     and some to spare, clients that leave noticed, poll instead of select."""
-    outside = AUDIO_THREADS + MOUNT_THREADS
+    outside = AUDIO_THREADS + MOUNT_THREADS + MOST_WAITERS
     threads = config.scheduler.max_queue + _most_at_once(config) + outside + CONTROL_THREADS
     connections = threads + SPARE_CONNECTIONS
     # Private marker types tell waitress a default from an explicit flag: keep them.

@@ -20,6 +20,7 @@ from gpumanager.jobs.runner import JobRunner
 from gpumanager.model import model_key
 from gpumanager.upstream.exchange import Exchange
 from gpumanager.upstream.proxy import Inbound, Proxy
+from gpumanager.web.deferring import Deferring
 from gpumanager.web.inbound import inbound_of, preferred_wait
 from gpumanager.web.modelfield import (
     LONGEST_NAME,
@@ -106,8 +107,10 @@ class Ways:
         admission: Admission,
         proxy: Proxy,
         jobs: JobRunner,
+        deferring: Deferring,
     ) -> None:
         self._config = config
+        self._deferring = deferring
         self._router = router
         self._admission = admission
         self._proxy = proxy
@@ -142,15 +145,23 @@ class Ways:
                 )
                 return request.said_of(choice, self._router)
 
-            def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
+            def served_by(choice: Choice, consumer: ConsumerConfig) -> Route:
                 name, route = choice.consumer, way.route(choice.kind, consumer)
                 if route is None:
                     lacks = f"routes.{way.path}" if way.drop_in else f"paths.{choice.kind}"
                     raise NoConsumer(f"consumer {name} lacks {lacks}", consumer=name)
+                return route
+
+            def prepare(choice: Choice, consumer: ConsumerConfig) -> Exchange:
+                name, route = choice.consumer, served_by(choice, consumer)
                 self._admission.check(name)
                 inbound = request.served_as(choice.served_as)
                 return self._proxy.prepare(name, inbound, route.path, route.method, consumer)
 
+            if self._deferring.wanted(environ):
+                choice = choose()
+                served_by(choice, self._router.consumer(choice.consumer))
+                return self._deferring.accept(environ, choice.kind, choice.consumer)
             max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
             answer = self._jobs.run(record_of(environ), choose, prepare, max_wait)
             return RelayedResponse(answer)

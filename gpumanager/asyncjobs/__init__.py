@@ -1,0 +1,1 @@
+"""Asynchronous jobs: submitted now, run when it is their turn, fetched later."""
