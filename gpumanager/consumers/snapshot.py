@@ -66,9 +66,10 @@ class Snapshot:
             return needs.of(declared, context)
         if needs.nothing:
             usual = self.learned.get(owner, NOTHING).needs.of(consumer.declared, context)
-            listed_mib = self._listed_mib(owner, model)
+            listed_mib = self.listed_mib(owner, model)
             if listed_mib is None or _holds_nothing(consumer, usual):
                 return usual
+            listed_mib = round(listed_mib * (1 + LISTED_SHARE)) + LISTED_MIB
             guess = needs.of(Declared(listed_mib, consumer.max_mib), context)
             capped = guess.mib < listed_mib
             return guess if capped else replace(guess, source="listed")
@@ -76,13 +77,13 @@ class Snapshot:
             return needs.of(consumer.declared)
         return needs.of(Declared(0, consumer.max_mib), context)
 
-    def _listed_mib(self, owner: str, model: str | None) -> int | None:
-        """What a model of that size is likely to need, if its consumer lists its size."""
-        listing = self.listings.get(owner)
-        size_mib = None if listing is None or model is None else listing.sizes.get(model)
-        if size_mib is None or self.config.consumers[owner].elastic:
+    def listed_mib(self, name: str, model: str | None) -> int | None:
+        """The size of a model, as its consumer lists it; None where it does not, or where that does
+        not tell what it holds of the card."""
+        listing = self.listings.get(name)
+        if listing is None or model is None or self.config.consumers[name].elastic:
             return None
-        return round(size_mib * (1 + LISTED_SHARE)) + LISTED_MIB
+        return listing.sizes.get(model)
 
     def models(self, name: str) -> tuple[str, ...]:
         """The models of a consumer that count by themselves: those that are loaded, and those that

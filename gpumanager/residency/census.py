@@ -142,18 +142,30 @@ class Census:
     def _model_standing(self, resident: Resident, state: ModelState, now: Balance) -> Standing:
         demand = self.demand(resident.name, now)
         lucky = resident if state.sure else replace(resident, loaded=False, held_mib=0)
-        owner, model = parts_of(resident.name)
-        guessed = self.snapshot.consumers[owner].declared_for(model) is None
-        guessed = guessed and self.snapshot.figures(resident.name).needs.nothing
         return Standing(
             resident,
             demand,
-            # What another model of its consumer needs is no reason to refuse this one.
-            0 if guessed else self._declared_mib(resident.name),
+            self._surely_needed_mib(resident.name),
             resident.floor_mib,
             lucky,
             resident.held_mib,
         )
+
+    def _surely_needed_mib(self, name: str) -> int:
+        """What a model is refused for, where there is no room for it: what is declared of it, else
+        of its consumer. That is meant for the consumer's largest model: one that nothing was
+        learned of needs no more than its consumer lists as its size, and what its consumer holds
+        of it already, for other models, is not asked for twice."""
+        owner, model = parts_of(name)
+        declared_mib, shares = self._declared_mib(name), self._shares[owner]
+        if self.snapshot.consumers[owner].declared_for(model) is not None:
+            return declared_mib
+        if not self.snapshot.figures(name).needs.nothing:
+            return declared_mib
+        listed_mib = self.snapshot.listed_mib(owner, model)
+        if listed_mib is not None:
+            return min(declared_mib, listed_mib)
+        return max(0, declared_mib - sum(mib for other, mib in shares.items() if other != model))
 
     def _supposing(self, name: str, state: ConsumerState) -> Census:
         """The same, with another state of one consumer."""

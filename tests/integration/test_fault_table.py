@@ -85,6 +85,7 @@ def stage(on_disconnect: str = "native", timeouts: dict[str, float] = QUICK) -> 
         b"/job": serve("job", answer(b"done")),
         b"/load": serve("load", answer()),
         b"/unload": serve("unload", answer()),
+        b"/unload-target": lambda c, _: c.send(answer()),  # of a load that was given up
         b"/health": serve("health", answer(LOADED % (b"false", 0))),
         b"/loaded": lambda c, _: c.send(answer(LOADED % (b"true", 900))),
         b"/innocent": serve("innocent", answer(b"innocent")),
