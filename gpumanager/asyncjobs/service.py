@@ -306,7 +306,7 @@ def _feeders(config: Config) -> int:
     of a client that comes later: one more than can run is enough for the GPU not to wait. A policy
     that lets the urgent overtake can have more to choose from."""
     if config.scheduler.policy == "fifo" and config.scheduler.kind == "locked":
-        parallel = (each.max_parallel for each in config.consumers.values())
+        parallel = (each.parallel(MOST_FEEDERS) for each in config.consumers.values())
         return min(MOST_FEEDERS, 1 + max(parallel, default=1))
     return MOST_FEEDERS
 
