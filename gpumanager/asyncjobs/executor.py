@@ -198,7 +198,7 @@ class Executor:
             if self._stopped.is_set():
                 return  # it goes on at its consumer, and nobody follows it any more
             failure = run.failure
-            unwanted = failure is not None and run.cancelled.is_set()
+            unwanted = run.cancelled.is_set()  # its consumer was told to stop it
         if unwanted:
             self._end(run, draft, "cancelled")
         elif outcome.broke_off is not None:

@@ -127,7 +127,7 @@ class AsyncJobs:
         try:
             for piece in pieces(body, length) if body is not None else ():
                 draft.write(piece)
-            said = replace(submission, fingerprint=_fingerprint(submission, draft.digest))
+            said = replace(submission, fingerprint=self._fingerprint(submission, draft.digest))
             job, new = store.submit(said, draft, self._now())
         except OSError as error:
             raise JobsFull(f"an asynchronous job cannot be kept: {error.strerror}") from error
@@ -245,6 +245,16 @@ class AsyncJobs:
             self._sweeper.start()
             return store
 
+    def _fingerprint(self, submission: Submission, digest: str) -> str:
+        """Of what was asked for: where, and with which body. On a port of a consumer's own a path
+        means something else than on the broker's, which may move."""
+        environ = submission.environ
+        port = environ.get("SERVER_PORT", "")
+        own = self._config.ports.get(int(port)) if port.isdecimal() else None
+        names = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "CONTENT_TYPE")
+        said = json.dumps([own, *(environ.get(name, "") for name in names), digest])
+        return hashlib.sha256(said.encode()).hexdigest()
+
     def _resume(self, store: Store) -> None:
         """What becomes of the jobs of an earlier run: one that was not sent waits already; one that
         may have been is run again only if its consumer's jobs may run twice."""
@@ -309,14 +319,6 @@ def _feeders(config: Config) -> int:
         parallel = (each.parallel(MOST_FEEDERS) for each in config.consumers.values())
         return min(MOST_FEEDERS, 1 + max(parallel, default=1))
     return MOST_FEEDERS
-
-
-def _fingerprint(submission: Submission, digest: str) -> str:
-    """Of what was asked for: where, and with which body."""
-    environ = submission.environ
-    names = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "SERVER_PORT", "CONTENT_TYPE")
-    said = json.dumps([*(environ.get(name, "") for name in names), digest])
-    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def estimated(ahead: dict[str, int], run_s: Callable[[str], float | None]) -> float | None:

@@ -357,6 +357,50 @@ def events(broker: LiveBroker) -> list[dict[str, Any]]:
     return told
 
 
+def test_one_that_goes_on_after_its_answer_is_done_when_its_consumer_says_so(
+    tmp_path: Path,
+) -> None:
+    """As ComfyUI's: the GPU is held, and the job runs, until its `done` rule says that it is
+    over."""
+    over, stopped = threading.Event(), threading.Event()
+
+    def script(peer: Connection, request: Received) -> None:
+        if request.line.startswith(b"GET /jobs/"):
+            ended = over.is_set() or stopped.is_set()
+            peer.send(answer(b'{"over": true}' if ended else b'{"over": false}'))
+        elif request.line.startswith(b"POST /stop/"):
+            stopped.set()
+            peer.send(answer(b"{}"))
+        else:
+            peer.send(answer(b'{"id": "j1"}'))
+
+    done = {
+        "match": {"path": "/api/image"},
+        "id": "id",
+        "poll": {"path": "/jobs/{id}", "every": 0.02},
+        "until": "over",
+        "cancel": [{"method": "POST", "path": "/stop/{id}"}],
+    }
+    jobs = {"dir": str(tmp_path / "jobs")}
+    with (
+        ScriptedConsumer(script) as consumer,
+        live_broker(config_for(consumer.url, jobs=jobs, consumer={"done": done})) as broker,
+    ):
+        job = submit(broker, b"{}", "/v1/image")
+        eventually(lambda: show(broker, job)["state"] == "running")
+        assert result(broker, job, "?wait=1").status_code == 202
+        assert broker.stats.in_flight == 1
+        over.set()
+        assert result(broker, job).json() == {"id": "j1"}
+        over.clear()
+        unwanted = submit(broker, b"{}", "/v1/image")
+        eventually(lambda: show(broker, unwanted)["state"] == "running")
+        broker.delete(f"/v1/jobs/{unwanted['id']}")
+        assert stopped.wait(PATIENCE_S)
+        assert show(broker, unwanted, "?wait=20")["state"] == "cancelled"
+        broker.await_idle()
+
+
 def test_what_was_kept_long_enough_is_swept_and_told(server: Server, tmp_path: Path) -> None:
     with serving(server, tmp_path, jobs={"keep": "300ms"}) as broker:
         server.says = answer(bytes(SMALL_BYTES + 1))
