@@ -177,7 +177,9 @@ class Broker:
         self._state = (
             None if state_file is None else StateFile(state_file, self.learned, self._stopped.now)
         )
-        self.threads = Threads(self._always(), self.registry, self._prober, self.card.housekeeper)
+        self.threads = Threads(
+            self._always(), self.registry, self._prober, self.card.housekeeper, self.card.ahead
+        )
         self._lock = threading.Lock()
         self._restored = False
         self.reloading = Reloading(

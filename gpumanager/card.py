@@ -13,6 +13,7 @@ from gpumanager.gpu.device import Card, GpuMemory, open_card
 from gpumanager.gpu.history import EVERY_S, MemoryHistory
 from gpumanager.gpu.sampler import Sampler
 from gpumanager.host.processes import ConsumerProcesses, ProcessTable
+from gpumanager.residency.ahead import LookAhead
 from gpumanager.residency.housekeeper import Housekeeper
 from gpumanager.residency.room import RoomMaker
 from gpumanager.residency.stopping import Stopping
@@ -25,7 +26,8 @@ from gpumanager.worker import PeriodicWorker
 class GpuCard:
     """The device and its `memory`; the `sampler`, which attributes that to consumers; its
     `history`; the `scheduler`, whose queue is in front of it; the `room` that is made on it,
-    `stopping` consumers for it, and the `housekeeper`, who does so in quiet times.
+    `stopping` consumers for it; the `housekeeper`, who does so in quiet times; and `ahead`, which
+    prepares the next swap.
 
     `device` replaces the one of the config. Opens nothing and starts nothing.
     """
@@ -65,6 +67,7 @@ class GpuCard:
             self._upcoming,
         )
         self.scheduler = build_scheduler(config.scheduler, self.room, self.room.outlook, clock)
+        self.ahead = LookAhead(registry, self.scheduler, self.stopping, clock, emit)
         self.housekeeper = Housekeeper(registry, self.scheduler, self.room, clock, emit)
 
     def workers(self) -> list[PeriodicWorker]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from gpumanager.consumers.prober import Prober
 from gpumanager.consumers.registry import Registry
+from gpumanager.residency.ahead import LookAhead
 from gpumanager.residency.housekeeper import Housekeeper
 from gpumanager.worker import PeriodicWorker
 
@@ -15,7 +16,8 @@ log = logging.getLogger(__name__)
 
 class Threads:
     """Some are there `always`; beside them one prober for every consumer that can be asked, made
-    by `prober_of`, and one for the housekeeper, if there is anything to keep.
+    by `prober_of`, and one each for the housekeeper and for looking `ahead`, if there is anything
+    to keep or to prepare.
 
     Not for several threads at a time, but for `wake_prober`.
     """
@@ -26,18 +28,21 @@ class Threads:
         registry: Registry,
         prober_of: Callable[[str], Prober],
         housekeeper: Housekeeper,
+        ahead: LookAhead,
     ) -> None:
         self._always = tuple(always)
         self._registry = registry
         self._prober_of = prober_of
         self._housekeeper = housekeeper
+        self._ahead = ahead
         self._probers: dict[str, PeriodicWorker] = {}
         self._tidying: PeriodicWorker | None = None
+        self._looking: PeriodicWorker | None = None
 
     def all(self) -> list[PeriodicWorker]:
         """All that there are at the moment."""
-        tidying = [] if self._tidying is None else [self._tidying]
-        return [*self._always, *self._probers.values(), *tidying]
+        others = [each for each in (self._tidying, self._looking) if each is not None]
+        return [*self._always, *self._probers.values(), *others]
 
     def start(self) -> None:
         """Have all run that the config in force asks for. Idempotent."""
@@ -50,11 +55,14 @@ class Threads:
             )
         if self._housekeeper.needed and self._tidying is None:
             self._tidying = PeriodicWorker("housekeeper", self._housekeeper.tidy, retry_s=1.0)
+        if self._ahead.needed and self._looking is None:
+            self._looking = PeriodicWorker("look-ahead", self._ahead.look, retry_s=1.0)
         for worker in self.all():
             worker.start()
 
     def stop(self) -> None:
         """End them all, and wait for that. Idempotent."""
+        self._ahead.stop()
         self._end(self.all())
 
     def end_probers(self, names: Iterable[str]) -> None:

@@ -200,6 +200,10 @@ def _eviction_faults(here: Path, consumer: Mapping[str, Any]) -> Iterator[_Found
     )
     if consumer.get("unload") is None and ("http" in listed or {"http": True} in listed):
         yield (*here, "evict"), "holds http, but the consumer has no 'unload' call", ""
+    if consumer.get("start_ahead") is True and not any(
+        isinstance(each, dict) and ("unit" in each or "container" in each) for each in listed
+    ):
+        yield (*here, "start_ahead"), "needs a unit or a container in 'evict' to start", ""
     if consumer.get("idle_unload") is not None:
         if not listed and consumer.get("unload") is None:
             yield (*here, "idle_unload"), "needs an 'unload' call, or another way to 'evict'", ""

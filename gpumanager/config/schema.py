@@ -219,6 +219,15 @@ class ConsumerConfig(Model):
     idempotent: StrictBool = False
     """Its jobs may run twice: an asynchronous job that ran when the broker was killed is run again.
     Without it, such a job is `lost`."""
+    prefetch: Annotated[tuple[File, ...], BeforeValidator(values.listed)] = ()
+    """Files, folders and patterns (`*`, `?`, `**`), such as those of its model's weights. While a
+    job of another consumer runs, and a job of this one is the next that needs anything loaded, they
+    are read into the host's page cache, so that the load itself is faster; for one load, no more
+    than half of the memory that is available."""
+    start_ahead: StrictBool = False
+    """If the broker has stopped it by `unit` or `container`, it is started while the job before its
+    own still runs. Only for a server whose process takes none of the card's memory when it
+    starts."""
     ready_timeout: Seconds = 120.0
     """The longest it may take from being started until it is healthy."""
     timeouts: Timeouts = Timeouts()

@@ -359,8 +359,9 @@ class Registry:
         )
 
     def _assumed(self, name: str) -> bool:
+        """Whether to take a process for loaded that has just started."""
         consumer = self.now.config.consumers.get(name)
-        return consumer is not None and self._assumes(consumer)
+        return consumer is not None and not consumer.start_ahead and self._assumes(consumer)
 
     def _change(
         self, name: str, change: Callable[[ConsumerState], ConsumerState]

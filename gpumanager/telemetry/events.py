@@ -49,6 +49,7 @@ FIELDS = {
     "method": "the eviction method: `http`, `unit`, `container`, `signal`, `checkpoint`",
     "outcome": "what happened to its memory",
     "mib": "how much memory it released",
+    "read_mib": "how much of its files was read from the disk",
     "expected_mib": "how much it was expected to release",
     "taken_by": "the process or consumer that took the memory that it released",
     "reason": "why, in words",
@@ -427,6 +428,26 @@ class Resumed(Event):
     """A consumer that the broker had stopped was started again."""
 
     consumer: str
+    ms: int
+
+
+@declared("started_ahead", "started ahead")
+class StartedAhead(Event):
+    """A consumer that the broker had stopped was started while the job before its own still ran
+    (`start_ahead`)."""
+
+    consumer: str
+    ms: int
+
+
+@declared("prefetched", "prefetched")
+class Prefetched(Event):
+    """Files of a consumer whose job is the next to need anything loaded were read into the host's
+    page cache (`prefetch`), while another job ran."""
+
+    consumer: str
+    model: str | None = None
+    read_mib: int
     ms: int
 
 

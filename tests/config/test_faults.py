@@ -132,6 +132,16 @@ consumers:
     assert words in message
 
 
+@pytest.mark.parametrize("keys", ["unload: /u", "evict: [{signal: TERM, start: [x]}]"])
+def test_who_is_started_ahead_is_a_unit_or_a_container(keys: str) -> None:
+    text = f'consumers:\n  a: {{url: "http://127.0.0.1:1", start_ahead: true, {keys}}}\n'
+    ((_, path, message),) = faults(text)
+    assert path == "consumers.a.start_ahead"
+    assert "a unit or a container" in message
+    parse_config(text.replace(keys, "evict: {unit: a.service}"))
+    parse_config(text.replace(keys, "evict: [{container: a}]"))
+
+
 def test_lists_and_their_items_are_told_of_in_the_configs_own_words() -> None:
     found = faults(
         """\
