@@ -57,7 +57,10 @@ def files_that_mention(library: str) -> set[str]:
         ("prometheus_client", {"telemetry/metrics.py", "telemetry/modelmetrics.py"}),
         ("opentelemetry", {"telemetry/tracing.py"}),
         ("rich", {"cli/policyviews.py", "cli/top.py", "cli/views.py", "cli/watching.py"}),
-        ("psutil", {"host/processes.py", "residency/stopping.py", "host/signals.py"}),
+        (
+            "psutil",
+            {"host/pagecache.py", "host/processes.py", "host/signals.py", "residency/stopping.py"},
+        ),
         ("cuda.bindings.driver", {"host/checkpoint.py"}),
     ],
 )
