@@ -86,6 +86,12 @@ def scene(*queue: str, **settings: Any) -> Scene:
     return made
 
 
+@pytest.fixture(autouse=True)
+def keep_the_tests_own_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its looks are taken on the thread of all tests."""
+    monkeypatch.setattr(pagecache, "idle_io", lambda: None)
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     return on_disk(tmp_path / "weights", 4 * CHUNK)
