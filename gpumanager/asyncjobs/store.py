@@ -60,7 +60,7 @@ CREATE TABLE jobs (
     result_file TEXT,
     result_size INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX waiting ON jobs (urgency, number) WHERE state = 'waiting';
+CREATE INDEX waiting ON jobs (urgency, number, consumer, id) WHERE state = 'waiting';
 CREATE INDEX running ON jobs (number) WHERE state = 'running';
 CREATE INDEX over ON jobs (ended) WHERE ended IS NOT NULL;
 CREATE INDEX theirs ON jobs (key, number);

@@ -59,6 +59,18 @@ def job_id(done: Done, answer: bytes) -> str | None:
     return found if isinstance(found, str) and _ID.fullmatch(found) else None
 
 
+def failure_of(consumer: ConsumerConfig, said: bytes | None) -> str | None:
+    """How a job that is over has failed, by what its consumer said of it: `job_failed`, `unknown`
+    if it said nothing; None if it went well, or nobody can tell."""
+    if said is None or consumer.done is None:
+        return "unknown"
+    try:
+        answer = json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+    return "job_failed" if consumer.done.find_failure(answer) else None
+
+
 class Completions:
     """Follows asynchronous jobs to their end, each on a thread of its own, named after the
     ticket. `stop` ends the threads; the jobs go on."""

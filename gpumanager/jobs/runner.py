@@ -13,7 +13,7 @@ from gpumanager.jobs.client import ClientWatch
 from gpumanager.jobs.hold import CONSUMERS_FAULTS, Hold, Means
 from gpumanager.jobs.owners import Owners
 from gpumanager.jobs.place import Place, Places
-from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, job_id
+from gpumanager.jobs.polling import LARGEST_ANSWER_BYTES, Completions, failure_of, job_id
 from gpumanager.jobs.record import Course, RequestRecord
 from gpumanager.jobs.routing import Choice
 from gpumanager.jobs.shortage import LARGEST_REQUEST_BYTES, Shortages
@@ -227,7 +227,7 @@ class JobRunner:
             finally:
                 hold.followed(failure, process_gone=process_gone)
                 if course is not None:
-                    course.over(failure if said is not None else failure or "unknown")
+                    course.over(failure or failure_of(consumer, said))
 
         if course is not None:
             course.goes_on()

@@ -362,12 +362,13 @@ def test_one_that_goes_on_after_its_answer_is_done_when_its_consumer_says_so(
 ) -> None:
     """As ComfyUI's: the GPU is held, and the job runs, until its `done` rule says that it is
     over."""
-    over, stopped = threading.Event(), threading.Event()
+    over, stopped, failing = threading.Event(), threading.Event(), threading.Event()
 
     def script(peer: Connection, request: Received) -> None:
         if request.line.startswith(b"GET /jobs/"):
             ended = over.is_set() or stopped.is_set()
-            peer.send(answer(b'{"over": true}' if ended else b'{"over": false}'))
+            said = {"over": ended, "error": "no such node" if failing.is_set() else None}
+            peer.send(answer(json.dumps(said).encode()))
         elif request.line.startswith(b"POST /stop/"):
             stopped.set()
             peer.send(answer(b"{}"))
@@ -379,6 +380,7 @@ def test_one_that_goes_on_after_its_answer_is_done_when_its_consumer_says_so(
         "id": "id",
         "poll": {"path": "/jobs/{id}", "every": 0.02},
         "until": "over",
+        "failure": "error",
         "cancel": [{"method": "POST", "path": "/stop/{id}"}],
     }
     jobs = {"dir": str(tmp_path / "jobs")}
@@ -392,6 +394,9 @@ def test_one_that_goes_on_after_its_answer_is_done_when_its_consumer_says_so(
         assert broker.stats.in_flight == 1
         over.set()
         assert result(broker, job).json() == {"id": "j1"}
+        failing.set()
+        failed = show(broker, submit(broker, b"{}", "/v1/image"), "?wait=20")
+        assert (failed["state"], failed["failure"]) == ("failed", "job_failed")
         over.clear()
         unwanted = submit(broker, b"{}", "/v1/image")
         eventually(lambda: show(broker, unwanted)["state"] == "running")
