@@ -369,6 +369,8 @@ class ModelEntry(Model):
     `vram_resident_mib` counts."""
     pinned: StrictBool = False
     """It is never evicted to make room, where the consumer can unload one model alone."""
+    prefetch: Annotated[tuple[File, ...], BeforeValidator(values.listed)] = ()
+    """Its files, for the consumer's `prefetch`; empty: the consumer's own."""
 
 
 class ModelList(Call):

@@ -280,6 +280,16 @@ class ConsumerConfig(Model):
         entry = self.model_entry(model)
         return (entry is not None and entry.pinned) if operator is None else operator
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether any files are read ahead for it."""
+        return bool(self.prefetch) or any(entry.prefetch for entry in self.models or ())
+
+    def files_of(self, model: str | None) -> tuple[str, ...]:
+        """The files, folders and patterns that are read before it loads, or one of its models."""
+        entry = None if model is None else self.model_entry(model)
+        return self.prefetch if entry is None or not entry.prefetch else entry.prefetch
+
     def declared_for(self, model: str | None) -> Declared | None:
         """What is declared of the memory that a model needs, None if nothing is."""
         if model is None:

@@ -63,10 +63,10 @@ def read_ahead(file: str, most: int, go_on: Callable[[], bool]) -> int:
         while at < size and read < most and go_on():
             length = min(CHUNK, size - at, most - read)
             if not _is_cached(descriptor, at, length):
-                got = os.preadv(descriptor, [memoryview(buffer)[:length]], at)
-                if not got:
+                length = os.preadv(descriptor, [memoryview(buffer)[:length]], at)
+                if not length:
                     break  # it has become shorter
-                read += got
+                read += length
             at += length
     finally:
         os.close(descriptor)

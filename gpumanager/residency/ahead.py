@@ -87,7 +87,7 @@ class LookAhead:
     def needed(self) -> bool:
         """Whether the config asks for anything of it."""
         return any(
-            consumer.prefetch or consumer.start_ahead
+            consumer.prefetches or consumer.start_ahead
             for consumer in self._registry.now.consumers.values()
         )
 
@@ -158,14 +158,15 @@ class LookAhead:
 
     def _read(self, swap: _Swap, consumer: ConsumerConfig) -> None:
         """Read its files into the page cache, as long as it is the next."""
-        if not consumer.prefetch:
+        owner, model = parts_of(swap.target)
+        places = consumer.files_of(model)
+        if not places:
             return
         began, read = self._clock.monotonic(), 0
         most = int(self._available() * SHARE_OF_MEMORY)
         still_next = self._still_next(swap)
-        owner, model = parts_of(swap.target)
         pagecache.idle_io()
-        for file in pagecache.files_of(consumer.prefetch):
+        for file in pagecache.files_of(places):
             if read >= most or not still_next():
                 break
             try:

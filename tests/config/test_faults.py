@@ -166,7 +166,7 @@ consumers:
         (
             "consumers.a.models[1].served_at",
             "unknown key 'served_at'; did you mean 'served_as'? "
-            "known: name, pinned, served_as, vram_mib",
+            "known: name, pinned, prefetch, served_as, vram_mib",
         ),
         (
             "consumers.a.gpu_work[1].methods",

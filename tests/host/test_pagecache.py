@@ -11,7 +11,7 @@ import pytest
 
 from gpumanager.host import pagecache
 from gpumanager.host.pagecache import CHUNK, files_of, idle_io, read_ahead
-from tests.support.pages import PAGE, cached_pages, drop, on_disk
+from tests.support.pages import cached_bytes, drop, on_disk
 
 
 def always() -> bool:
@@ -21,7 +21,7 @@ def always() -> bool:
 def test_a_file_is_in_the_page_cache_afterwards(tmp_path: Path) -> None:
     file = on_disk(tmp_path / "weights", 3 * CHUNK + 5)
     assert read_ahead(str(file), 10 * CHUNK, always) == 3 * CHUNK + 5
-    assert cached_pages(file) == -(-(3 * CHUNK + 5) // PAGE)
+    assert cached_bytes(file) == 3 * CHUNK + 5
 
 
 def test_what_is_there_already_is_not_read_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from gpumanager.host.pagecache import CHUNK
 from tests.support.broker import LiveBroker, live_broker
-from tests.support.pages import PAGE, cached_pages, on_disk
+from tests.support.pages import cached_bytes, on_disk
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
 from tests.support.threads import PATIENCE_S, Outcome, eventually
 
@@ -80,7 +80,7 @@ def test_weights_are_in_the_page_cache_before_the_swap(tmp_path: Path) -> None:
     first, second = Server(), Server()
     with two(first, second, {"prefetch": str(tmp_path / "wei*")}) as (broker, waiting):
         eventually(lambda: "prefetched" in happened(broker))
-        assert cached_pages(weights) * PAGE == 2 * CHUNK
+        assert cached_bytes(weights) == 2 * CHUNK
         assert broker.stats.in_flight == 1  # the first one's job
         first.go_on.set()
         assert waiting.result().json() == {"done": True}

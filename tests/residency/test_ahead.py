@@ -21,7 +21,7 @@ from gpumanager.scheduling.factory import locked
 from gpumanager.scheduling.interface import Ticket
 from gpumanager.telemetry.events import Event, Prefetched
 from tests.support.clock import FakeClock
-from tests.support.pages import PAGE, cached_pages, drop, on_disk
+from tests.support.pages import PAGE, cached_bytes, cached_pages, drop, on_disk
 
 PLENTY = 64 * CHUNK
 
@@ -66,8 +66,8 @@ class Scene:
             lambda: available,
         )
 
-    def comes(self, name: str) -> None:
-        self.tickets[name] = self.queue.enqueue(Job(name, "llm"))
+    def comes(self, name: str, model: str | None = None) -> None:
+        self.tickets[name] = self.queue.enqueue(Job(name, "llm", model=model))
 
     def ends(self, name: str) -> None:
         self.tickets.pop(name).close()
@@ -101,7 +101,7 @@ def test_the_next_ones_files_are_read_while_another_job_runs(weights: Path) -> N
     it = scene("busy", "next", prefetch=[str(weights)])
     assert it.ahead.look() == INTERVAL_S
     assert read_mib(it) == [16]
-    assert cached_pages(weights) * PAGE == 4 * CHUNK
+    assert cached_bytes(weights) == 4 * CHUNK
 
 
 def has_its_turn(it: Scene) -> None:
@@ -157,7 +157,7 @@ def test_nor_without_a_word_of_the_config(weights: Path) -> None:
 def test_no_more_than_half_of_the_memory_that_is_available(weights: Path) -> None:
     it = scene("busy", "next", prefetch=str(weights), available=5 * CHUNK)
     it.ahead.look()
-    assert cached_pages(weights) * PAGE == pytest.approx(2.5 * CHUNK, abs=PAGE)
+    assert cached_bytes(weights) == 2.5 * CHUNK
     assert len(read_mib(it)) == 1
 
 
@@ -217,6 +217,20 @@ def test_whose_turn_is_far_off_is_not_prepared_yet(weights: Path) -> None:
     turn_s = AHEAD_S
     assert ahead.look() == INTERVAL_S
     assert read_mib(it) == [16]
+
+
+def test_a_model_has_files_of_its_own(weights: Path, tmp_path: Path) -> None:
+    other = on_disk(tmp_path / "other", CHUNK)
+    models = [{"name": "big", "prefetch": str(weights)}, "small"]
+    for model, read in (("big", 16), ("small", 4), (None, 4)):
+        drop(weights)
+        drop(other)
+        it = scene("busy", models=models, prefetch=str(other))
+        it.comes("next", model)
+        it.ahead.look()
+        assert read_mib(it) == [read]
+    assert scene(models=models).ahead.needed
+    assert not scene(models=["small"]).ahead.needed
 
 
 # -- the process ---------------------------------------------------------------------------------

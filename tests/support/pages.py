@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,12 @@ def cached_pages(file: Path) -> int:
         assert libc.mincore(address, ctypes.c_size_t(size), found) == 0
         del start
     return sum(each & 1 for each in found)
+
+
+def cached_bytes(file: Path) -> Any:
+    """How many bytes of a file are in the page cache, to compare: the kernel may take back single
+    pages at any time."""
+    return pytest.approx(cached_pages(file) * PAGE, abs=16 * PAGE)
 
 
 def drop(file: Path) -> None:
