@@ -207,6 +207,7 @@ class Broker:
             self.breakers,
             lambda: shortages.failures,
             usage,
+            self.jobs.counts,
             self._clock,
             __version__,
             self._config_file,

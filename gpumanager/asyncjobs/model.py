@@ -9,6 +9,9 @@ from typing import Literal
 State = Literal["waiting", "preparing", "running", "done", "failed", "cancelled", "lost"]
 Ended = Literal["done", "failed", "cancelled", "lost"]
 
+KEPT_STATES = ("waiting", "running", "done", "failed", "cancelled", "lost")
+"""The states that the store tells apart, in their order."""
+
 LATER = 5
 """The urgency of an asynchronous job that asks for none, unless what it would have with a client
 that waits for it is less urgent still."""
@@ -22,7 +25,7 @@ class Submission:
     """A request as it came, to be run later. `environ` is what WSGI says of it, texts only;
     `fingerprint` tells whether another request with the same `idempotency_key` asks for the same.
     `requester` is whose it is: the name of its key where there are keys, else its address; `role`
-    is its key's."""
+    is its key's. `model` is what it calls its model, None where that is not known."""
 
     kind: str
     consumer: str
@@ -34,6 +37,7 @@ class Submission:
     idempotency_key: str | None = None
     fingerprint: str = ""
     callback: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class AsyncJob:
     cancelling: bool = False
     failure: str | None = None
     result: Result | None = None
+    model: str | None = None
 
     @property
     def over(self) -> bool:

@@ -7,14 +7,14 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from gpumanager.asyncjobs.executor import Executor, Play
 from gpumanager.asyncjobs.files import pieces
-from gpumanager.asyncjobs.model import AsyncJob, Ended, Submission
+from gpumanager.asyncjobs.model import KEPT_STATES, AsyncJob, Ended, Submission
 from gpumanager.asyncjobs.store import Store
 from gpumanager.clock import Clock
 from gpumanager.config import Config
@@ -151,13 +151,19 @@ class AsyncJobs:
         store = self._store
         return [] if store is None else store.page(most, whose, before)
 
-    def ahead(self, job: AsyncJob) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """How many there are in each state that the store knows; one that prepares waits yet."""
+        store, found = self._store, dict.fromkeys(KEPT_STATES, 0)
+        return found if store is None else found | store.counts()
+
+    def ahead(self, job: AsyncJob, behind: AsyncJob | None = None) -> dict[str, int]:
         """How many wait on disk before one that waits, by consumer: those that are in the queue
-        already are not among them."""
+        already are not among them. `behind`: only those that do not come before this one."""
         store, executor = self._store, self._executor
         if store is None:
             return {}
-        return store.ahead(job, frozenset() if executor is None else executor.taken())
+        taken = frozenset() if executor is None else executor.taken()
+        return store.ahead(job, taken, behind)
 
     def cancel(self, job: AsyncJob) -> None:
         """Have one end, if it has not."""
@@ -321,7 +327,7 @@ def _feeders(config: Config) -> int:
     return MOST_FEEDERS
 
 
-def estimated(ahead: dict[str, int], run_s: Callable[[str], float | None]) -> float | None:
+def estimated(ahead: Mapping[str, int], run_s: Callable[[str], float | None]) -> float | None:
     """How long those ahead take, in seconds, by what jobs of their consumers took; None where that
     is not known of one of them."""
     seconds = 0.0

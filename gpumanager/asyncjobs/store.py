@@ -25,7 +25,7 @@ from gpumanager.errors import BrokerError, IdempotencyMismatch, JobsFull, QueueF
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 _DATABASE = "jobs.sqlite3"
 _FOLDER = "files"
 _RETRY_S = 30.0
@@ -58,11 +58,12 @@ CREATE TABLE jobs (
     headers TEXT,
     result BLOB,
     result_file TEXT,
-    result_size INTEGER NOT NULL DEFAULT 0
+    result_size INTEGER NOT NULL DEFAULT 0,
+    model TEXT
 );
-CREATE INDEX waiting ON jobs (urgency, number, consumer, id) WHERE state = 'waiting';
+CREATE INDEX waiting ON jobs (urgency, number, consumer, state) WHERE state = 'waiting';
 CREATE INDEX running ON jobs (number) WHERE state = 'running';
-CREATE INDEX over ON jobs (ended) WHERE ended IS NOT NULL;
+CREATE INDEX over ON jobs (ended, state) WHERE ended IS NOT NULL;
 CREATE INDEX theirs ON jobs (key, number);
 CREATE UNIQUE INDEX submitted ON jobs (requester, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
@@ -70,7 +71,7 @@ CREATE UNIQUE INDEX submitted ON jobs (requester, idempotency_key)
 _COLUMNS = (
     "number, id, state, kind, consumer, urgency, requester, key, role, created, environ, "
     "idempotency_key, fingerprint, callback, started, ended, cancelling, failure, status, reason, "
-    "headers, result_size"
+    "headers, result_size, model"
 )
 
 
@@ -163,7 +164,8 @@ class Store:
                 number = to.execute(
                     "INSERT INTO jobs (id, state, kind, consumer, urgency, requester, key, role, "
                     "created, environ, idempotency_key, fingerprint, callback, body, body_file, "
-                    "body_size) VALUES (?, 'waiting', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "body_size, model) "
+                    "VALUES (?, 'waiting', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         secrets.token_hex(16),
                         submission.kind,
@@ -180,6 +182,7 @@ class Store:
                         data,
                         file,
                         body.size,
+                        submission.model,
                     ),
                 ).lastrowid
                 self._count(waiting=1, size=body.size)
@@ -346,17 +349,45 @@ class Store:
         """Those that wait, although somebody has cancelled them."""
         return self._jobs("WHERE state = 'waiting' AND cancelling ORDER BY number")
 
-    def ahead(self, job: AsyncJob, without: Collection[str] = ()) -> dict[str, int]:
-        """How many wait before it, by consumer; but for those with these ids."""
-        marks = ", ".join("?" * len(without))
-        rows = self._all(
-            "SELECT consumer, count(*) FROM jobs WHERE state = 'waiting' "  # noqa: S608  # our own words
-            f"AND (urgency, number) < (?, ?) AND id NOT IN ({marks}) GROUP BY consumer",
-            job.urgency,
-            job.number,
-            *without,
+    def counts(self) -> dict[str, int]:
+        """How many there are in each state, but for those states that none is in; nothing while
+        the database cannot be read: the status tells of more than these."""
+        rows: list[tuple[Any, ...]] = []
+        with contextlib.suppress(sqlite3.Error):
+            rows = self._all(
+                "SELECT 'waiting', count(*) FROM jobs WHERE state = 'waiting' UNION ALL "
+                "SELECT 'running', count(*) FROM jobs WHERE state = 'running' UNION ALL "
+                "SELECT state, count(*) FROM jobs WHERE ended IS NOT NULL GROUP BY state"
+            )
+        return {state: count for state, count in rows if count}
+
+    def ahead(
+        self, job: AsyncJob, without: Collection[str] = (), behind: AsyncJob | None = None
+    ) -> dict[str, int]:
+        """How many wait before it, by consumer; but for those with these ids. `behind`: only those
+        that do not come before this one."""
+        # Two queries, so that the first, which counts, finds all that it needs in an index.
+        if behind is not None and behind.urgency == job.urgency:
+            between = "urgency = ? AND number >= ? AND number < ?"
+            limits: tuple[int, ...] = (job.urgency, behind.number, job.number)
+        else:
+            since = (-1, -1) if behind is None else (behind.urgency, behind.number)
+            between = "(urgency, number) >= (?, ?) AND (urgency, number) < (?, ?)"
+            limits = (*since, job.urgency, job.number)
+        counts = dict(
+            self._all(
+                "SELECT consumer, count(*) FROM jobs INDEXED BY waiting WHERE state = 'waiting' "  # noqa: S608  # our own words
+                f"AND {between} GROUP BY consumer",
+                *limits,
+            )
         )
-        return dict(rows)
+        marks = ", ".join("?" * len(without))
+        taken = (
+            f"SELECT consumer FROM jobs WHERE id IN ({marks}) AND state = 'waiting' AND {between}"  # noqa: S608
+        )
+        for (consumer,) in self._all(taken, *without, *limits) if without else ():
+            counts[consumer] = counts.get(consumer, 0) - 1
+        return {consumer: count for consumer, count in counts.items() if count > 0}
 
     def page(self, most: int, whose: str | None, before: int | None = None) -> list[AsyncJob]:
         """The latest ones, the newest first: those of the key `whose`, None: all; those that came
@@ -506,7 +537,7 @@ def _job(row: Iterable[Any]) -> AsyncJob:
     (
         number, name, state, kind, consumer, urgency, requester, key, role, created, environ,
         idempotency_key, fingerprint, callback, started, ended, cancelling, failure, status,
-        reason, headers, size,
+        reason, headers, size, model,
     ) = row  # fmt: skip
     result = None
     if status is not None:
@@ -532,6 +563,7 @@ def _job(row: Iterable[Any]) -> AsyncJob:
         cancelling=bool(cancelling),
         failure=failure,
         result=result,
+        model=model,
     )
 
 

@@ -74,6 +74,7 @@ def picture(
         ("gpumanager ", "bold"),
         f"{found['version']}  {url}  {scheduler['total_jobs']} jobs, ",
         f"{scheduler['evictions']} evictions, {scheduler['queue_depth']} waiting",
+        _later(found.get("jobs", {})),
         no_wrap=True,
         overflow="ellipsis",
     )
@@ -103,6 +104,13 @@ def picture(
     for panel in panels:
         panel.title_align = "left"
     return Group(head, *panels)
+
+
+def _later(counts: Mapping[str, int]) -> str:
+    """How many asynchronous jobs wait and run, if there are any."""
+    if not any(counts.values()):
+        return ""
+    return f", asynchronous: {counts['waiting']} waiting, {counts['running']} running"
 
 
 def _share(lists: list[_List], left: int) -> None:

@@ -245,6 +245,7 @@ class _Now(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._snapshot()
         yield from self._line(status)
+        yield self._async_jobs(status["jobs"])
         yield from self._card(status)
         yield from self._consumers(status["consumers"])
 
@@ -282,6 +283,16 @@ class _Now(Collector):
             "Longest between the first and the last time that one job was overtaken out of turn.",
             scheduler["longest_overtake"]["ms"] / 1000,
         )
+
+    def _async_jobs(self, counts: Mapping[str, int]) -> Metric:
+        jobs = GaugeMetricFamily(
+            "gpumanager_async_jobs",
+            "Asynchronous jobs that are kept, by their state.",
+            labels=["state"],
+        )
+        for state, count in counts.items():
+            jobs.add_metric([state], count)
+        return jobs
 
     def _card(self, status: Mapping[str, Any]) -> Iterator[Metric]:
         gpu = status["gpu"]

@@ -19,8 +19,9 @@ _PAGE = "dashboard.html"
 _TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data: blob:; media-src blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'"
 )
 

@@ -62,10 +62,13 @@ class Deferring:
             and COURSE not in environ
         )
 
-    def accept(self, environ: WSGIEnvironment, kind: str, consumer: str) -> Response:
+    def accept(
+        self, environ: WSGIEnvironment, kind: str, consumer: str, model: str | None = None
+    ) -> Response:
         """Keep the request for later, and answer it. `kind` and `consumer` are those of the job as
-        things stand. Raises IdempotencyMismatch, QueueFull, JobsFull, ShuttingDown, and BadRequest
-        for a malformed `Idempotency-Key`."""
+        things stand; `model` is what it calls its model, where that is known. Raises
+        IdempotencyMismatch, QueueFull, JobsFull, ShuttingDown, and BadRequest for a malformed
+        `Idempotency-Key`."""
         record = record_of(environ)
         record.consumer = consumer
         submission = Submission(
@@ -77,6 +80,7 @@ class Deferring:
             role=record.role,
             environ=_kept(environ),
             idempotency_key=_idempotency_key(environ),
+            model=model,
         )
         length = environ.get("CONTENT_LENGTH")
         body: IO[bytes] | None = environ["wsgi.input"] if length else None

@@ -39,7 +39,15 @@ log = logging.getLogger(__name__)
 _POLLED = frozenset(
     (method, path)
     for method in ("GET", "HEAD")
-    for path in ("/healthz", "/metrics", "/v1/status", "/v1/queue", "/v1/events", "/v1/history")
+    for path in (
+        "/healthz",
+        "/metrics",
+        "/v1/status",
+        "/v1/queue",
+        "/v1/jobs",
+        "/v1/events",
+        "/v1/history",
+    )
 )
 """What open pages, probes and Prometheus ask for again and again: it must not drown the jobs in the
 log."""

@@ -23,6 +23,14 @@ from gpumanager.web.record import record_of
 CANCEL = "cancel_job"
 """The endpoint that changes something, and is open to keys with the role client."""
 
+HARMLESS = (
+    ("Content-Security-Policy", "sandbox; default-src 'none'; style-src 'unsafe-inline'"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+"""What a result says beside its consumer's own headers. A link to it opens in the broker's origin,
+where the dashboard has its key: a page or a drawing in it must not run scripts there. Clients other
+than browsers are not concerned; `frame-ancestors` and the like of the consumer's hold as well."""
+
 LONGEST_WAIT_S = 60
 RETRY_S = 2.0
 LONGEST_RETRY_S = 60.0
@@ -165,6 +173,8 @@ def _result(jobs: AsyncJobs, job: AsyncJob) -> Response:
     for name, value in job.result.headers:
         if name.lower() != "content-length":
             answer.headers.add(name, value)
+    for name, value in HARMLESS:
+        answer.headers.add(name, value)
     if job.result.status in (204, 304):
         return answer
     answer.content_length = size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,6 +37,7 @@ class StatusView:
         breakers: Breakers,
         memory_failures: Callable[[], MemoryFailures],
         usage: Usage,
+        async_jobs: Callable[[], Mapping[str, int]],
         clock: Clock,
         version: str,
         config_file: str | None = None,
@@ -46,6 +47,7 @@ class StatusView:
         self._memory_failures = memory_failures
         self._breakers = breakers
         self._usage = usage
+        self._async_jobs = async_jobs
         self._clock = clock
         self._version = version
         self._config_file = config_file
@@ -66,6 +68,7 @@ class StatusView:
                 self._consumer(snapshot, name, holds[name]) for name in sorted(config.consumers)
             ],
             "scheduler": self._stats(config, whose),
+            "jobs": dict(self._async_jobs()),
             "queue": self.queue(whose),
         }
 

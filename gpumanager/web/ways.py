@@ -161,7 +161,8 @@ class Ways:
             if self._deferring.wanted(environ):
                 choice = choose()
                 served_by(choice, self._router.consumer(choice.consumer))
-                return self._deferring.accept(environ, choice.kind, choice.consumer)
+                model = choice.called or choice.model
+                return self._deferring.accept(environ, choice.kind, choice.consumer, model)
             max_wait = preferred_wait(environ.get("HTTP_PREFER", ""))
             answer = self._jobs.run(record_of(environ), choose, prepare, max_wait)
             return RelayedResponse(answer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,65 @@ def test_the_next_ones_are_the_most_urgent_then_as_they_came(store: Store) -> No
     assert store.ahead(last) == {"voice": 2, "draw": 1}
     first = store.next_ones(1)[0]
     assert store.ahead(last, [first.id]) == {"voice": 1, "draw": 1}
+
+
+def test_the_ones_before_several_are_counted_once(store: Store) -> None:
+    urgencies = [5, 5, 3, 5, 7, 5]
+    jobs = [submit(store, consumer="ab"[n % 2], urgency=u) for n, u in enumerate(urgencies)]
+    in_order = sorted(jobs, key=lambda job: (job.urgency, job.number))
+    for without in ([], [jobs[0].id], [jobs[2].id, jobs[5].id, "gone"]):
+        summed: Counter[str] = Counter()
+        before = None
+        for job in in_order:
+            summed.update(store.ahead(job, without, before))
+            assert summed == store.ahead(job, without)
+            before = job
+    assert summed.total() == len(jobs) - 3
+
+
+def test_it_counts_those_in_each_state(store: Store) -> None:
+    assert store.counts() == {}
+    jobs = [submit(store) for _ in range(6)]
+    assert store.sending(jobs[0], "voice", 2)
+    assert store.sending(jobs[1], "voice", 2)
+    store.ended(jobs[1], "done", 3)
+    store.ended(jobs[2], "cancelled", 3)
+    store.again(jobs[0])
+    assert store.sending(jobs[3], "voice", 4)
+    assert store.counts() == {"waiting": 3, "running": 1, "done": 1, "cancelled": 1}
+    store.sweep(5)
+    assert store.counts() == {"waiting": 3, "running": 1}
+    store.close()
+    assert store.counts() == {}
+
+
+def test_places_and_counts_come_from_indexes(store: Store) -> None:
+    """What pages that are open ask for every two seconds, whatever waits."""
+    looked: list[str] = []
+    with closing(sqlite3.connect(store._folder / "jobs.sqlite3")) as database:
+
+        def explained(query: str, *values: object) -> list[tuple[Any, ...]]:
+            plan = database.execute(f"EXPLAIN QUERY PLAN {query}", values)
+            looked.extend(step for *_, step in plan if "jobs" in step)
+            return []
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "_all", explained)
+            first, last = AsyncJob(**FIELDS, number=1), AsyncJob(**FIELDS, number=9)
+            store.ahead(last)
+            store.ahead(last, ["x"], first)
+            store.counts()
+            store.next_ones(3)
+    assert looked
+    assert all("INDEX" in step for step in looked), looked
+    counted = [step for step in looked if "urgency" in step and "COVERING" in step]
+    assert len(counted) == 2
+
+
+FIELDS: dict[str, Any] = {
+    "id": "x", "state": "waiting", "kind": "tts", "consumer": "voice", "urgency": 5,
+    "requester": "me", "key": None, "role": "admin", "created": 1.0,
+}  # fmt: skip
 
 
 ORDER = [("a", 5, "voice"), ("b", 6, "voice"), ("c", 1, "voice"), ("d", 5, "draw")]

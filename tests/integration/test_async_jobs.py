@@ -453,3 +453,42 @@ def test_without_a_folder_clients_wait_as_ever(server: Server) -> None:
         assert (answered.status_code, answered.json()) == (200, {"done": True})
         assert broker.get("/v1/jobs").json() == {"jobs": []}
         assert broker.get("/v1/jobs/none").status_code == 404
+
+
+def test_the_status_and_the_metrics_count_them(broker: LiveBroker, server: Server) -> None:
+    states = ("waiting", "running", "done", "failed", "cancelled", "lost")
+    assert broker.get("/v1/status").json()["jobs"] == dict.fromkeys(states, 0)
+    assert result(broker, submit(broker)).status_code == 200
+    first = submit(broker, b"slow")
+    eventually(lambda: show(broker, first)["state"] == "running")
+    for _ in range(3):
+        submit(broker)
+    told = broker.get("/v1/status").json()["jobs"]
+    assert told == dict.fromkeys(states, 0) | {"waiting": 3, "running": 1, "done": 1}
+    metrics = broker.get("/metrics").text
+    assert 'gpumanager_async_jobs{state="waiting"} 3.0' in metrics
+    assert 'gpumanager_async_jobs{state="lost"} 0.0' in metrics
+    server.release.set()
+
+
+def test_a_job_tells_whose_it_is_and_what_its_answer_is_like(
+    broker: LiveBroker, server: Server
+) -> None:
+    server.says = answer(bytes(1234), headers=("Content-Type: audio/wav",))
+    job = submit(broker)
+    assert (job["requester"], job["content_type"], job["bytes"]) == ("127.0.0.1", None, None)
+    over = show(broker, job, "?wait=20")
+    assert (over["content_type"], over["bytes"]) == ("audio/wav", 1234)
+
+
+def test_a_result_runs_nothing_in_a_browser(broker: LiveBroker, server: Server) -> None:
+    own = "Content-Security-Policy: img-src *"
+    for status in ("200 OK", "422 Unprocessable Entity"):
+        server.says = answer(b"<script>", status, headers=("Content-Type: text/html", own))
+        job = submit(broker, b"it")
+        for fetched in (result(broker, job), result(broker, job, Range="bytes=1-3")):
+            assert fetched.headers["Content-Type"] == "text/html"
+            assert fetched.headers["X-Content-Type-Options"] == "nosniff"
+            policies = fetched.headers["Content-Security-Policy"].split(", ")
+            assert policies[0] == "img-src *"
+            assert policies[1].startswith("sandbox; default-src 'none'")

@@ -141,6 +141,22 @@ def test_it_fits_and_counts_what_is_cut(broker: LiveBroker, rows: int) -> None:
         assert (cut(lines, "in the queue") > 0) == (rows < 60)
 
 
+def test_it_counts_asynchronous_jobs_where_there_are_any(broker: LiveBroker) -> None:
+    found, width = broker.get("/v1/status").json(), 120
+    console = Console(width=width, color_system=None)
+
+    def head() -> str:
+        with console.capture() as drawn:
+            console.print(top.picture(found, [], broker.url, console, fit=False))
+        return drawn.get().splitlines()[0]
+
+    assert "asynchronous" not in head()
+    found["jobs"] |= {"waiting": 12, "running": 1, "done": 4}
+    assert head().rstrip().endswith("15 waiting, asynchronous: 12 waiting, 1 running")
+    del found["jobs"]  # an older broker's
+    assert "asynchronous" not in head()
+
+
 def test_a_low_terminal_leaves_whole_panels_out(broker: LiveBroker) -> None:
     with shown(broker, 12) as terminal:
         terminal.shows("╭─ queue")

@@ -1,10 +1,11 @@
 // Asks the broker every two seconds, has everything drawn, and does what the buttons say.
-import {LONG_MS, Unanswered, ask, hasKey, storeKey, useKey} from "/dashboard/api.js";
+import {LONG_MS, Unanswered, ask, fetchBytes, hasKey, storeKey, useKey} from "/dashboard/api.js";
 import {drawAttention, drawEvents} from "/dashboard/attention.js";
 import {drawCard} from "/dashboard/card.js";
 import {drawChart, watchCursor} from "/dashboard/chart.js";
 import {drawConsumers} from "/dashboard/consumers.js";
 import {toggle} from "/dashboard/models.js";
+import {askedFor, called, drawLater, drawResult, pathOf, save, showMore} from "/dashboard/later.js";
 import {byId, classes, tell} from "/dashboard/dom.js";
 import {drawQueue} from "/dashboard/queue.js";
 import {clockExact, lasting, mib} from "/dashboard/words.js";
@@ -12,6 +13,7 @@ import {clockExact, lasting, mib} from "/dashboard/words.js";
 const EVERY_MS = 2000, HISTORY_EVERY_MS = 2000, HOUR_EVERY_MS = 10000, KEPT = 5000;
 
 let status = null, events = [], last = 0, boot = null, samples = [], historyAt = 0, historyOf = 0;
+let later = [], laterMore = false;
 let lastAnswer = null, skew = 0, drawnAt = 0;
 const moving = new Set();
 
@@ -84,6 +86,17 @@ async function lookAtHistory() {
   historyAt = Date.now(); historyOf = span;
 }
 
+/** The newest asynchronous jobs, if there are any. */
+async function lookAtLater() {
+  const any = Object.values(status.jobs ?? {}).some((count) => count > 0);
+  if (!any && later.length === 0) return;
+  const answer = await ask(askedFor());
+  if (!answer.ok) return;
+  later = answer.body.jobs;
+  laterMore = answer.body.before !== undefined;
+  drawLater({status, jobs: later, more: laterMore, now: now()});
+}
+
 function askForKey(refused) {
   byId("ask").hidden = false;
   byId("main").hidden = true;
@@ -116,6 +129,7 @@ async function lookOnce() {
     document.body.classList.remove("stale");
     if (health.ok) say("live", "good"); else say("shutting down", "warn");
     drawAll();
+    await lookAtLater();
     await lookAtEvents();
     await lookAtHistory();
     drawTimes();
@@ -170,6 +184,50 @@ async function cancel(button) {
   await act("/v1/queue/" + ticket, {method: "DELETE"}, () => `Ticket ${ticket} is cancelled.`);
 }
 
+const jobOf = (id) => later.find((job) => job.id === id);
+
+async function cancelLater(button) {
+  const job = jobOf(button.dataset.job);
+  if (!job) return;
+  if (button.dataset.sent === "true" && !await sure("Stop the running job?",
+    `It is the ${called(job)} of ${job.consumer}. What it did so far is lost.`, "Stop it", "Let it run")) return;
+  await act(pathOf(job), {method: "DELETE"}, (body) => body.state === "cancelled"
+    ? `The ${called(job)} is cancelled.` : `The ${called(job)} is ${body.state}; it ends as soon as its consumer lets it.`);
+}
+
+/** Beyond this a result is not taken into the page's memory, which is where a key's can be saved from. */
+const SAVED_BYTES = 512 * 1024 * 1024;
+
+async function saveResult(link, event) {
+  const job = jobOf(link.dataset.save);
+  if (!job || !hasKey() && job.status === 200) return;  // the browser saves what the link leads to
+  event.preventDefault();
+  if (job.bytes > SAVED_BYTES) {
+    return answerWith(`It is too large for this page. Fetch ${pathOf(job)}/result with the key.`, "warn");
+  }
+  const blob = await bytesOf(job);
+  if (blob) save(job, blob);
+}
+
+async function bytesOf(job) {
+  try {
+    return await fetchBytes(pathOf(job) + "/result");
+  } catch (error) {
+    if (!(error instanceof Unanswered)) throw error;
+    answerWith("The broker did not answer.", "bad");
+    return null;
+  }
+}
+
+let closeResult = () => {};
+async function showResult(button) {
+  const job = jobOf(button.dataset.show), blob = job && await bytesOf(job);
+  if (!blob) return;
+  closeResult();
+  closeResult = await drawResult(job, blob);
+  if (!byId("result").open) byId("result").showModal();
+}
+
 const MOVES = {
   load: (name) => ["/load", "POST", `Loading ${name}, in its turn…`, (body) =>
     `${name} is ${body.loaded ? "loaded" : "ready"}, after ${lasting(body.ms)}.`],
@@ -205,6 +263,21 @@ async function move(button) {
 byId("queue-rows").addEventListener("click", (event) => {
   const button = event.target.closest("button[data-ticket]");
   if (button) cancel(button);
+});
+byId("later-rows").addEventListener("click", (event) => {
+  const found = event.target.closest("[data-job], [data-show], [data-save]");
+  if (!found) return;
+  if (found.dataset.job) cancelLater(found);
+  else if (found.dataset.show) showResult(found);
+  else saveResult(found, event);
+});
+byId("later-more").addEventListener("click", () => {
+  showMore();
+  look();
+});
+byId("result").addEventListener("close", () => {
+  closeResult();
+  closeResult = () => {};
 });
 byId("services").addEventListener("click", (event) => {
   const button = event.target.closest("button[data-name]");
