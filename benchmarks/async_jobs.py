@@ -100,8 +100,11 @@ class Process:
             with suppress(requests.ConnectionError):
                 if requests.get(f"{self.url}/healthz", timeout=WAIT_S).ok:
                     return
+            if self._process.poll() is not None:
+                break
             time.sleep(0.02)
-        raise TimeoutError("the broker did not start")
+        said = (self._folder / "log").read_text(errors="replace")
+        raise TimeoutError(f"the broker did not start: {said[-2000:]}")
 
     def kill(self) -> None:
         """As `kill -9`. Idempotent."""

@@ -148,7 +148,8 @@ def test_one_without_room_holds_up_no_other_of_its_consumer(tmp_path: Path) -> N
         eventually(lambda: it.state(small) == "done")
         assert it.state(large) == "waiting"
         it.clock.advance(101.0)  # it was tried for as long as it would be kept
-        eventually(lambda: it.state(large) == "failed")
+        eventually(lambda: len(it.ended) == 2)
+        assert it.state(large) == "failed"
         assert it.ended[-1].failure == "insufficient_vram"
 
 
