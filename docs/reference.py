@@ -152,6 +152,7 @@ _KINDS_OF_TEXT = {
     "file": "a file",
     "host-port": "`HOST:PORT`",
     "hostname": "a host name",
+    "callback-host": "a host, with its port if it is not the usual one",
     "systemd-unit": "the name of a systemd unit",
     "container": "the name or id of a container",
     "consumer": "a consumer's name",

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gpumanager import __version__
+from gpumanager.asyncjobs.callbacks import Callbacks
 from gpumanager.asyncjobs.service import AsyncJobs
+from gpumanager.asyncjobs.targets import Targets
 from gpumanager.card import GpuCard
 from gpumanager.clock import Clock, SystemClock
 from gpumanager.config import Config
@@ -88,7 +90,8 @@ class Broker:
     """Everything that makes one broker, with one card. Building it opens nothing and starts
     nothing.
 
-    `keys` are what clients have to show, if there are any; `card` and `clock` replace the
+    `keys` are what clients have to show, if there are any; `callback_secret` is what callbacks are
+    signed with, without which nobody is called; `card` and `clock` replace the
     configured card and the system's clocks, for tests. What was learned outlives the broker in
     `state_file`, if there is one. `read_config` reads the config anew for a reload, and raises
     ConfigError; `config_file` is where it reads it, which `/v1/status` tells.
@@ -99,6 +102,7 @@ class Broker:
         config: Config,
         *,
         keys: Iterable[ApiKey] = (),
+        callback_secret: bytes | None = None,
         card: Card | None = None,
         clock: Clock | None = None,
         state_file: Path | None = None,
@@ -150,6 +154,8 @@ class Broker:
         self._owners = Owners()
         self._catalogue = ModelCatalogue(self._models_of, self._clock, self.registry.listed)
         self._draining = threading.Event()
+        self._callback_secret = callback_secret
+        self._targets = Targets(() if callback_secret is None else config.jobs.callbacks)
         self.jobs = AsyncJobs(
             jobs_folder(config, state_file),
             config,
@@ -231,7 +237,18 @@ class Broker:
         fetch = Forwarder(proxy, self.watcher, most=audio, most_each=audio)
         self._forwarders = forward, fetch
         job_view = JobView(self.jobs, card.scheduler, self._usual_run_s)
-        deferring = Deferring(self.jobs, job_view, self._live)
+        self.jobs.calls_back(
+            partial(
+                Callbacks,
+                targets=self._targets,
+                secret=self._callback_secret or b"",
+                shown=job_view.shown,
+                watcher=self.watcher,
+                clock=self._clock,
+                emit=self._emit,
+            )
+        )
+        deferring = Deferring(self.jobs, job_view, self._live, self._targets)
         self.ways = Ways(self._live, router, self._admission, proxy, runner, deferring)
         return Services(
             config=self._live,

@@ -3,6 +3,8 @@ people paste into chats."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,6 +15,8 @@ from gpumanager.addresses import is_loopback
 
 KEYS_ENV = "GPUMANAGER_API_KEYS"
 SHORTEST_SECRET = 16
+
+CALLBACK_ENV = "GPUMANAGER_CALLBACK_SECRET"
 
 Role = Literal["client", "admin"]
 """`client`: its own jobs. `admin`: everything."""
@@ -76,6 +80,39 @@ def load_keys(environ: Mapping[str, str], file: str | None) -> tuple[ApiKey, ...
         twice = next(name for name in names if names.count(name) > 1)
         raise KeysError(f"the name '{twice}' is given to two keys")
     return tuple(keys)
+
+
+def load_callback_secret(
+    environ: Mapping[str, str], file: str | None, *, wanted: bool
+) -> bytes | None:
+    """What callbacks are signed with: that of GPUMANAGER_CALLBACK_SECRET, else that in `file`,
+    `whsec_` and 24 to 64 bytes in base64 (Standard Webhooks); None if it is not `wanted`. Raises
+    KeysError."""
+    if not wanted:
+        return None
+    where, text = CALLBACK_ENV, environ.get(CALLBACK_ENV, "")
+    if not text and file is not None:
+        where = os.path.basename(file)
+        try:
+            with open(file, encoding="ascii") as kept:
+                text = kept.read(1024)
+        except UnicodeDecodeError:
+            raise KeysError(f"{file}: is not ASCII text") from None
+        except OSError as error:
+            raise KeysError(f"{file}: {error.strerror or error}") from None
+    if not text.strip():
+        raise KeysError(
+            f"jobs.callbacks lists hosts, and there is no secret to sign with: set {CALLBACK_ENV} "
+            "or jobs.callback_secret_file"
+        )
+    try:
+        kind, _, encoded = text.strip().partition("_")
+        secret = base64.b64decode(encoded, validate=True) if kind == "whsec" else b""
+    except (binascii.Error, ValueError):
+        secret = b""
+    if not 24 <= len(secret) <= 64:
+        raise KeysError(f"{where}: must be whsec_ and 24 to 64 bytes in base64")
+    return secret
 
 
 def _parse(lines: Iterable[str], source: str) -> Iterator[ApiKey]:

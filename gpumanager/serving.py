@@ -13,7 +13,7 @@ from gpumanager.config import Config
 from gpumanager.consumers.statefile import state_path
 from gpumanager.host.notify import ALIVE, READY, STOPPING, Notifier
 from gpumanager.host.processes import SystemProcesses, programs_at
-from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
+from gpumanager.keys import GUARD_IT, KeysError, load_callback_secret, load_keys, unguarded
 from gpumanager.telemetry import logs
 from gpumanager.web import server
 from gpumanager.worker import PeriodicWorker
@@ -110,6 +110,9 @@ def prepare(
     broker = Broker(
         config,
         keys=keys,
+        callback_secret=load_callback_secret(
+            os.environ, config.jobs.callback_secret_file, wanted=bool(config.jobs.callbacks)
+        ),
         state_file=state_path(config.state_file, config.listen, os.environ),
         read_config=read_config,
         config_file=None if config_file is None else os.path.abspath(config_file),

@@ -163,3 +163,16 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "-h"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_check_says_that_callbacks_lack_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GPUMANAGER_CALLBACK_SECRET", raising=False)
+    file = tmp_path / "broker.yaml"
+    file.write_text("jobs: {callbacks: [nas]}\n")
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert result.exit_code == 2
+    assert "there is no secret to sign with" in result.stderr
+    monkeypatch.setenv("GPUMANAGER_CALLBACK_SECRET", "whsec_" + "A" * 32)
+    assert CliRunner().invoke(main, ["check", str(file)]).exit_code == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumanager.keys import ApiKey, KeysError, load_keys
+from gpumanager.keys import ApiKey, KeysError, load_callback_secret, load_keys
 
 LONG = "0123456789abcdef"
 
@@ -73,3 +73,39 @@ def test_a_file_that_is_missing_empty_or_binary_lets_nobody_in(tmp_path: Path) -
 
 def test_a_key_does_not_show_itself() -> None:
     assert LONG not in repr(ApiKey("alice", LONG))
+
+
+# -- what callbacks are signed with --------------------------------------------------------------
+
+ENCODED = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3"
+SIGNS = b"0123456789abcdef01234567"
+
+
+def test_the_secret_of_the_environment_comes_before_that_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"{ENCODED}\n")
+    assert load_callback_secret({}, str(file), wanted=True) == SIGNS
+    environ = {"GPUMANAGER_CALLBACK_SECRET": "whsec_" + "A" * 32}
+    assert load_callback_secret(environ, str(file), wanted=True) == bytes(24)
+    assert load_callback_secret(environ, str(file), wanted=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["secret", "whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 88, "whsec_!!!!" + "A" * 32,
+     ENCODED.removeprefix("whsec_")],
+)  # fmt: skip
+def test_a_secret_that_is_none_is_refused_without_showing_it(text: str) -> None:
+    with pytest.raises(KeysError, match="must be whsec_ and 24 to 64 bytes in base64") as caught:
+        load_callback_secret({"GPUMANAGER_CALLBACK_SECRET": text}, None, wanted=True)
+    assert len(text) < 8 or text not in str(caught.value)
+
+
+def test_callbacks_want_a_secret(tmp_path: Path) -> None:
+    with pytest.raises(KeysError, match="no secret to sign with: set GPUMANAGER_CALLBACK_SECRET"):
+        load_callback_secret({}, None, wanted=True)
+    with pytest.raises(KeysError, match="No such file"):
+        load_callback_secret({}, str(tmp_path / "none"), wanted=True)
+    (tmp_path / "odd").write_bytes(b"\xff")
+    with pytest.raises(KeysError, match="not ASCII"):
+        load_callback_secret({}, str(tmp_path / "odd"), wanted=True)

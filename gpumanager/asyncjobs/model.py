@@ -8,6 +8,7 @@ from typing import Literal
 
 State = Literal["waiting", "preparing", "running", "done", "failed", "cancelled", "lost"]
 Ended = Literal["done", "failed", "cancelled", "lost"]
+CallbackState = Literal["pending", "delivered", "failed"]
 
 KEPT_STATES = ("waiting", "running", "done", "failed", "cancelled", "lost")
 """The states that the store tells apart, in their order."""
@@ -51,6 +52,19 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Callback:
+    """Whom to tell that a job is over, and how far that is. `attempts` were made; the next one is
+    due at `due` (seconds since the epoch, None: as soon as the job is over); `failure` is why the
+    latest one failed."""
+
+    url: str
+    state: CallbackState = "pending"
+    attempts: int = 0
+    due: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AsyncJob:
     """One of them, as the store has it. `number` rises with arrival; times are seconds since the
     epoch, None until they come. `state` is never `preparing` here: only the queue knows that.
@@ -70,7 +84,7 @@ class AsyncJob:
     environ: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
     fingerprint: str = ""
-    callback: str | None = None
+    callback: Callback | None = None
     started: float | None = None
     ended: float | None = None
     cancelling: bool = False

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from gpumanager.asyncjobs.callbacks import Callbacks
 from gpumanager.asyncjobs.executor import Executor, Play
 from gpumanager.asyncjobs.files import pieces
 from gpumanager.asyncjobs.model import KEPT_STATES, AsyncJob, Ended, Submission
@@ -65,6 +66,8 @@ class AsyncJobs:
         self._emit = emit
         self._draining = draining
         self._play: Play | None = None
+        self._make_callbacks: Callable[[Store], Callbacks] | None = None
+        self._callbacks: Callbacks | None = None
         self._opening = threading.Lock()
         self._closed = False
         self._store: Store | None = None
@@ -83,6 +86,11 @@ class AsyncJobs:
     def plays(self, play: Play) -> None:
         """`play` has a job answered."""
         self._play = play
+
+    def calls_back(self, make: Callable[[Store], Callbacks]) -> None:
+        """`make` gives what tells of the end of jobs that were submitted with a callback. It is
+        given once, before `start`."""
+        self._make_callbacks = make
 
     def when_ended(self, listener: Callable[[AsyncJob], object]) -> None:
         """Have `listener` told of each job that ends, on the thread that ended it: it must not
@@ -109,6 +117,8 @@ class AsyncJobs:
             self._sweeper.join()
         if self._executor is not None:
             self._executor.stop()
+        if self._callbacks is not None:
+            self._callbacks.stop()
         if self._store is not None:
             self._store.close()
 
@@ -247,6 +257,10 @@ class AsyncJobs:
             )
             self._sweeper = PeriodicWorker("async-sweeper", self._sweep, retry_s=SWEEP_S)
             self._store = store
+            if self._make_callbacks is not None:
+                self._callbacks = self._make_callbacks(store)
+                if store.next_callback() is not None:
+                    self._callbacks.wake()
             self._executor.start()
             self._sweeper.start()
             return store
@@ -258,7 +272,8 @@ class AsyncJobs:
         port = environ.get("SERVER_PORT", "")
         own = self._config.ports.get(int(port)) if port.isdecimal() else None
         names = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "CONTENT_TYPE")
-        said = json.dumps([own, *(environ.get(name, "") for name in names), digest])
+        callback = () if submission.callback is None else (submission.callback,)
+        said = json.dumps([own, *(environ.get(name, "") for name in names), digest, *callback])
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _resume(self, store: Store) -> None:
@@ -299,6 +314,8 @@ class AsyncJobs:
             )
         )
         self._changed()
+        if job.callback is not None and self._callbacks is not None:
+            self._callbacks.wake()
         for listener in self._listeners:
             listener(job)
 

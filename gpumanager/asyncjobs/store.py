@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from gpumanager.asyncjobs.files import Draft, Files
-from gpumanager.asyncjobs.model import AsyncJob, Ended, Result, Submission
+from gpumanager.asyncjobs.model import AsyncJob, Callback, Ended, Result, Submission
 from gpumanager.asyncjobs.writer import Writer
 from gpumanager.errors import BrokerError, IdempotencyMismatch, JobsFull, QueueFull
 
@@ -59,11 +59,17 @@ CREATE TABLE jobs (
     result BLOB,
     result_file TEXT,
     result_size INTEGER NOT NULL DEFAULT 0,
+    callback_state TEXT NOT NULL DEFAULT 'pending',
+    callback_attempts INTEGER NOT NULL DEFAULT 0,
+    callback_due REAL,
+    callback_failure TEXT,
     model TEXT
 );
 CREATE INDEX waiting ON jobs (urgency, number, consumer, state) WHERE state = 'waiting';
 CREATE INDEX running ON jobs (number) WHERE state = 'running';
 CREATE INDEX over ON jobs (ended, state) WHERE ended IS NOT NULL;
+CREATE INDEX calling ON jobs (coalesce(callback_due, ended))
+    WHERE callback IS NOT NULL AND callback_state = 'pending' AND ended IS NOT NULL;
 CREATE INDEX theirs ON jobs (key, number);
 CREATE UNIQUE INDEX submitted ON jobs (requester, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
@@ -71,7 +77,7 @@ CREATE UNIQUE INDEX submitted ON jobs (requester, idempotency_key)
 _COLUMNS = (
     "number, id, state, kind, consumer, urgency, requester, key, role, created, environ, "
     "idempotency_key, fingerprint, callback, started, ended, cancelling, failure, status, reason, "
-    "headers, result_size, model"
+    "headers, result_size, callback_state, callback_attempts, callback_due, callback_failure, model"
 )
 
 
@@ -293,6 +299,24 @@ class Store:
             return None
         return self.ended(now, "cancelled", at) if now.state == "waiting" else now
 
+    def called_back(self, job: AsyncJob, callback: Callback) -> None:
+        """An attempt to tell of its end was made: keep how far that is now. Raises JobsFull."""
+
+        def change(to: sqlite3.Connection) -> None:
+            to.execute(
+                "UPDATE jobs SET callback_state = ?, callback_attempts = ?, callback_due = ?, "
+                "callback_failure = ? WHERE number = ?",
+                (
+                    callback.state,
+                    callback.attempts,
+                    callback.due,
+                    callback.failure,
+                    job.number,
+                ),
+            )
+
+        self._changed(change)
+
     def sweep(self, before: float, most: int = 1000) -> int:
         """Forget those that ended before then; returns how many."""
         removed = 0
@@ -348,6 +372,17 @@ class Store:
     def cancelling(self) -> list[AsyncJob]:
         """Those that wait, although somebody has cancelled them."""
         return self._jobs("WHERE state = 'waiting' AND cancelling ORDER BY number")
+
+    def next_callback(self, without: Collection[str] = ()) -> AsyncJob | None:
+        """Of those that are over and of whose end somebody is to be told, the one that is due
+        first, or will be; `without`: not of these URLs."""
+        marks = ", ".join("?" * len(without))
+        found = self._jobs(
+            "WHERE callback IS NOT NULL AND callback_state = 'pending' AND ended IS NOT NULL "
+            f"AND callback NOT IN ({marks}) ORDER BY coalesce(callback_due, ended) LIMIT 1",
+            *without,
+        )
+        return next(iter(found), None)
 
     def counts(self) -> dict[str, int]:
         """How many there are in each state, but for those states that none is in; nothing while
@@ -537,7 +572,7 @@ def _job(row: Iterable[Any]) -> AsyncJob:
     (
         number, name, state, kind, consumer, urgency, requester, key, role, created, environ,
         idempotency_key, fingerprint, callback, started, ended, cancelling, failure, status,
-        reason, headers, size, model,
+        reason, headers, size, callback_state, attempts, due, callback_failure, model,
     ) = row  # fmt: skip
     result = None
     if status is not None:
@@ -557,7 +592,11 @@ def _job(row: Iterable[Any]) -> AsyncJob:
         environ=json.loads(environ),
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
-        callback=callback,
+        callback=(
+            None
+            if callback is None
+            else Callback(callback, callback_state, attempts, due, callback_failure)
+        ),
         started=started,
         ended=ended,
         cancelling=bool(cancelling),

@@ -11,7 +11,7 @@ import click
 
 from gpumanager.cli.group import config_file, config_option, listen_address, main
 from gpumanager.config import Config, ConfigError, load_config
-from gpumanager.keys import GUARD_IT, KeysError, load_keys, unguarded
+from gpumanager.keys import GUARD_IT, KeysError, load_callback_secret, load_keys, unguarded
 
 
 @main.command()
@@ -34,6 +34,8 @@ def check(file: str | None) -> None:
     config = _load(file)
     try:
         keys = load_keys(os.environ, config.auth.keys_file)
+        jobs = config.jobs
+        load_callback_secret(os.environ, jobs.callback_secret_file, wanted=bool(jobs.callbacks))
     except KeysError as error:
         click.echo(f"{file}: the keys cannot be read: {error}", err=True)
         sys.exit(2)

@@ -26,6 +26,7 @@ from gpumanager.config.calls import (
     AudioPrefix,
     CaFile,
     Call,
+    CallbackHost,
     CallMatch,
     ConsumerName,
     ContainerName,
@@ -415,6 +416,13 @@ class JobsConfig(Model):
     `jobs_full`."""
     max_waiting: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 10_000
     """How many may wait; the next one is refused with 503 `queue_full`."""
+    callbacks: tuple[CallbackHost, ...] = ()
+    """Hosts that a client may name in `X-Callback-Url`, to be told there when its job is over: a
+    name or an address, with `:PORT` unless it is 80 for http or 443 for https, or `*.NAME` for all
+    names below one. None: no job is taken with an `X-Callback-Url`."""
+    callback_secret_file: AnyFile | None = None
+    """A file with what callbacks are signed with: `whsec_` and 24 to 64 bytes in base64.
+    GPUMANAGER_CALLBACK_SECRET in the environment comes first."""
 
 
 class AuthConfig(Model):

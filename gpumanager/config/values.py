@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from gpumanager.addresses import why_never
+
 METHODS = ("http", "unit", "container", "signal", "checkpoint")
 """The eviction methods, of which an entry of `evict` has one."""
 
@@ -316,3 +318,35 @@ def is_json(value: object) -> object:
     except (TypeError, ValueError):
         raise ValueError("must be a value that JSON can express") from None
     return value
+
+
+def callback_host(value: str) -> str:
+    """A host that callbacks may go to: see `host_entry`."""
+    host, _ = host_entry(value)
+    try:
+        never = why_never(host)
+    except ValueError:
+        return value.lower()
+    if never is not None:
+        raise ValueError(f"nothing is ever sent there: the address is {never}")
+    return value.lower()
+
+
+def host_entry(value: str) -> tuple[str, int | None]:
+    """The host and the port of `NAME`, `NAME:PORT`, `*.NAME`, or the same with an address (one of
+    IPv6 in brackets); the host in lower case. Raises ValueError."""
+    found = _CALLBACK_HOST.fullmatch(value.lower())
+    if found is None or not 0 < int(found["port"] or 1) < 65536:
+        raise ValueError(
+            "must be a host name, an address (one of IPv6 in brackets) or *.NAME, with :PORT "
+            "unless it is that of the scheme"
+        )
+    if found["v6"] is not None:
+        ipaddress.IPv6Address(found["v6"])
+    return found["v6"] or found["name"], None if found["port"] is None else int(found["port"])
+
+
+_CALLBACK_HOST = re.compile(
+    r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>(?:\*\.)?[a-z0-9_](?:[a-z0-9_.-]{0,251}[a-z0-9_])?))"
+    r"(?::(?P<port>[0-9]{1,5}))?"
+)

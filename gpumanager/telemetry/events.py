@@ -31,6 +31,10 @@ FIELDS = {
     "job": "the job's id: the one that the consumer gave it, or an asynchronous job's own",
     "state": "how it ended: `done`, `failed`, `cancelled`, `lost`",
     "jobs": "how many jobs",
+    "host": "the host of the job's callback, with its port",
+    "told": "`delivered`; `retried`: not yet; `failed`: not, and that is given up",
+    "attempt": "which attempt it was, counted from 1",
+    "again_ms": "how much later the next one is made",
     "again": "how many of them are run again",
     "lost": "how many of them are lost",
     "status": "the HTTP status of the answer",
@@ -78,7 +82,17 @@ FIELDS = {
 `_bytes`."""
 
 PRIVATE = frozenset(
-    {"address", "client", "key", "path", "request_id", "requester", "session", "traceparent"}
+    {
+        "address",
+        "client",
+        "host",
+        "key",
+        "path",
+        "request_id",
+        "requester",
+        "session",
+        "traceparent",
+    }
 )
 """Fields that tell who somebody is."""
 
@@ -244,6 +258,26 @@ class AsyncJobEnded(Event):
     def level(self) -> Level:
         """By how it ended."""
         return "warning" if self.state == "lost" else "info"
+
+
+@declared("callback_sent", "callback sent")
+class CallbackSent(Event):
+    """Somebody was told, or was to be told, that an asynchronous job is over (`X-Callback-Url`).
+    `retried`: the attempt failed, and another one is made; `failed`: it failed, and none is. Of
+    the URL, only the host is told."""
+
+    job: str
+    key: str | None = None
+    host: str
+    told: Literal["delivered", "retried", "failed"]
+    attempt: int
+    reason: str | None = None
+    again_ms: int | None = None
+
+    @property
+    def level(self) -> Level:
+        """A warning, if nobody was told."""
+        return "warning" if self.told == "failed" else "info"
 
 
 @declared("async_jobs_resumed", "asynchronous jobs resumed")

@@ -32,6 +32,7 @@ from gpumanager.errors import ClientGone
 from gpumanager.model import Traffic
 from gpumanager.telemetry.eventlog import Recorded
 from gpumanager.telemetry.events import (
+    CallbackSent,
     Event,
     Evicted,
     JobEnded,
@@ -125,6 +126,11 @@ class Metrics:
             "Clients that left: while in the queue, while their job ran, or during its answer.",
             ["consumer", "phase"],
         )
+        self._callbacks = counter(
+            "callbacks",
+            "Attempts to tell somebody that an asynchronous job is over.",
+            ["outcome"],
+        )
         self._clients = Clients(snapshot) if by_client else None
         for name in config.consumers:
             self._out_of_memory.labels(name)
@@ -169,6 +175,8 @@ class Metrics:
                 self._loads.labels(event.consumer).observe(event.ms / 1000)
             case OutOfMemory():
                 self._out_of_memory.labels(event.consumer).inc()
+            case CallbackSent():
+                self._callbacks.labels(event.told).inc()
             case OutOfMemoryHealed():
                 self._healed.labels(event.consumer).inc()
 

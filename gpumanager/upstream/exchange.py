@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -43,7 +43,8 @@ class Outbound:
     """What is sent. `target` is path and query, to the letter; `body` is bytes, or a file of
     `length` bytes; `headers` are end-to-end ones without Host and Content-Length; `ca_file` is who
     has to have signed the certificate of an https host, None: the usual ones; `upgrade` is the
-    protocol that the connection is to speak from the answer on, None: HTTP."""
+    protocol that the connection is to speak from the answer on, None: HTTP; `address` is where to
+    connect to, None: the host is looked up."""
 
     method: str
     base_url: str
@@ -53,6 +54,7 @@ class Outbound:
     length: int | None = None
     ca_file: str | None = None
     upgrade: str | None = None
+    address: str | None = None
 
 
 class Exchange:
@@ -361,7 +363,8 @@ class Exchange:
         host, port, tls, _ = self._address
         trusted = trust(self._outbound.ca_file) if tls else None
         try:
-            wire = connect(host, port, timeout=timeout, tls=trusted)
+            address = self._outbound.address
+            wire = connect(host, port, timeout=timeout, tls=trusted, address=address)
             try:
                 with self._guard:
                     if self.aborted:
@@ -402,7 +405,7 @@ class Exchange:
         return found
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _address(base_url: str) -> tuple[str, int, bool, str]:
     """Host, port, whether to speak TLS, and what goes into Host."""
     parts = urlsplit(base_url)

@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import IO
 
 import certifi
@@ -226,18 +226,27 @@ class Wire:
         return came[0][1]
 
 
-def connect(host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None) -> Wire:
+def connect(
+    host: str,
+    port: int,
+    *,
+    timeout: float,
+    tls: ssl.SSLContext | None,
+    address: str | None = None,
+) -> Wire:
     """An open connection, on which TLS has yet to begin if it is to have it; `timeout` in seconds
-    for each address that the host has. Raises OSError."""
-    family = _family(host)
+    for each address that the host has. `address`: the one to connect to; None: the host is looked
+    up. Raises OSError."""
+    to = host if address is None else address
+    family = _family(to)
     if family is None:
-        sock = socket.create_connection((host, port), timeout)
+        sock = socket.create_connection((to, port), timeout)
     else:
         sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family is not None:
             sock.settimeout(timeout)
-            sock.connect((host, port))
+            sock.connect((to, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             sock = tls.wrap_socket(
@@ -252,7 +261,7 @@ def connect(host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None)
         raise
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _family(host: str) -> socket.AddressFamily | None:
     """The family of an address; None for a name, which has to be looked up."""
     try:

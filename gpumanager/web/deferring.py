@@ -10,6 +10,7 @@ from flask import Response
 
 from gpumanager.asyncjobs.model import LATER, AsyncJob, Submission
 from gpumanager.asyncjobs.service import AsyncJobs
+from gpumanager.asyncjobs.targets import Targets
 from gpumanager.config import Config
 from gpumanager.errors import BadRequest, json_line
 from gpumanager.jobs.record import RequestRecord
@@ -45,10 +46,12 @@ _IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
 class Deferring:
-    """Makes asynchronous jobs of requests. Safe from any thread."""
+    """Makes asynchronous jobs of requests. `targets` is whom a client may have told that its job is
+    over. Safe from any thread."""
 
-    def __init__(self, jobs: AsyncJobs, view: JobView, config: Config) -> None:
+    def __init__(self, jobs: AsyncJobs, view: JobView, config: Config, targets: Targets) -> None:
         self._jobs = jobs
+        self._targets = targets
         self._view = view
         self._config = config
 
@@ -68,7 +71,7 @@ class Deferring:
         """Keep the request for later, and answer it. `kind` and `consumer` are those of the job as
         things stand; `model` is what it calls its model, where that is known. Raises
         IdempotencyMismatch, QueueFull, JobsFull, ShuttingDown, and BadRequest for a malformed
-        `Idempotency-Key`."""
+        `Idempotency-Key` or an `X-Callback-Url` that may not be called."""
         record = record_of(environ)
         record.consumer = consumer
         submission = Submission(
@@ -80,12 +83,25 @@ class Deferring:
             role=record.role,
             environ=_kept(environ),
             idempotency_key=_idempotency_key(environ),
+            callback=self._callback(environ),
             model=model,
         )
         length = environ.get("CONTENT_LENGTH")
         body: IO[bytes] | None = environ["wsgi.input"] if length else None
         job, _ = self._jobs.submit(submission, body, int(length) if length else 0)
         return self._answer(environ, job)
+
+    def _callback(self, environ: WSGIEnvironment) -> str | None:
+        url: str | None = environ.get("HTTP_X_CALLBACK_URL")
+        if url is None:
+            return None
+        if not self._targets:
+            raise BadRequest("X-Callback-Url: this broker calls nobody (jobs.callbacks is empty)")
+        try:
+            self._targets.target(url)
+        except ValueError as error:
+            raise BadRequest(f"X-Callback-Url {error}") from None
+        return url
 
     def _urgency(
         self, environ: WSGIEnvironment, record: RequestRecord, kind: str, consumer: str
@@ -132,6 +148,7 @@ def _kept(environ: WSGIEnvironment) -> dict[str, str]:
         for name, value in environ.items()
         if isinstance(value, str) and (name in _KEPT or name.startswith("HTTP_"))
     }
+    kept.pop("HTTP_X_CALLBACK_URL", None)  # the broker's own
     left = [
         each.strip()
         for each in kept.pop("HTTP_PREFER", "").split(",")

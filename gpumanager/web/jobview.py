@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from gpumanager.asyncjobs.model import AsyncJob, Result
+from gpumanager.asyncjobs.model import AsyncJob, Callback, Result
 from gpumanager.asyncjobs.service import AsyncJobs, estimated
 from gpumanager.clock import rfc3339
 from gpumanager.model import QueueEntry
@@ -99,11 +99,23 @@ def _shown(
         "bytes": None if result is None else result.size,
         "urgency": job.urgency,
         **({} if job.failure is None else {"failure": job.failure}),
+        **({} if job.callback is None else {"callback": _called(job, job.callback)}),
     }
 
 
 def _content_type(result: Result) -> str | None:
     return next((value for name, value in result.headers if name.lower() == "content-type"), None)
+
+
+def _called(job: AsyncJob, callback: Callback) -> dict[str, Any]:
+    due = callback.due if callback.attempts else job.ended
+    return {
+        "url": callback.url,
+        "state": callback.state,
+        "attempts": callback.attempts,
+        "next": _time(due) if callback.state == "pending" else None,
+        **({} if callback.failure is None else {"failure": callback.failure}),
+    }
 
 
 def _time(seconds: float | None) -> str | None:

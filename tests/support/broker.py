@@ -79,6 +79,7 @@ def live_broker(
     *,
     card: Card | None = None,
     keys: Iterable[ApiKey] = (),
+    callback_secret: bytes | None = None,
     state_file: Path | None = None,
     threads: int = 24,
 ) -> Iterator[LiveBroker]:
@@ -88,7 +89,9 @@ def live_broker(
     making: Any = waitress.server
     channel, dispatcher = BaseWSGIServer.channel_class, making.ThreadedTaskDispatcher
     adjustments = making.Adjustments
-    broker = Broker(parsed, card=card, keys=keys, state_file=state_file)
+    broker = Broker(
+        parsed, card=card, keys=keys, callback_secret=callback_secret, state_file=state_file
+    )
     try:
         server.set_defaults(parsed)
         sockets: dict[int, Any] = {}

@@ -108,6 +108,9 @@ const SENTENCES = {
     "Restart it, or unload it here to try once more."],
   async_job_ended: (e) => [`Asynchronous job ${e.job} of ${e.consumer} ${e.state === "done" ? "is done" : e.state === "failed" ? "failed" : e.state === "lost" ? "is lost: the broker ended while it ran" : "was cancelled"}.`,
     e.state === "lost" ? "Submit it again, or set idempotent on the consumer." : ""],
+  callback_sent: (e) => [e.told === "delivered" ? `${e.host ?? "The host of its callback"} was told that asynchronous job ${e.job} is over.`
+    : `${e.host ?? "The host of its callback"} could not be told that asynchronous job ${e.job} is over: ${e.reason}${e.told === "failed" ? "; that is given up" : ""}.`,
+    e.told === "failed" ? "Look at the receiver, and at jobs.callbacks; the result is kept as ever." : ""],
   async_jobs_resumed: (e) => [`${e.jobs} asynchronous jobs of an earlier run wait${e.again ? `; ${e.again} of them are run again` : ""}${e.lost ? `; ${e.lost} are lost` : ""}.`, ""],
   async_jobs_swept: (e) => [`${e.jobs} asynchronous jobs and their results were deleted, as jobs.keep says.`, ""],
   async_jobs_unavailable: (e) => [`Asynchronous jobs cannot be kept: ${e.reason}.`, "Free disk space, or name another folder in jobs.dir."],
