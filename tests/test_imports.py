@@ -56,7 +56,18 @@ def files_that_mention(library: str) -> set[str]:
         ),
         ("prometheus_client", {"telemetry/metrics.py", "telemetry/modelmetrics.py"}),
         ("opentelemetry", {"telemetry/tracing.py"}),
-        ("rich", {"cli/policyviews.py", "cli/top.py", "cli/views.py", "cli/watching.py"}),
+        (
+            "rich",
+            {
+                "cli/jobs.py",
+                "cli/jobviews.py",
+                "cli/policyviews.py",
+                "cli/submitting.py",
+                "cli/top.py",
+                "cli/views.py",
+                "cli/watching.py",
+            },
+        ),
         (
             "psutil",
             {"host/pagecache.py", "host/processes.py", "host/signals.py", "residency/stopping.py"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from gpumanager.client import BrokerClient
 _MODEL = click.option(
     "--model", metavar="NAME", help="Only this model of it, where it tells its models apart."
 )
+
+_TICKET = re.compile(r"[0-9]{1,18}")
+"""An asynchronous job's id is longer."""
 
 
 @main.command()
@@ -79,12 +83,25 @@ def _query(model: str | None) -> dict[str, str]:
 
 
 @main.command()
-@click.argument("ticket", type=click.IntRange(min=0))
+@click.argument("names", metavar="TICKET|ID...", nargs=-1, required=True)
 @asks_broker
-def cancel(broker: BrokerClient, ticket: int) -> None:
-    """Take the job with this TICKET out of the queue, or stop it. `queue` shows the tickets."""
-    broker.delete(f"/v1/queue/{ticket}")
-    click.echo(f"ticket {ticket} is cancelled")
+def cancel(broker: BrokerClient, names: tuple[str, ...]) -> None:
+    """Take jobs out of the queue, or stop them: by the TICKET that `queue` shows, or the ID that
+    `jobs` does. Exit code 1 if one of them was over already."""
+    late = False
+    for name in names:
+        if _TICKET.fullmatch(name):
+            broker.delete(f"/v1/queue/{name}")
+            click.echo(f"ticket {name} is cancelled")
+            continue
+        state = broker.delete(f"/v1/jobs/{quote(name, safe='')}")["state"]
+        if state in ("done", "failed", "lost"):
+            late = True
+            click.echo(f"job {name} is over already: {state}")
+        else:
+            what = "is cancelled" if state == "cancelled" else "is being cancelled"
+            click.echo(f"job {name} {what}")
+    sys.exit(1 if late else 0)
 
 
 @main.command()

@@ -81,10 +81,10 @@ def queue(
             "model": _model(entry.get("model", ""), name_width),
             "kind": entry["kind"] + _urgency(entry),
             "client": entry["client"],
-            "for": _duration(entry["age_ms"]),
+            "for": duration(entry["age_ms"]),
             "turn in": ""
             if running
-            else ("? " if overdue else "") + _duration(entry["estimate_ms"]),
+            else ("? " if overdue else "") + duration(entry["estimate_ms"]),
         }
         table.add_row(*(cells[name] for name in names))
     return Group(table, _more(cut, "in the queue")) if cut else table
@@ -188,7 +188,7 @@ def _figures(of: Mapping[str, Any], now: str) -> _Cells:
     run = of["learned"].get("run_ms")
     return {
         "jobs": str(of["total_requests"]),
-        "usual run": "" if run is None else _duration(run["p50"]),
+        "usual run": "" if run is None else duration(run["p50"]),
         "last used": _ago(of.get("last_used"), now),
     }
 
@@ -268,9 +268,9 @@ def running(found: Mapping[str, Any], most: int = BAR_WIDTH) -> RenderableType:
         expected = usual.get((name, model), usual.get((name, None)))
         who = name if model is None else f"{name} ({shortened(model, LONGEST_MODEL)})"
         text = f"{who} {entry['kind']} for {entry['client']}, "
-        text += _duration(entry["age_ms"])
+        text += duration(entry["age_ms"])
         if expected:
-            text += f" of usually {_duration(expected)}"
+            text += f" of usually {duration(expected)}"
             share = min(entry["age_ms"], expected)
             parts.append(ProgressBar(total=expected, completed=share, width=min(BAR_WIDTH, most)))
         parts.insert(len(parts) - bool(expected), Text(text))
@@ -343,7 +343,8 @@ def _mib(mib: int) -> str:
     return f"{mib / 1024:.1f} GiB" if mib >= 10 * 1024 else f"{mib} MiB"
 
 
-def _duration(ms: float) -> str:
+def duration(ms: float) -> str:
+    """Milliseconds, for a person."""
     if ms < 1000:
         return f"{ms:.0f} ms"
     seconds = ms / 1000
@@ -357,7 +358,7 @@ def _ago(then: str | None, now: str) -> str:
     for unit, length, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 600)):
         if seconds >= least:
             return f"{seconds / length:.0f} {unit} ago"
-    return f"{_duration(seconds * 1000)} ago"
+    return f"{duration(seconds * 1000)} ago"
 
 
 def _time(text: str) -> datetime:

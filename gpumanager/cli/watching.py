@@ -37,7 +37,7 @@ def status(broker: BrokerClient, as_json: bool, watch: bool) -> None:
     if not watch:
         show()
         return
-    for number in _every(2.0):
+    for number in every(2.0):
         if number and not as_json and sys.stdout.isatty():
             click.clear()
         show()
@@ -133,7 +133,7 @@ def _stream(
     """Events in their order, each once; with `follow` also those to come, through restarts of
     the broker."""
     boot = None
-    for _ in _every(1.0):
+    for _ in every(1.0):
         try:
             found = ask(since)
         except BrokerUnavailable as error:
@@ -152,7 +152,7 @@ def _stream(
             return
 
 
-def _every(seconds: float) -> Iterator[int]:
+def every(seconds: float) -> Iterator[int]:
     """0, 1, 2, … one each so many seconds, until interrupted."""
     number = 0
     try:

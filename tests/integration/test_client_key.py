@@ -31,6 +31,9 @@ ASKING = [
     ["unload", "nobody"],
     ["forget", "nobody"],
     ["reload"],
+    ["submit", "tts", "{}"],
+    ["jobs"],
+    ["result", "none"],
 ]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,11 @@ def run(name: str, *words: str, url: str, **environ: str) -> subprocess.Complete
     )
 
 
-def config(url: str, **paths: str) -> str:
+def config(url: str, *, jobs: str | None = None, **paths: str) -> str:
     consumer = {"url": url, "paths": paths}
     routing = dict.fromkeys(paths, "it")
-    return yaml.safe_dump({"audio_proxy": "it", "routing": routing, "consumers": {"it": consumer}})
+    found = {"audio_proxy": "it", "routing": routing, "consumers": {"it": consumer}}
+    return yaml.safe_dump(found if jobs is None else {**found, "jobs": {"dir": jobs}})
 
 
 def test_the_shell_speaks_a_sentence(tmp_path: Path) -> None:
@@ -193,3 +195,46 @@ def test_a_comfyui_workflow_is_rendered_and_fetched(tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "it_00001_.png").read_bytes() == picture(1)
+
+
+@needs_jq
+def test_jobs_are_left_overnight_and_fetched_in_the_morning(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+    free = threading.Event()
+
+    def speak(peer: Connection, request: Received) -> None:
+        asked.append(request.body)
+        free.wait(40)
+        bad = b"bad" in request.body
+        peer.send(answer(b"no such voice", "422 No") if bad else answer(WAV + request.body))
+
+    lines = [b'{"input": "%d\\n"}' % number for number in range(3)]
+    file = tmp_path / "jobs.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    out = tmp_path / "out"
+    words = ("overnight.sh", "tts", str(file), str(out), "wav")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with (
+        ScriptedConsumer(speak) as consumer,
+        live_broker(config(consumer.url, tts="/tts", jobs=str(tmp_path / "kept"))) as broker,
+    ):
+        evening = run(*words, url=broker.url, PATH=path)
+        assert (evening.returncode, list(out.iterdir())) == (5, []), evening.stderr
+        assert "3 jobs: 3 not over yet, 0 failed" in evening.stdout
+        free.set()
+        ids = [each["id"] for each in broker.get("/v1/jobs").json()["jobs"]]
+        for each in ids:
+            assert broker.get(f"/v1/jobs/{each}?wait=20").json()["state"] == "done"
+        morning = run(*words, url=broker.url, PATH=path)
+        assert morning.returncode == 0, morning.stderr
+        for number, line in enumerate(lines, 1):
+            assert (out / f"{number}.wav").read_bytes() == WAV + line
+        file.write_bytes(b"\n".join([*lines, b'"bad"', b"no JSON"]))
+        refused = run(*words, url=broker.url, PATH=path)
+        assert (refused.returncode, "line 5 was not taken" in refused.stderr) == (1, True)
+        file.write_bytes(b"\n".join([*lines, b'"bad"']))
+        (bad, *_) = broker.get("/v1/jobs").json()["jobs"]
+        assert broker.get(f"/v1/jobs/{bad['id']}?wait=20").json()["state"] == "failed"
+        failed = run(*words, url=broker.url, PATH=path)
+        assert (failed.returncode, "no such voice" in failed.stderr) == (1, True), failed.stderr
+    assert asked == [*lines, b'"bad"']

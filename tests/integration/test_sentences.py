@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 pytestmark = pytest.mark.timeout(60)
 
-SAMPLE = {"choice": "tts", "integer range": "1", "text": "it"}
+SAMPLE = {"choice": "tts", "text": "it"}
 """An argument of each type."""
 
 
