@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,16 @@ def order(broker: LiveBroker, kinds: str) -> str:
     for client in clients:
         assert client.result().status_code == 200
     broker.await_idle()
+    # A job's end is told when the next one has the GPU already, so perhaps after that one's.
     events = [each.event for each in broker.broker.events.since(0).events]
-    return "".join(each.request_id for each in events if isinstance(each, JobEnded))
+    ended = [each for each in events if isinstance(each, JobEnded)]
+    return "".join(each.request_id for each in sorted(ended, key=granted))
+
+
+def granted(job: JobEnded) -> float:
+    """When it had its turn, in seconds since the epoch."""
+    assert job.arrived is not None
+    return datetime.fromisoformat(job.arrived).timestamp() + job.wait_ms / 1000
 
 
 @pytest.mark.parametrize(

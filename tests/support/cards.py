@@ -47,6 +47,11 @@ def situation(seed: int) -> tuple[Snapshot, list[Case]]:
         for often in (0.0, 0.3)
     ]
     gpu = GpuState(reading, NOW, "" if reading else "no driver", last)
+    for name, state in states.items():
+        # Who is loaded, and nobody knows how much it holds, goes by now where the decision before
+        # took it to hold nothing.
+        if state.resident_mib is None and not config.consumers[name].vram_resident_mib:
+            states[name] = replace(state, resident_mib=0)
     return Snapshot(config, states, gpu, _learned(chance, names)), cases
 
 

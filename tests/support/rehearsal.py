@@ -91,6 +91,9 @@ class World:
         for name in self.names:
             declared = round(self.takes[name] * chance.choice((0.0, 0.7, 1.0, 1.0, 1.0, 1.3)))
             declared = min(declared, self.total - 1000)
+            if not declared and self.measured != "by process":
+                # What nobody knows the size of goes by now; before, it was taken to hold nothing.
+                declared = min(round(self.takes[name] * 0.7), self.total - 1000)
             consumers[name] = {
                 "url": "http://127.0.0.1:1",
                 "model": name,
