@@ -60,7 +60,9 @@ class Targets:
             raise ValueError("has a port that is none") from None
         exact = self._listed(host, port, usual, below=False)
         if not exact and not self._listed(host, port, usual, below=True):
-            raise ValueError(f"jobs.callbacks of the config does not list its host {host}:{port}")
+            raise ValueError(
+                f"its host {host}:{port} is not listed in jobs.callbacks of the config"
+            )
         path = parts.path or "/"
         if parts.query:
             path += f"?{parts.query}"

@@ -100,7 +100,7 @@ class Deferring:
         try:
             self._targets.target(url)
         except ValueError as error:
-            raise BadRequest(f"X-Callback-Url {error}") from None
+            raise BadRequest(f"X-Callback-Url: {error}") from None
         return url
 
     def _urgency(

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from gpumanager.asyncjobs.model import Submission
+from gpumanager.asyncjobs.store import Store
 from gpumanager.keys import ApiKey
 from tests.support.broker import LiveBroker, config_for, live_broker
 from tests.support.sockets import Connection, Received, ScriptedConsumer, answer
@@ -127,9 +129,9 @@ def test_one_that_is_cancelled_while_it_waits_tells_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("http://example.org/", "does not list its host example.org:80"),
-        ("http://169.254.169.254/", "does not list its host"),
-        ("http://localhost:8770/", "does not list its host"),
+        ("http://example.org/", "X-Callback-Url: its host example.org:80 is not listed"),
+        ("http://169.254.169.254/", "is not listed"),
+        ("http://localhost:8770/", "is not listed"),
         ("nonsense", "must be an http or https URL"),
     ],
 )
@@ -200,3 +202,20 @@ def test_a_restart_tells_what_was_not_told(tmp_path: Path) -> None:
             delivered(broker, other)
         ids = [each.header("webhook-id") or "" for each in receiver.came]
         assert sorted(ids) == sorted([f"msg_{job['id']}"] * 2 + [f"msg_{other['id']}"])
+
+
+def test_one_that_was_lost_tells_so_after_the_restart(tmp_path: Path) -> None:
+    receiver = Receiver()
+    with ScriptedConsumer(receiver) as server:
+        store = Store(tmp_path / "jobs", most_bytes=2**20, most_waiting=10)
+        store.open()
+        said = Submission(
+            "tts", "mvoice", 5, "127.0.0.1", None, "admin", {}, callback=f"{server.url}/"
+        )
+        job, _ = store.submit(said, store.draft(), 1.0)
+        assert store.sending(job, "mvoice", 2.0)
+        store.close()  # as if it had been killed now
+        with serving(tmp_path, f"127.0.0.1:{server.port}") as broker:
+            assert delivered(broker, {"id": job.id})["state"] == "lost"
+        (came,) = receiver.came
+        assert json.loads(came.body)["type"] == "job.lost"
