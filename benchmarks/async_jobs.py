@@ -5,7 +5,7 @@
 `submitting`: that many jobs in a row over one connection, then the same from eight clients at once,
 to a broker whose consumer never ends the first one, so that all others wait. It measures how many
 were taken in a second, the broker's memory and threads before and after, and how long GET
-`/v1/jobs/{id}` takes while all of them wait.
+`/v1/jobs/{id}` takes while all of them wait, and what an open dashboard asks for.
 
 `kills`: 20 jobs, each under an Idempotency-Key; the broker is killed at random moments while they
 are submitted and run, and started again, as often as `--kills` says; then all are submitted once
@@ -155,6 +155,10 @@ def submitting(jobs: int) -> None:
             began = time.monotonic()
             session.get(f"{broker.url}/v1/jobs/{name}", timeout=WAIT_S).raise_for_status()
             took.append((time.monotonic() - began) * 1000)
+        looks = {
+            path: _looked(session, broker.url + path)
+            for path in ("/v1/jobs?limit=20", "/v1/jobs?limit=200", "/v1/status")
+        }
         began = time.monotonic()
         with ThreadPoolExecutor(8) as pool:
             sessions = [requests.Session() for _ in range(8)]
@@ -174,6 +178,18 @@ def submitting(jobs: int) -> None:
     print(f"memory: {before[0]:.0f} MiB before, {after[0]:.0f} MiB with {jobs} waiting")
     print(f"threads: {before[1]} before, {after[1]} with {jobs} waiting")
     print(f"GET /v1/jobs/ID: p50 {p50:.1f} ms, p95 {p95:.1f} ms with {jobs} waiting")
+    for path, ms in looks.items():
+        print(f"GET {path}: p50 {ms:.1f} ms with {jobs} waiting")
+
+
+def _looked(session: requests.Session, url: str, times: int = 50) -> float:
+    """The median time of a GET, in ms."""
+    took = []
+    for _ in range(times):
+        began = time.monotonic()
+        session.get(url, timeout=WAIT_S).raise_for_status()
+        took.append((time.monotonic() - began) * 1000)
+    return statistics.median(took)
 
 
 def kills(times: int, seed: int) -> int:

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import requests
 from PIL import Image
 
 from tests.support.browser import chromium
-from tests.support.scene import LONG_NAME, Scene, crowd, models
+from tests.support.scene import BODIES, LONG_NAME, Scene, crowd, models, scene
 from tests.support.threads import eventually
 
 HERE = Path(__file__).parent
@@ -51,6 +52,7 @@ def main() -> None:
             shoot(browser, it.broker.url, "dashboard-narrow", NARROW, color_scheme="light")
             leave(it)
         models_of_one(browser)
+        later(browser)
 
 
 def busy(it: Scene) -> None:
@@ -115,6 +117,31 @@ def models_of_one(browser: Any) -> None:
         whole.save(found, "PNG")
         save(found.getvalue(), "dashboard-models")
         leave(it)
+
+
+def later(browser: Any) -> None:
+    """Asynchronous jobs in every state that one can wait for."""
+    with scene() as it:
+        it.pace(voice=1.5, ollama=2.5)
+        url = f"{it.broker.url}/v1/"
+
+        def submit(kind: str) -> str:
+            asked = requests.post(
+                url + kind, json=BODIES[kind], headers={"Prefer": "respond-async"}, timeout=30
+            )
+            return str(asked.json()["id"])
+
+        for kind in ("tts", "llm"):
+            it.broker.get(f"/v1/jobs/{submit(kind)}?wait=9")
+        it.pace(ollama=60)
+        waiting = [submit(kind) for kind in ("llm", "tts", "llm", "llm")]
+        it.broker.delete(f"/v1/jobs/{waiting[1]}")
+        it.broker.await_line(2)
+        page = opened(browser, it.broker.url, WIDE, color_scheme="light")
+        save(page.locator("#later").screenshot(), "dashboard-later")
+        for each in reversed(waiting):
+            it.broker.delete(f"/v1/jobs/{each}")
+        it.broker.await_idle(30)
 
 
 def leave(it: Scene) -> None:

@@ -148,6 +148,7 @@ def scene(*, keys: tuple[ApiKey, ...] = ()) -> Iterator[Scene]:
         config = {
             "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.2},
             "health_interval": 0.5,
+            "jobs": {"dir": str(folder / "jobs")},
             "routing": {"tts": "voice", "llm": "ollama", "image": "comfyui"},
             "consumers": {
                 "voice": {
@@ -191,6 +192,7 @@ def crowd(consumers: Mapping[str, int] = CROWD, card_mib: int = CROWD_CARD_MIB) 
         config = {
             "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.2},
             "health_interval": 0.5,
+            "jobs": {"dir": str(folder / "jobs")},
             "routing": {"tts": speech, "stt": "whisper", "llm": "ollama", "image": "comfyui"},
             "consumers": {
                 name: {
@@ -228,6 +230,7 @@ def models(
         config = {
             "gpu": {"device": f"simulated:{card.path}", "sample_interval": 0.1},
             "health_interval": 0.2,
+            "jobs": {"dir": str(folder / "jobs")},
             "routing": {"llm": "ollama", "tts": "voice"},
             "consumers": {
                 "ollama": {"preset": "ollama", "url": fakes["ollama"].url},
