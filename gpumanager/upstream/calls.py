@@ -6,7 +6,6 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from gpumanager.clock import Clock
@@ -25,7 +24,15 @@ from gpumanager.config import (
     expressions,
 )
 from gpumanager.errors import BrokerError, ConsumerTimeout, ConsumerUnreachable
-from gpumanager.model import LoadedModel, ModelListing, ProbeReport, model_key
+from gpumanager.model import ModelListing, ProbeReport, model_key
+from gpumanager.upstream.answers import (
+    contract_report,
+    details_of,
+    names_in,
+    parsed,
+    probe_report,
+    sizes_and_aliases,
+)
 from gpumanager.upstream.exchange import Exchange, Outbound
 from gpumanager.upstream.watcher import Watcher
 
@@ -38,11 +45,8 @@ LOAD_TIMEOUT_S = 120.0
 CANCEL_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.5
 LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
-LARGEST_FIGURE = 2**63
 OPENAI_LIST = ModelList(path="/v1/models", items="data[].id")
 """How a consumer is asked for its models that has no call of its own for that."""
-
-_MIB_PER_UNIT = {"B": 1 / 1024**2, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
 
 
 class GivingUp:
@@ -180,7 +184,7 @@ class ControlCalls:
             self._accept(name, call, status, body)
         except BrokerError:
             return False
-        return expressions.search(call.until, _parsed(body)) is True
+        return expressions.search(call.until, parsed(body)) is True
 
     def cancel(self, name: str, consumer: ConsumerConfig) -> None:
         """Make the call of `on_disconnect`. Raises if there is none or it answers badly."""
@@ -206,11 +210,11 @@ class ControlCalls:
         """The models that the consumer lists, None where it gives no list."""
         call = consumer.list_models or OPENAI_LIST
         answer = self._json(name, consumer, call, PROBE_TIMEOUT_S)
-        names = _list(expressions.search(call.items, answer))
+        names = names_in(expressions.search(call.items, answer))
         if names is None:
             return None
-        sizes, aliases = _sizes_and_aliases(call, answer)
-        return ModelListing(names, _details(answer, names), sizes, aliases)
+        sizes, aliases = sizes_and_aliases(call, answer)
+        return ModelListing(names, details_of(answer, names), sizes, aliases)
 
     def slots(self, name: str, consumer: ConsumerConfig) -> int | None:
         """How many jobs the consumer says that it works on at once; None if it does not tell."""
@@ -226,7 +230,7 @@ class ControlCalls:
     ) -> bytes | None:
         """What the consumer says of the job, once that is over; None before."""
         body = self._ok(name, consumer, done.poll.filled("id", job_id), PROBE_TIMEOUT_S)
-        return body if expressions.search(done.until, _parsed(body)) is True else None
+        return body if expressions.search(done.until, parsed(body)) is True else None
 
     def job_listed(self, name: str, consumer: ConsumerConfig, lost: Lost, job_id: str) -> bool:
         """Whether the consumer still has the job in work; True if it does not say."""
@@ -248,7 +252,7 @@ class ControlCalls:
 
     def _ask_health(self, name: str, consumer: ConsumerConfig, health: Health) -> ProbeReport:
         if health.tcp is None:
-            return _contract_report(self._json(name, consumer, health, PROBE_TIMEOUT_S))
+            return contract_report(self._json(name, consumer, health, PROBE_TIMEOUT_S))
         host, _, port = health.tcp.rpartition(":")
         timeout = health.timeout or PROBE_TIMEOUT_S
         try:
@@ -271,7 +275,7 @@ class ControlCalls:
         if status in probe.absent:
             return ProbeReport(loaded=False)
         self._accept(name, probe, status, body)
-        return _probe_report(probe, _parsed(body), otherwise)
+        return probe_report(probe, parsed(body), otherwise)
 
     def _unload_once(
         self, name: str, consumer: ConsumerConfig, call: UnloadCall, deadline: float
@@ -311,7 +315,7 @@ class ControlCalls:
 
     def _json(self, name: str, consumer: ConsumerConfig, call: Call, timeout: float) -> Any:
         """The answer as JSON, None where it is none."""
-        return _parsed(self._ok(name, consumer, call, timeout))
+        return parsed(self._ok(name, consumer, call, timeout))
 
     def _ok(
         self,
@@ -331,7 +335,7 @@ class ControlCalls:
         if not accepted:
             message = f"{name} answered {status} to {call.method} {call.path}"
             raise ConsumerUnreachable(message, consumer=name)
-        if call.expect is not None and expressions.search(call.expect, _parsed(body)) is not True:
+        if call.expect is not None and expressions.search(call.expect, parsed(body)) is not True:
             message = f"{name} did not say '{call.expect}' to {call.method} {call.path}"
             raise ConsumerUnreachable(message, consumer=name)
 
@@ -386,110 +390,5 @@ class ControlCalls:
             exchange.close()
 
 
-def _contract_report(answer: Any) -> ProbeReport:
-    if not isinstance(answer, dict):
-        return ProbeReport()
-    loaded = answer.get("loaded")
-    resident = answer.get("gpu_resident_mib")
-    return ProbeReport(
-        loaded=loaded if isinstance(loaded, bool) else None,
-        resident_mib=_mib(resident, "MiB"),
-    )
-
-
-def _probe_report(probe: Probe, answer: Any, otherwise: ProbeReport) -> ProbeReport:
-    loaded = probe.find_loaded(answer)
-    resident = _mib(probe.find_resident(answer), probe.unit)
-    return ProbeReport(
-        loaded=loaded if isinstance(loaded, bool) else otherwise.loaded,
-        resident_mib=otherwise.resident_mib if resident is None else resident,
-        on_cpu=_names(probe.find_on_cpu(answer)),
-        items=_list(probe.find_items(answer)),
-        details=_loaded_models(probe.find_details(answer), probe.unit),
-    )
-
-
-def _loaded_models(found: Any, unit: str) -> dict[str, LoadedModel]:
-    return {
-        each["name"]: LoadedModel(
-            _mib(each.get("resident"), unit), _mib(each.get("needs"), unit), _count(each)
-        )
-        for each in (found if isinstance(found, list) else ())
-        if isinstance(each, dict) and isinstance(each.get("name"), str)
-    }
-
-
-def _count(said: Mapping[str, Any]) -> int | None:
-    tokens = said.get("context")
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens <= 0:
-        return None
-    return tokens if tokens <= LARGEST_FIGURE else None
-
-
 def _with_model(call: LoadCall, model: str | None) -> LoadCall:
     return call if model is None else call.filled("model", model)
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _names(found: Any) -> tuple[str, ...]:
-    return _list(found) or ()
-
-
-def _list(found: Any) -> tuple[str, ...] | None:
-    """The texts of a list; None if it is none."""
-    return (
-        tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else None
-    )
-
-
-def _details(answer: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
-    """What a list of models says of each, by the name that it has there."""
-    lists = answer.values() if isinstance(answer, dict) else [answer]
-    entries = [each for found in lists if isinstance(found, list) for each in found]
-    wanted = set(names)
-    return {
-        name: entry
-        for entry in entries
-        if isinstance(entry, dict) and _is_json(entry)
-        for name in (entry.get("id"), entry.get("name"))
-        if isinstance(name, str) and name in wanted
-    }
-
-
-def _sizes_and_aliases(call: ModelList, answer: Any) -> tuple[dict[str, int], dict[str, str]]:
-    """What a list says of its models' sizes, in MiB, and of their other names."""
-    sizes: dict[str, int] = {}
-    aliases: dict[str, str] = {}
-    found = expressions.search(call.details, answer)
-    for each in found if isinstance(found, list) else ():
-        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
-            continue
-        name, mib = model_key(each["name"]), _mib(each.get("size"), call.unit)
-        if mib is not None:  # 0: it runs somewhere else, as Ollama's cloud models do
-            sizes[name] = mib
-        aliases |= dict.fromkeys(map(model_key, _names(each.get("aliases"))), name)
-    return sizes, aliases
-
-
-def _is_json(found: Any) -> bool:
-    """Whether it can be handed on as JSON: Python also reads NaN and figures without bounds."""
-    try:
-        json.dumps(found, allow_nan=False)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _mib(figure: Any, unit: str) -> int | None:
-    """A figure a consumer reported in MiB, rounded; None if it is none."""
-    if isinstance(figure, bool) or not isinstance(figure, int | float):
-        return None
-    if not 0 <= figure <= LARGEST_FIGURE:  # NaN is neither
-        return None
-    return round(figure * _MIB_PER_UNIT[unit])
