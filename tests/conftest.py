@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,18 @@ def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.delenv("STATE_DIRECTORY", raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def untraced_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Coverage makes a test that does nothing but calculate take three times as long. What the
+    marked ones run through, quicker ones run through as well."""
+    tracer = None if request.node.get_closest_marker("untraced") is None else sys.gettrace()
+    if tracer is None:
+        yield
+        return
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)

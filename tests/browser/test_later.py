@@ -295,8 +295,7 @@ def test_older_ones_come_with_a_button(opened: Open, office: Office) -> None:
     page.wait("#later-rows tr", "place 44")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 820, 1440])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (820, "dark"), (1440, "light")])
 def test_everything_is_in_reach(opened: Open, office: Office, width: int, scheme: str) -> None:
     def worst(route: Any) -> None:
         told = route.fetch().json()

@@ -10,6 +10,8 @@ from gpumanager.consumers.learning import Learned
 from gpumanager.consumers.statefile import StateFile
 from tests.support.replay import SERVERS, Replay, median_error
 
+pytestmark = pytest.mark.untraced
+
 LONGEST_MEDIAN = 0.25
 
 

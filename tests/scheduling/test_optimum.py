@@ -18,6 +18,8 @@ from tests.support.offline import (
     reload_s,
 )
 
+pytestmark = pytest.mark.untraced
+
 JOBS = 200
 SEEDS = range(5)
 WAITING = 3, 7

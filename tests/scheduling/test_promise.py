@@ -10,6 +10,8 @@ import pytest
 from gpumanager.scheduling.policy import Affinity
 from tests.support import policies
 
+pytestmark = pytest.mark.untraced
+
 TRACES = 600
 PARTS = 4
 

@@ -26,6 +26,8 @@ from gpumanager.scheduling.queue import Queue
 from gpumanager.scheduling.ticket import QueueTicket
 from tests.support.clock import FakeClock
 
+pytestmark = pytest.mark.untraced
+
 MAX_WAIT = 10.0
 
 

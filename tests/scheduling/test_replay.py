@@ -16,6 +16,8 @@ from tests.support.reference import census as old_census
 from tests.support.reference import refusal as old_refusal
 from tests.support.rehearsal import Rehearsal
 
+pytestmark = pytest.mark.untraced
+
 CARDS = 300
 RUNS = 100
 PART = 4

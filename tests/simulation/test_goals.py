@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import policies
 
+pytestmark = pytest.mark.untraced
+
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["policies", *words])

@@ -17,6 +17,8 @@ from gpumanager.simulation.workloads import WORKLOADS, workload
 from gpumanager.telemetry.eventfile import EventFile
 from tests.support.virtual import VirtualBroker
 
+pytestmark = pytest.mark.untraced
+
 JOBS = 60
 
 SHARED = "busy-office"
