@@ -258,6 +258,10 @@ class ConsumerConfig(Model):
         alone = unload is not None and unload.for_each is not None and unload.alone
         return told and alone and any(method.http for method in self.eviction_methods)
 
+    def apart(self, model: str | None) -> str | None:
+        """The model that is loaded or not by itself: none, where they cannot be told apart."""
+        return model if self.tells_models_apart else None
+
     @cached_property
     def counts_by_model(self) -> bool:
         """Whether what a job needs depends on its model: that can be told apart, or is declared, or

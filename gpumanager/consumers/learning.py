@@ -161,7 +161,7 @@ class Learned:
         """Forget all of one consumer and its models, or of one model: what is declared of it is all
         there is again."""
         with self._lock:
-            for model in [each for each in self._records if each.startswith(f"{name}/")]:
+            for model in self._models_of(name):
                 self._drop(model)
             if parts_of(name)[1] is not None:
                 self._drop(name)
@@ -298,11 +298,14 @@ class Learned:
         record = self._records.pop(name, None)
         if record is None:
             record = _Record()
-            models = [each for each in self._records if each.startswith(f"{consumer}/")]
+            models = self._models_of(consumer)
             if len(models) >= MOST_MODELS:
                 self._drop(models[0])
         self._records[name] = record
         return record
+
+    def _models_of(self, consumer: str) -> list[str]:
+        return [each for each in self._records if each.startswith(f"{consumer}/")]
 
     def _drop(self, model: str) -> None:
         self._records.pop(model, None)

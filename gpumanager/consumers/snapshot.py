@@ -92,9 +92,13 @@ class Snapshot:
         consumer, state = self.config.consumers[name], self.states[name]
         if not consumer.tells_models_apart or (state.loaded and not state.loaded_models):
             return ()
+        return self.known_models(name)
+
+    def known_models(self, name: str) -> tuple[str, ...]:
+        """The models of a consumer that were loaded or used, or that anything was learned of."""
         learned = (parts_of(each) for each in self.learned if each.startswith(f"{name}/"))
-        known = dict.fromkeys([*state.models, *(model for _, model in learned if model)])
-        return tuple(known)
+        models = (model for _, model in learned if model)
+        return tuple(dict.fromkeys([*self.states[name].models, *models]))
 
     def seeing(self, reading: MemoryReading | None) -> Snapshot:
         """The same, with this reading of the card."""

@@ -248,7 +248,7 @@ class Hold:
     @property
     def _model(self) -> str | None:
         """The job's model, if its consumer tells its models apart."""
-        return self._job.model if self._place.config.tells_models_apart else None
+        return self._place.config.apart(self._job.model)
 
     def _note(self, seconds: float, cold: bool) -> None:
         ticket, job = self._place.ticket, self._job

@@ -123,7 +123,7 @@ class LookAhead:
             consumer, state = now.consumers.get(owner), now.states.get(owner)
             if consumer is None or state is None or state.busy:
                 continue  # a busy one is being loaded, or unloaded, right now
-            apart = model if consumer.tells_models_apart else None
+            apart = consumer.apart(model)
             if state.stopped_by is not None or not state.has_loaded(apart):
                 used = state.last_used if apart is None else state.model(apart).last_used
                 return _Swap(resident, used)

@@ -92,7 +92,7 @@ class Loader:
         one by one, and whether that is done already."""
         job, now = ticket.job, self._registry.now
         consumer = now.settings(job)
-        model = job.model if consumer.tells_models_apart else None
+        model = consumer.apart(job.model)
         return consumer, model, now.states[job.consumer].has_loaded(model)
 
     def _await_ready(self, target: str, consumer: ConsumerConfig, ticket: Ticket) -> None:

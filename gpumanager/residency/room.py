@@ -198,7 +198,7 @@ class RoomMaker:
         snapshot, outlook = census.snapshot, census.outlook(self._doing)
         now = look(census.card(), job.resident, queue)
         state, consumer = snapshot.states[job.consumer], snapshot.consumers[job.consumer]
-        loaded = state.has_loaded(job.model if consumer.tells_models_apart else None)
+        loaded = state.has_loaded(consumer.apart(job.model))
         trims = tuple(
             PlannedVictim(each.name, each.trim_mib, each.last_used, 0.0, method="trim")
             for each in now.trims
@@ -319,7 +319,8 @@ class RoomMaker:
             return
         census = self._measured_census(job)
         own = census.resident(job.resident)
-        if needs_mib <= own.held_mib + census.balance().free_mib - census.card().reserved_mib:
+        reserved_mib = snapshot.config.gpu.reserved_mib
+        if needs_mib <= own.held_mib + census.balance().free_mib - reserved_mib:
             self._evict(own, ticket)
 
     def _unload_first(self, victims: Sequence[Resident], ticket: Granted, done: Progress) -> None:

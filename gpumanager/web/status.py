@@ -18,7 +18,7 @@ from gpumanager.gpu.accounting import Balance, Held
 from gpumanager.gpu.history import MemorySample
 from gpumanager.gpu.inventory import believable, holders, left, model_shares
 from gpumanager.jobs.shortage import MemoryFailures
-from gpumanager.model import Growth, MemoryReading, QueueEntry, parts_of, resident_name
+from gpumanager.model import Growth, MemoryReading, QueueEntry, resident_name
 from gpumanager.scheduling.interface import Scheduler
 from gpumanager.telemetry.usage import Usage
 from gpumanager.web.roles import NAMELESS
@@ -166,8 +166,7 @@ class StatusView:
         is known of."""
         consumer, state = snapshot.consumers[name], snapshot.states[name]
         shares = model_shares(snapshot, name)
-        learned = [parts_of(each) for each in snapshot.learned if each.startswith(f"{name}/")]
-        known = dict.fromkeys([*state.models, *(model for _, model in learned if model)])
+        known = snapshot.known_models(name)
         views = []
         for model in sorted(known, key=lambda each: (-shares.get(each, -1), each)):
             its, resident = state.model(model), resident_name(name, model)
